@@ -1,0 +1,45 @@
+"""Fine-tune latent diffusion models: one config from a laptop's CPU to a Slurm cluster.
+
+The plan of the package is in CONTRIBUTING.md: each module imports only from floors below its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+__version__ = "0.1.0"
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line: what, which value, what to do."""
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
+
+    Exit codes: what `main` returns (None is 0), 2 for `UserError` and a full disk, 130 after Ctrl-C.
+    Anything else is a defect of ours and keeps its traceback.
+    """
+    try:
+        code = main()
+    except UserError as error:
+        code = _complain(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `finetune ... | head` closed the pipe: nothing is wrong
+        sys.stderr.close()
+        code = 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f" while writing {error.filename}" if error.filename else ""
+        code = _complain(f"no space left on device{where}; free some space or choose another folder")
+    sys.exit(code or 0)
+
+
+def _complain(line: str) -> int:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return 2

@@ -1,0 +1,1 @@
+"""Shards on disk, the order of samples, and the loader that turns both into batches."""

@@ -1,0 +1,1 @@
+"""U-Nets, autoencoders, text encoders and adapters: loading, building, saving."""
