@@ -1,0 +1,291 @@
+"""The schema of a training run: typed dataclasses with their defaults, composed by Hydra.
+
+Defaults live here; `conf/` holds choices. `compose` turns overrides into a `Config` and every mistake into
+one line. Components never see these classes: `build.py` hands them plain values.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from finetune import UserError
+
+T = TypeVar("T")
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives. The same command with the same folder continues the run."""
+
+    name: str = "default"
+    dir: str = "runs/${run.name}"
+
+
+@dataclass
+class SchedulerConfig:
+    """The noise schedule, in diffusers' terms; the default is Stable Diffusion's."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"  # scaled_linear | linear
+
+
+@dataclass
+class TextEncoderConfig:
+    """A CLIP-style text transformer trained from scratch beside the U-Net."""
+
+    vocab_size: int = 2048
+    max_length: int = 77
+    hidden_size: int = 64
+    layers: int = 2
+    heads: int = 4
+
+
+@dataclass
+class ModelConfig:
+    """`pretrained` names a diffusers directory or hub id; without it `unet` and `text_encoder` are built anew."""
+
+    pretrained: str | None = None
+    revision: str | None = None
+    vae: str | None = None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
+    unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
+    text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    train_text_encoder: bool = False  # a text encoder built anew is always trained
+    gradient_checkpointing: bool = False
+    channels_last: bool = True  # convolutions in NHWC where the strategy allows it
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+
+
+@dataclass
+class AdapterConfig:
+    """What is trained: all weights (`full`) or low-rank updates (`lora`)."""
+
+    kind: str = "full"  # full | lora
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+
+
+@dataclass
+class TaskConfig:
+    name: str = "text_to_image"
+    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+
+
+@dataclass
+class ObjectiveConfig:
+    prediction: str = "epsilon"
+
+
+@dataclass
+class OptimConfig:
+    """AdamW. The learning rate is a function of images seen."""
+
+    lr: float = 1e-4
+    text_encoder_lr: float | None = None  # null: lr
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0  # 0: no clipping
+    schedule: str = "constant"  # constant | cosine
+    warmup_images: int = 0
+    final_lr_ratio: float = 0.0  # cosine ends at lr times this
+
+
+@dataclass
+class EmaConfig:
+    """Karras et al. 2022 (arXiv 2206.00364), appendix F: a half-life in images, shorter at the start of a run."""
+
+    enabled: bool = True
+    halflife_images: int = 500_000
+    rampup_ratio: float = 0.05
+
+
+@dataclass
+class DataConfig:
+    shards: str = MISSING
+    shuffle: bool = True
+    readers: int = 2  # threads that read batches ahead
+    prefetch: int = 4  # micro-batches held ready
+
+
+@dataclass
+class StrategyConfig:
+    kind: str = "ddp"  # ddp | zero
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass
+class LoopConfig:
+    """`micro_batch` is one rank's forward pass; null: the rank's whole share of `global_batch`."""
+
+    steps: int = 1000
+    global_batch: int = 16
+    micro_batch: int | None = None
+    precision: str = "bf16"  # fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda
+    threads: int | None = None  # CPU threads a rank; null: torch's choice
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 500  # steps; a run's end is always saved
+    keep: int = 3
+    resume: str = "auto"  # auto | never | a checkpoint folder
+
+
+@dataclass
+class SampleConfig:
+    every: int = 500  # steps; 0: never
+    prompts: list[str] | None = None  # null: captions of held-out samples
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 5.0
+    height: int | None = None  # pixels; null: the largest bucket's
+    width: int | None = None
+
+
+@dataclass
+class ValidationConfig:
+    every: int = 500  # steps; 0: never
+    samples: int = 64  # held out of training, at most a tenth of the set
+    timesteps: int = 4  # strata per sample
+
+
+@dataclass
+class TrackerConfig:
+    wandb: bool = True
+    project: str = "ldm-finetune"
+    mode: str = "auto"  # auto: online when logged in, else offline | online | offline
+    every: int = 10  # steps between two lines of metrics
+
+
+@dataclass
+class Config:
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    train: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+
+
+def conf_dir() -> Path:
+    """The folder of Hydra groups: inside the package in a wheel, beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> tuple[T, DictConfig]:
+    """Compose `conf/<config_name>.yaml` with Hydra overrides, typed by `schema`.
+
+    Returns:
+        The typed config and the same, resolved, as a `DictConfig` for saving.
+
+    Raises:
+        UserError: an unknown key or choice (with the nearest known ones), a value of the wrong type, a missing
+            mandatory value.
+    """
+    ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=config_name):
+        _check_keys(config_name, overrides, schema)
+        try:
+            composed = hydra_compose(config_name, list(overrides))
+            missing = sorted(OmegaConf.missing_keys(composed))
+            if missing:
+                raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
+            OmegaConf.resolve(composed)
+            typed = OmegaConf.to_object(composed)
+        except MissingConfigException as error:
+            raise UserError(_missing_choice(error, overrides)) from None
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(_first_lines(error)) from None
+    assert isinstance(typed, schema)
+    return typed, composed
+
+
+def groups() -> dict[str, list[str]]:
+    """Config groups and their choices, as in `conf/`."""
+    return {
+        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
+        for folder in sorted(conf_dir().iterdir())
+        if folder.is_dir() and any(folder.glob("*.yaml"))
+    }
+
+
+def _check_keys(config_name: str, overrides: Sequence[str], schema: type) -> None:
+    """Refuse an override that names nothing, with the nearest name that does."""
+    known = set(_keys(OmegaConf.structured(schema)))
+    names = known | set(groups())
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as error:
+            raise UserError(f"cannot read the override '{text}': {_first_lines(error)}") from None
+        key = override.key_or_group
+        if override.is_sweep_override():
+            raise UserError(f"'{text}' names several values: a run takes one")
+        free_form = any(key.startswith(f"{name}.") for name in ("model.unet",))
+        if key in names or free_form or key.startswith("hydra"):
+            continue
+        nearest = difflib.get_close_matches(key, names, n=1) or [
+            name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
+        ]
+        hint = f"did you mean '{nearest[0]}'?" if nearest else f"`finetune {config_name} --help` lists the keys"
+        raise UserError(f"unknown override '{key}': {hint}")
+
+
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in config:
+        key = f"{prefix}{name}"
+        yield key
+        if not OmegaConf.is_missing(config, name) and OmegaConf.is_dict(config._get_node(name)):
+            node = config._get_node(name)
+            if not node._is_none():
+                yield from _keys(node, f"{key}.")
+
+
+def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    if choices := groups().get(group):
+        nearest = difflib.get_close_matches(choice, choices, n=1)
+        hint = f"did you mean {nearest[0]}? " if nearest else ""
+        return f"{group}={choice} is not known: {hint}choose one of {', '.join(choices)}"
+    return _first_lines(error)
+
+
+def _first_lines(error: Exception) -> str:
+    """The message of a Hydra or OmegaConf error without its dump of types and environment hints."""
+    cause = error.__cause__ if error.__cause__ and str(error.__cause__) != "None" else error
+    noise = ("object_type", "reference_type", "Set the environment", "See https")
+    lines = [line.strip() for line in str(cause).splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith(noise)).replace("full_key:", "key")
