@@ -24,7 +24,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "error: $(PYTHON) is missing or older than 3.11; say which to use: make env PYTHON=python3.12" >&2; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $$(grep -E '^(setuptools|wheel|packaging|ninja|hatchling)==' requirements.lock)
+	$(BIN)/python -m pip install --quiet $$(grep -E '^(setuptools|wheel|packaging|ninja|hatchling|editables)==' requirements.lock)
 	grep -v '^deepspeed==' requirements.lock > $(VENV)/.lock-without-deepspeed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -r $(VENV)/.lock-without-deepspeed
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --no-build-isolation -r requirements.lock
