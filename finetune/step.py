@@ -1,0 +1,84 @@
+"""One optimizer step: micro-batches, backward, clip, update, average."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetune import ema, rng
+from finetune.batch import Batch
+from finetune.conditioning import TextConditioner, drop_captions
+from finetune.distributed import Strategy
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss_sum`: over this rank's samples, float32 on the device; `grad_norm`: of the global gradient."""
+
+    loss_sum: Tensor
+    grad_norm: Tensor
+    data_seconds: float
+
+
+@dataclass
+class Average:
+    """The EMA of weights, one float32 tensor a shard of the strategy."""
+
+    tensors: list[Tensor]
+    halflife_images: float
+    rampup_ratio: float
+
+    @classmethod
+    def of(cls, strategy: Strategy, halflife_images: float, rampup_ratio: float) -> Average:
+        """An average that starts at the weights as they are."""
+        return cls([shard.master.detach().clone() for shard in strategy.shards], halflife_images, rampup_ratio)
+
+    def update(self, strategy: Strategy, images_seen: int, global_batch: int) -> None:
+        decay = ema.decay(images_seen, global_batch, self.halflife_images, self.rampup_ratio)
+        ema.update_(self.tensors, [shard.master for shard in strategy.shards], decay)
+
+
+def optimizer_step(
+    strategy: Strategy,
+    conditioner: TextConditioner,
+    batches: Iterator[Batch],
+    *,
+    micro_batches: int,
+    global_batch: int,
+    lr: float,
+    caption_dropout: float,
+    seed: int,
+    average: Average | None,
+    images_seen: int,
+) -> StepResult:
+    """Take `micro_batches` batches of this rank and make one step; `images_seen` counts this step's samples.
+
+    Gradients are of the mean loss over `global_batch` samples, however these are spread.
+    """
+    device = strategy.world.device
+    loss_sum = torch.zeros((), device=device)
+    data_seconds = 0.0
+    for index in range(micro_batches):
+        started = time.perf_counter()
+        batch = next(batches)
+        data_seconds += time.perf_counter() - started
+        captions = drop_captions(batch.captions, batch.clock, caption_dropout, seed)
+        tokens = conditioner.tokenize(captions).to(device, non_blocking=True)
+        # Layers that draw from torch's own generator (LoRA's dropout) are made a function of the clock as well.
+        torch.manual_seed(rng.fold(seed, f"layers:{int(batch.clock[0])}"))
+        batch = batch.to(device)
+        loss_sum += strategy.backward(
+            ("loss", batch.moments, tokens, batch.clock),
+            global_batch=global_batch,
+            last=index == micro_batches - 1,
+        )
+    stats = strategy.step(lr)
+    if average is not None:
+        average.update(strategy, images_seen, global_batch)
+    return StepResult(loss_sum, stats.grad_norm, data_seconds)
+
+
