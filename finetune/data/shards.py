@@ -259,7 +259,7 @@ class _OpenShard:
         self.rows: list[dict[str, tuple[int, int]]] = []
         self.bytes = 0
         self.sha256 = hashlib.sha256()
-        self.file: IO[bytes] = self.temporary.open("wb", buffering=1 << 20)  # noqa: SIM115 - outlives this call
+        self.file: IO[bytes] = self.temporary.open("wb", buffering=1 << 20)
 
     def put(self, data: bytes) -> None:
         with _naming(self.path):

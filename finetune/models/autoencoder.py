@@ -1,0 +1,137 @@
+"""The first stage: load an `AutoencoderKL`, encode pictures to moments, decode latents, and know it again.
+
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1: the encoder gives a diagonal Gaussian q(z|x) for each
+latent cell, the decoder maps latents back to pixels. Scale and shift are not applied here; see
+`finetune.latents`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from torch import Tensor
+
+from finetune import UserError
+from finetune.data.shards import EncoderInfo
+
+PIXEL_RANGE = (-1.0, 1.0)
+
+
+def load_autoencoder(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> AutoencoderKL:
+    """Load an autoencoder, frozen and in eval mode.
+
+    Args:
+        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, or a hub id.
+
+    Raises:
+        UserError: nothing there, or something that is not an `AutoencoderKL`.
+    """
+    path, name = Path(source).expanduser(), str(source)
+    if path.is_dir():
+        subfolder = next((sub for sub in (None, "vae") if (path / (sub or "") / "config.json").is_file()), "")
+        if subfolder == "":
+            raise UserError(
+                f"{name} has neither config.json nor vae/config.json; give a diffusers autoencoder"
+            )
+        vae = _from_pretrained(str(path), subfolder, dtype)
+    elif path.exists():
+        raise UserError(f"{name} is a file; give the folder of a diffusers autoencoder or pipeline")
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        try:
+            vae = _from_pretrained(name, "vae", dtype)
+        except _NoSuchFileError:
+            vae = _from_pretrained(name, None, dtype)
+    else:
+        raise UserError(f"no autoencoder at {name}; check the path")
+    if getattr(vae.config, "latents_mean", None) is not None:
+        raise UserError(
+            f"{name} normalises latents channel by channel, which shards can't say; use another VAE"
+        )
+    return vae.to(device).eval().requires_grad_(False)
+
+
+class _NoSuchFileError(UserError):
+    """The hub was reached and has no such file: another subfolder is worth a try."""
+
+
+def _from_pretrained(source: str, subfolder: str | None, dtype: torch.dtype) -> AutoencoderKL:
+    try:
+        config = AutoencoderKL.load_config(source, subfolder=subfolder)
+        class_name = config.get("_class_name", "AutoencoderKL")
+        if class_name != "AutoencoderKL":
+            raise UserError(f"{source} is a {class_name}, not an AutoencoderKL; give the folder of the VAE")
+        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        what = str(error).strip().partition("\n")[0].rstrip(".")
+        if isinstance(error.__context__, LocalEntryNotFoundError):
+            raise UserError(f"no folder {source}, and the hub can't be reached; check the path") from None
+        kind = _NoSuchFileError if isinstance(error.__context__, EntryNotFoundError) else UserError
+        raise kind(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None
+
+
+def encoder_sha256(vae: AutoencoderKL) -> str:
+    """sha256 over the sorted names, shapes and float16 values of `encoder.*` and `quant_conv.*`.
+
+    So a float32 and a float16 copy have one sum, and a decoder trained further keeps its latents.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(vae.state_dict().items()):
+        if name.startswith(("encoder.", "quant_conv.")):
+            digest.update(f"{name} {list(weight.shape)}\n".encode())
+            digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def downsample_factor(vae: AutoencoderKL) -> int:
+    """Pixels per latent cell, along each side."""
+    return int(2 ** (len(vae.config["block_out_channels"]) - 1))
+
+
+def encoder_info(
+    vae: AutoencoderKL, source: str | os.PathLike[str], root: str | os.PathLike[str]
+) -> EncoderInfo:
+    """What a manifest in `root` says of the autoencoder that was loaded from `source`."""
+    said = str(source)
+    path = Path(source).expanduser()
+    if path.exists():  # relative, so that a folder of model and shards can be moved or mounted elsewhere
+        relative = Path(os.path.relpath(path.resolve(), Path(root).resolve())).as_posix()
+        said = relative if relative.startswith(".") else f"./{relative}"
+    return EncoderInfo(
+        source=said,
+        sha256=encoder_sha256(vae),
+        scale=float(vae.config["scaling_factor"]),
+        shift=float(vae.config.get("shift_factor") or 0.0),
+        dtype=str(vae.dtype).removeprefix("torch."),
+        pixel_range=PIXEL_RANGE,
+        channels=int(vae.config["latent_channels"]),
+        downsample=downsample_factor(vae),
+    )
+
+
+@torch.no_grad()
+def encode_moments(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to the moments [B, 2C, h, w] of q(z|x), float32: mean, then standard deviation."""
+    posterior = vae.encode(images_B3HW.to(vae.device, vae.dtype)).latent_dist
+    std_BCHW = torch.exp(
+        0.5 * posterior.logvar.float()
+    )  # not posterior.std, which exp has rounded to vae.dtype
+    return torch.cat([posterior.mean.float(), std_BCHW], dim=1)
+
+
+@torch.no_grad()
+def decode(vae: AutoencoderKL, raw_BCHW: Tensor) -> Tensor:
+    """Raw latents (scale and shift undone) to pictures [B, 3, H, W] in [-1, 1], float32."""
+    images_B3HW: Tensor = vae.decode(raw_BCHW.to(vae.device, vae.dtype)).sample
+    return images_B3HW.float().clamp(-1.0, 1.0)
