@@ -1,0 +1,239 @@
+"""CLIP's text transformer and its byte-level BPE tokenizer (Radford et al. 2021, arXiv 2103.00020, section
+2.4).
+
+The tokenizer's files are OpenAI's: `vocab.json`, `merges.txt`. Words are lower case, split by CLIP's pattern,
+and written in the 256 byte symbols of GPT-2; a word's last symbol carries `</w>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from finetune import UserError
+from finetune.models.sources import first_line, local_folder
+
+BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
+# Every byte, alone and as the last of a word: so that any text can be written, whatever the captions held.
+_BYTES = tuple(sorted(pre_tokenizers.ByteLevel.alphabet()))
+_FIXED = (*_BYTES, *(symbol + WORD_END for symbol in _BYTES))
+MIN_VOCAB_SIZE = len(_FIXED) + 2
+# CLIP's pattern.
+_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def load_text(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Load tokenizer and text encoder of a Stable Diffusion 1.x or 2.x pipeline, on the CPU in eval mode.
+
+    Args:
+        source: a diffusers pipeline's folder with `tokenizer/` and `text_encoder/`, or a hub id.
+
+    Raises:
+        UserError: the source is absent or one of the two is missing or broken.
+    """
+    return load_tokenizer(source, revision), load_text_encoder(source, revision, dtype)
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None) -> CLIPTokenizer:
+    """Load the tokenizer of a pipeline's folder or hub id, or of a tokenizer's own folder."""
+    name, where = _locate(source, "tokenizer", ("vocab.json", "tokenizer.json"), revision)
+    try:
+        return CLIPTokenizer.from_pretrained(name, **where)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error)}") from error
+
+
+def load_text_encoder(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> CLIPTextModel:
+    """Load the text encoder of a pipeline's folder or hub id, or of a text encoder's own folder."""
+    name, where = _locate(source, "text_encoder", ("config.json",), revision)
+    try:
+        text_encoder = CLIPTextModel.from_pretrained(name, **where)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"no text encoder can be loaded from {name}: {first_line(error)}") from error
+    # transformers 4 loads float32, 5 what the files hold: say it here, for both.
+    return text_encoder.to(dtype).eval()
+
+
+def build_text_encoder(
+    tokenizer: CLIPTokenizer,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    *,
+    intermediate_size: int | None = None,
+    seed: int = 0,
+) -> CLIPTextModel:
+    """Build a CLIP text transformer with random weights that depend on `seed` alone.
+
+    Vocabulary, length and the ids of begin, end and padding are the tokenizer's.
+
+    Args:
+        hidden_size: width, which is the U-Net's `cross_attention_dim`.
+        intermediate_size: of the MLP; four times the width by default.
+
+    Raises:
+        UserError: `hidden_size` is no multiple of `heads`.
+    """
+    if hidden_size % heads:
+        raise UserError(f"text encoder: hidden size {hidden_size} is no multiple of {heads} heads")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size or 4 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        projection_dim=hidden_size,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CLIPTextModel(config)
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int = 77) -> CLIPTokenizer:
+    """Learn a byte-pair encoding from captions; the same captions give the same tokenizer.
+
+    The vocabulary is laid out as CLIP's: 256 byte symbols, the same with `</w>`, one entry a merge, then
+    begin and end of text, so that the end token has the highest id. Few captions may give fewer merges than
+    asked for.
+
+    Args:
+        vocab_size: at most so many tokens, 514 at least.
+        max_length: tokens of a caption, with begin and end.
+
+    Raises:
+        UserError: `vocab_size` or `max_length` is too small.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise UserError(f"a vocabulary of {vocab_size} is too small: all bytes need {MIN_VOCAB_SIZE} tokens")
+    if max_length < 3:
+        raise UserError(f"a caption length of {max_length} holds no word: give at least 3 tokens")
+    learner = Tokenizer(BPE(end_of_word_suffix=WORD_END))
+    learner.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        # Named beforehand, the symbols have fixed ids; found on the way, they would be numbered in the order
+        # of a hash map, and equally frequent pairs are taken in the order of their ids.
+        special_tokens=[BEGIN, END, *_FIXED],
+        end_of_word_suffix=WORD_END,
+    )
+    learner.train_from_iterator(captions, trainer)
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys([*_FIXED, *(left + right for left, right in merges), BEGIN, END])
+    with tempfile.TemporaryDirectory() as folder:
+        _write_vocabulary(Path(folder), {token: index for index, token in enumerate(tokens)}, merges)
+        special = {"bos_token": BEGIN, "eos_token": END, "unk_token": END, "pad_token": END}
+        settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length, **special}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(settings))
+        return CLIPTokenizer.from_pretrained(folder)
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: Sequence[str]) -> Tensor:
+    """Token ids int64 [B, L] of captions, cut or padded to the tokenizer's length L."""
+    return tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+
+
+def encode_text(text_encoder: CLIPTextModel, ids_BL: Tensor, pad_id: int | None = None) -> Tensor:
+    """The last layer's normalised states [B, L, D]: what U-Nets of SD 1.x and 2.x attend to.
+
+    Padding is attended to, as Stable Diffusion was trained; an encoder whose config has `use_attention_mask`
+    gets a mask, for which `pad_id` must be given and differ from the end token's.
+    """
+    mask_BL = None
+    if getattr(text_encoder.config, "use_attention_mask", False) and pad_id is not None:
+        mask_BL = (ids_BL != pad_id).long()
+    return text_encoder(ids_BL, attention_mask=mask_BL)[0]
+
+
+def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
+    """Save a tokenizer with `tokenizer.json`, `vocab.json` and `merges.txt`, for old and new readers."""
+    folder = Path(folder)
+    tokenizer.save_pretrained(folder)
+    if not (folder / "vocab.json").is_file() and (folder / "tokenizer.json").is_file():
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        _write_vocabulary(folder, model["vocab"], [(left, right) for left, right in pairs])
+
+
+def save_text_encoder(text_encoder: CLIPTextModel, folder: str | Path) -> None:
+    """Save a text encoder with the tensor names of transformers 4 (`text_model.…`), which 5 reads as well.
+
+    transformers 5 writes names without that prefix; version 4 would load such a file as random weights.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text_encoder.config.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    # Loading by dtype "auto" follows these entries.
+    config |= {"architectures": ["CLIPTextModel"], "dtype": str(text_encoder.dtype).removeprefix("torch.")}
+    _replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    tensors = {
+        name if name.startswith("text_model.") else f"text_model.{name}": tensor.contiguous()
+        for name, tensor in text_encoder.state_dict().items()
+        if not name.endswith("position_ids")
+    }
+    temporary = folder / "model.safetensors.tmp"
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, folder / "model.safetensors")
+
+
+def _locate(
+    source: str | Path, subfolder: str, files: tuple[str, ...], revision: str | None
+) -> tuple[str, dict[str, Any]]:
+    folder = local_folder(source)
+    if folder is None:
+        return str(source), {"subfolder": subfolder, "revision": revision}
+    for candidate in (folder / subfolder, folder):
+        if any((candidate / name).is_file() for name in files):
+            return str(candidate), {}
+    what = subfolder.replace("_", " ")
+    raise UserError(f"{folder} holds no {what}: there is no {subfolder}/{files[0]}")
+
+
+def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:
+    ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
+    _replace(folder / "vocab.json", json.dumps(ordered, ensure_ascii=False))
+    _replace(
+        folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
