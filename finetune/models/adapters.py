@@ -1,0 +1,270 @@
+"""Low-rank adapters: W' = W + (alpha / rank) B A (Hu et al. 2021, arXiv 2106.09685, section 4.1), through
+peft.
+
+On disk they have the layout of diffusers' `pytorch_lora_weights.safetensors`: `unet.<module>.lora_A.weight`
+[rank, in], `unet.<module>.lora_B.weight` [out, rank], and likewise `text_encoder.text_model.…`. Rank and
+alpha stand in the file's metadata under `lora_adapter_metadata`, as arguments of peft's `LoraConfig` behind
+the component's name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from finetune import UserError
+from finetune.models.sources import first_line
+from finetune.rng import fold
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # attention's projections
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+COMPONENTS = ("unet", "text_encoder")
+
+_ADAPTER = "default"
+_METADATA = "lora_adapter_metadata"
+_PARAMETER = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
+
+
+def add_lora(
+    module: nn.Module,
+    rank: int,
+    alpha: float,
+    *,
+    dropout: float = 0.0,
+    target_modules: Sequence[str] = UNET_TARGETS,
+    seed: int = 0,
+) -> list[str]:
+    """Freeze a diffusers or transformers model and give it a trainable adapter that changes nothing at first.
+
+    A has Kaiming's uniform distribution as in peft, drawn for each tensor from (`seed`, its name); B is zero.
+    Both are float32, whatever the model's dtype. torch's global generator stays as it was.
+
+    Args:
+        target_modules: a module whose name is one of these, or ends with one behind a dot, is adapted.
+
+    Returns:
+        The names of the trainable parameters, in the model's order.
+
+    Raises:
+        UserError: no module has one of these names, or rank, alpha or dropout is out of range.
+    """
+    if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise UserError(
+            f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}"
+        )
+    names = [name for name, _ in module.named_modules()]
+    for target in target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UserError(f"LoRA target {target!r} is no module of {type(module).__name__}")
+    module.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights that are drawn anew below
+        cast(Any, module).add_adapter(
+            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)),
+            adapter_name=_ADAPTER,
+        )
+    trainable = []
+    for name, parameter in module.named_parameters():
+        if _PARAMETER.fullmatch(name) is None:
+            continue
+        parameter.data = _initial(name, parameter.shape, seed).to(parameter.device)
+        parameter.requires_grad_(True)
+        trainable.append(name)
+    return trainable
+
+
+def lora_to_diffusers(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name to the tensors of `pytorch_lora_weights.safetensors`.
+
+    Args:
+        named: LoRA parameters as torch names them, behind their component:
+            `unet.<module>.lora_A.default.weight`, `text_encoder.<module>.lora_B.default.weight`.
+
+    Raises:
+        ValueError: a name is no LoRA parameter of a known component.
+    """
+    return {_key(name): tensor for name, tensor in named.items()}
+
+
+def lora_from_diffusers(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The inverse of `lora_to_diffusers` for parameters of these names.
+
+    Raises:
+        UserError: the file lacks a parameter or holds one that the model has not.
+    """
+    keys = {_key(name): name for name in names}
+    held = {_canonical(key): tensor for key, tensor in state.items()}
+    if keys.keys() != held.keys():
+        missing, extra = sorted(keys.keys() - held.keys()), sorted(held.keys() - keys.keys())
+        first = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
+        raise UserError(f"this LoRA is for another model or other targets: it {first}")
+    return {name: held[key] for key, name in keys.items()}
+
+
+def lora_metadata(state: Mapping[str, Tensor], alpha: float | Mapping[str, float]) -> dict[str, str]:
+    """The safetensors metadata from which diffusers' `load_lora_weights` takes rank, alpha and targets.
+
+    Args:
+        state: tensors in the file's layout.
+        alpha: one for all, or one for each component.
+    """
+    entries: dict[str, Any] = {}
+    for component in COMPONENTS:
+        ranks = {
+            match[1].removeprefix(f"{component}.").removeprefix("text_model."): tensor.shape[0]
+            for key, tensor in state.items()
+            if key.startswith(f"{component}.")
+            and (match := _PARAMETER.fullmatch(key))
+            and match[2] == "lora_A"
+        }
+        if not ranks:
+            continue
+        common = max(set(ranks.values()), key=list(ranks.values()).count)
+        config = {
+            "r": common,
+            "lora_alpha": alpha if isinstance(alpha, int | float) else alpha[component],
+            "target_modules": sorted(ranks),
+            "rank_pattern": {f"^{name}": rank for name, rank in sorted(ranks.items()) if rank != common},
+        }
+        entries |= {f"{component}.{name}": value for name, value in config.items()}
+    return {"format": "pt", _METADATA: json.dumps(entries, sort_keys=True)}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter as read from a file: tensors in the file's layout, and alpha / rank for each module."""
+
+    state: dict[str, Tensor]
+    scales: dict[str, float]  # by module, component first: `unet.mid_block.….to_q`
+
+
+def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapping[str, float]) -> None:
+    """Write tensors in the file's layout, with their metadata, to `path`.
+
+    A path that does not end in `.safetensors` is a folder; the file in it has diffusers' name.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        path.mkdir(parents=True, exist_ok=True)
+        path = path / LORA_FILE
+    temporary = path.with_name(path.name + ".tmp")
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    save_file(tensors, temporary, metadata=lora_metadata(state, alpha))
+    os.replace(temporary, path)
+
+
+def read_lora(path: str | Path) -> Lora:
+    """Read an adapter from a file or from a folder that holds `pytorch_lora_weights.safetensors`.
+
+    diffusers' older names (`….to_q.lora.down.weight`, `….lora_linear_layer.up.weight`) are read too. A file
+    without metadata has alpha equal to rank, as diffusers takes it.
+
+    Raises:
+        UserError: no such file, no safetensors, or another tool's format.
+    """
+    path = Path(path).expanduser()
+    path = path / LORA_FILE if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"no LoRA at {path}; give a .safetensors file or a folder with {LORA_FILE}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {_canonical(_renew(key)): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            settings = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"{path} is no LoRA in safetensors: {first_line(error)}") from error
+    foreign = next((key for key in state if _component(key) is None or not _PARAMETER.fullmatch(key)), None)
+    if foreign is not None or not state:
+        what = f"holds {foreign}" if foreign else "is empty"
+        raise UserError(f"{path} {what}; only LoRAs in diffusers' layout (unet.….lora_A.weight) can be read")
+    ranks = {
+        key.removesuffix(".lora_A.weight"): len(t)
+        for key, t in state.items()
+        if key.endswith("lora_A.weight")
+    }
+    return Lora(state, {name: _alpha(name, rank, settings) / rank for name, rank in ranks.items()})
+
+
+@torch.no_grad()
+def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
+    """Add an adapter's update to the weights of `modules` (component name -> model), computed in float32.
+
+    Raises:
+        UserError: the adapter is for another model.
+    """
+    for name, scale in lora.scales.items():
+        component = _component(name)
+        path = name.removeprefix(f"{component}.")
+        root = modules.get(component or "")
+        layer = None if root is None else _submodule(root, path)
+        weight = getattr(layer, "weight", None)
+        down, up = lora.state[f"{name}.lora_A.weight"], lora.state.get(f"{name}.lora_B.weight")
+        if weight is None or up is None:
+            lack = "lora_B for" if up is None else "layer"
+            raise UserError(f"this LoRA is for another model: there is no {lack} {name}")
+        if (up.shape[0], *down.shape[1:]) != tuple(weight.shape):
+            shapes = f"{list(up.shape)} x {list(down.shape)} for a weight of {list(weight.shape)}"
+            raise UserError(f"this LoRA is for another model: {name} has {shapes}")
+        update = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape) * scale
+        weight.copy_(weight.float() + update.to(weight.device))
+
+
+def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+    if ".lora_B." in name:
+        return torch.zeros(shape)
+    generator = torch.Generator().manual_seed(fold(seed, f"lora {name}"))
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5, generator=generator)
+
+
+def _component(key: str) -> str | None:
+    head = key.split(".", 1)[0]
+    return head if head in COMPONENTS else None
+
+
+def _key(name: str) -> str:
+    match = _PARAMETER.fullmatch(name)
+    if match is None or _component(name) is None:
+        raise ValueError(f"{name} is no LoRA parameter of {' or '.join(COMPONENTS)}")
+    return _canonical(f"{match[1]}.{match[2]}.weight")
+
+
+def _canonical(key: str) -> str:
+    # transformers 5 dropped `text_model.` from CLIP's names; files keep it, for readers with version 4.
+    if key.startswith("text_encoder.") and not key.startswith("text_encoder.text_model."):
+        return "text_encoder.text_model." + key.removeprefix("text_encoder.")
+    return key
+
+
+def _renew(key: str) -> str:
+    for old, new in (("lora.down", "lora_A"), ("lora.up", "lora_B")):
+        key = key.replace(f".{old}.weight", f".{new}.weight")
+        key = key.replace(f".lora_linear_layer.{old.removeprefix('lora.')}.weight", f".{new}.weight")
+    return key
+
+
+def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    component = _component(name)
+    path = name.removeprefix(f"{component}.")
+    for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
+        if re.search(rf"(?:^|\.){pattern.removeprefix('^')}$", path):
+            return float(value)
+    return float(settings.get(f"{component}.lora_alpha", rank))
+
+
+def _submodule(root: nn.Module, path: str) -> nn.Module | None:
+    for candidate in (path, path.removeprefix("text_model.")):
+        try:
+            return root.get_submodule(candidate)
+        except AttributeError:
+            continue
+    return None

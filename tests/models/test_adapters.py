@@ -1,0 +1,178 @@
+"""LoRA: nothing changes at first, names map both ways, and diffusers computes the same from the file."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+
+from finetune import UserError
+from finetune.models import adapters
+from finetune.models.text import build_text_encoder, train_tokenizer
+from finetune.models.unet import build_unet
+from tests.models.test_unet import TINY
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red apple"] * 2, 520, max_length=8)
+
+
+def trained(module, prefix, targets, seed, rank=4, alpha=6.0):
+    """Attach an adapter and move its B away from zero; parameters by component name."""
+    names = adapters.add_lora(module, rank, alpha, target_modules=targets, seed=seed)
+    parameters = dict(module.named_parameters())
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        if "lora_B" in name:
+            parameters[name].data = 0.1 * torch.randn(parameters[name].shape, generator=generator)
+    return {f"{prefix}.{name}": parameters[name].detach() for name in names}
+
+
+@torch.no_grad()
+def predict(unet):
+    generator = torch.Generator().manual_seed(0)
+    z, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    return unet.eval()(z, torch.tensor([10, 900]), context).sample
+
+
+def test_a_fresh_adapter_is_neutral_deterministic_and_alone_trainable():
+    unet = build_unet(TINY)
+    before, state = predict(unet), torch.random.get_rng_state()
+    names = adapters.add_lora(unet, 4, 8.0, seed=5)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(predict(unet), before)
+    assert names == [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
+    assert len(names) == 2 * sum(
+        name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
+        for name, _ in build_unet(TINY).named_modules()
+    )
+    torch.manual_seed(123)
+    again, other = build_unet(TINY), build_unet(TINY)
+    adapters.add_lora(again, 4, 8.0, seed=5)
+    adapters.add_lora(other, 4, 8.0, seed=6)
+    first = names[0]
+    parameters = [dict(model.named_parameters()) for model in (unet, again, other)]
+    assert all(torch.equal(parameters[0][name], parameters[1][name]) for name in names)
+    assert not torch.equal(parameters[0][first], parameters[2][first])
+    # Kaiming's uniform with a = sqrt(5): |A| < 1 / sqrt(fan in), as peft draws it.
+    bound = parameters[0][first].shape[1] ** -0.5
+    assert 0.8 * bound < parameters[0][first].abs().max() <= bound
+
+
+def test_the_adapter_of_a_half_precision_model_is_float32():
+    unet = build_unet(TINY).to(torch.bfloat16)
+    names = adapters.add_lora(unet, 2, 2.0)
+    parameters = dict(unet.named_parameters())
+    assert {parameters[name].dtype for name in names} == {torch.float32}
+
+
+def test_names_map_both_ways_exactly(tokenizer):
+    named = trained(build_unet(TINY), "unet", adapters.UNET_TARGETS, 0)
+    named |= trained(build_text_encoder(tokenizer, 32, 1, 2), "text_encoder", adapters.TEXT_TARGETS, 1)
+    state = adapters.lora_to_diffusers(named)
+    assert len(state) == len(named)
+    assert all(key.startswith(("unet.", "text_encoder.text_model.encoder.")) for key in state)
+    assert all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in state)
+    back = adapters.lora_from_diffusers(state, named)
+    assert back.keys() == named.keys()
+    assert all(back[name] is named[name] for name in named)
+    short = dict(list(state.items())[1:])
+    with pytest.raises(UserError, match="lacks"):
+        adapters.lora_from_diffusers(short, named)
+    with pytest.raises(UserError, match=r"holds .* which the model has not"):
+        adapters.lora_from_diffusers(state, list(named)[1:])
+    with pytest.raises(ValueError, match="no LoRA parameter"):
+        adapters.lora_to_diffusers({"unet.conv_in.weight": torch.zeros(1)})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alpha", [4.0, 10.0])
+def test_diffusers_loads_the_file_to_the_same_outputs(tmp_path, tokenizer, alpha):
+    unet, encoder = build_unet(TINY), build_text_encoder(tokenizer, 32, 1, 2).eval()
+    named = trained(unet, "unet", adapters.UNET_TARGETS, 0, rank=4, alpha=alpha)
+    named |= trained(encoder, "text_encoder", adapters.TEXT_TARGETS, 1, rank=2, alpha=3.0)
+    alphas = {"unet": alpha, "text_encoder": 3.0}
+    adapters.save_lora(tmp_path, adapters.lora_to_diffusers(named), alphas)
+
+    plain_unet, plain_encoder = build_unet(TINY), build_text_encoder(tokenizer, 32, 1, 2).eval()
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=plain_encoder, tokenizer=tokenizer, unet=plain_unet, scheduler=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    ids = torch.tensor([[3, 5, 7, 9]])
+    base = predict(plain_unet), plain_encoder(ids)[0]
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(pipe.unet), predict(unet), rtol=0, atol=1e-6)
+    torch.testing.assert_close(pipe.text_encoder(ids)[0], encoder(ids)[0], rtol=0, atol=1e-6)
+
+    # And so does our own merge, into modules that know nothing of adapters.
+    merged = {"unet": build_unet(TINY), "text_encoder": build_text_encoder(tokenizer, 32, 1, 2).eval()}
+    adapters.merge_lora(merged, adapters.read_lora(tmp_path))
+    torch.testing.assert_close(predict(merged["unet"]), predict(unet), rtol=0, atol=2e-6)
+    torch.testing.assert_close(merged["text_encoder"](ids)[0], encoder(ids)[0], rtol=0, atol=2e-6)
+    assert (predict(unet) - base[0]).abs().max() > 1e-3
+    assert (encoder(ids)[0] - base[1]).abs().max() > 1e-3
+
+
+def test_convolutions_merge_as_peft_computes_them():
+    unet = build_unet(TINY)
+    named = trained(unet, "unet", ("conv1",), 0)
+    plain = build_unet(TINY)
+    state = adapters.lora_to_diffusers(named)
+    scales = {key.removesuffix(".lora_A.weight"): 6.0 / 4 for key in state if key.endswith("lora_A.weight")}
+    adapters.merge_lora({"unet": plain}, adapters.Lora(state, scales))
+    torch.testing.assert_close(predict(plain), predict(unet), rtol=0, atol=2e-6)
+
+
+def test_metadata_holds_rank_alpha_and_odd_ranks():
+    state = {
+        "unet.a.to_q.lora_A.weight": torch.zeros(4, 8),
+        "unet.a.to_q.lora_B.weight": torch.zeros(8, 4),
+        "unet.a.to_k.lora_A.weight": torch.zeros(4, 8),
+        "unet.a.to_v.lora_A.weight": torch.zeros(2, 8),
+    }
+    metadata = json.loads(adapters.lora_metadata(state, 6.0)["lora_adapter_metadata"])
+    assert metadata["unet.r"] == 4 and metadata["unet.lora_alpha"] == 6.0
+    assert metadata["unet.target_modules"] == ["a.to_k", "a.to_q", "a.to_v"]
+    assert metadata["unet.rank_pattern"] == {"^a.to_v": 2}
+
+
+def test_older_names_are_read_and_alpha_is_then_the_rank(tmp_path):
+    path = tmp_path / "old.safetensors"
+    save_file(
+        {
+            "unet.mid.to_q.lora.down.weight": torch.ones(2, 8),
+            "unet.mid.to_q.lora.up.weight": torch.ones(8, 2),
+            "text_encoder.text_model.x.q_proj.lora_linear_layer.down.weight": torch.ones(2, 8),
+            "text_encoder.text_model.x.q_proj.lora_linear_layer.up.weight": torch.ones(8, 2),
+        },
+        path,
+    )
+    lora = adapters.read_lora(path)
+    assert lora.scales == {"unet.mid.to_q": 1.0, "text_encoder.text_model.x.q_proj": 1.0}
+
+
+def test_mistakes_are_named(tmp_path):
+    unet = build_unet(TINY)
+    with pytest.raises(UserError, match="'to_z' is no module"):
+        adapters.add_lora(unet, 4, 4.0, target_modules=("to_q", "to_z"))
+    with pytest.raises(UserError, match="rank >= 1"):
+        adapters.add_lora(unet, 0, 4.0)
+    with pytest.raises(UserError, match="no LoRA at"):
+        adapters.read_lora(tmp_path)
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="is no LoRA in safetensors"):
+        adapters.read_lora(tmp_path / "x.safetensors")
+    save_file({"lora_unet_mid.lora_down.weight": torch.zeros(2, 2)}, tmp_path / "kohya.safetensors")
+    with pytest.raises(UserError, match="only LoRAs in diffusers' layout"):
+        adapters.read_lora(tmp_path / "kohya.safetensors")
+    wrong = {"unet.conv_in.lora_A.weight": torch.zeros(2, 3), "unet.conv_in.lora_B.weight": torch.zeros(3, 2)}
+    with pytest.raises(UserError, match=r"for another model: unet\.conv_in has"):
+        adapters.merge_lora({"unet": unet}, adapters.Lora(wrong, {"unet.conv_in": 1.0}))
+    alone = adapters.Lora({"unet.a.lora_A.weight": torch.zeros(2, 3)}, {"unet.a": 1.0})
+    with pytest.raises(UserError, match="no lora_B for unet"):
+        adapters.merge_lora({"unet": unet}, alone)
