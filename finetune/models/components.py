@@ -1,0 +1,279 @@
+"""The parts that turn a caption into a picture, gathered from a run folder, a diffusers folder or a hub id.
+
+A run's checkpoint holds what was trained; the rest comes from where the run's `config.yaml` says: the base
+model (`model.pretrained`), the autoencoder (`model.vae`, else the base model's, else the one that made the
+shards), and `RUN/tokenizer` when the tokenizer was made for the run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from finetune import UserError
+from finetune.data.shards import Manifest
+from finetune.latents import LatentSpace
+from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
+from finetune.models.autoencoder import downsample_factor, load_autoencoder
+from finetune.models.sources import first_line, local_folder
+from finetune.models.text import load_text_encoder, load_tokenizer
+from finetune.models.unet import load_unet
+
+Weights = Literal["ema", "raw"]
+
+
+@dataclass
+class Components:
+    """Everything that sampling and export need, in eval mode.
+
+    `scheduler` is the configuration of a diffusers `DDIMScheduler`, from which others are built; `latents`
+    maps the U-Net's latents to the decoder's. `lora` is a LoRA run's adapter, already merged into `unet` and
+    `text_encoder`.
+    """
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: dict[str, Any]
+    latents: LatentSpace
+    source: str
+    step: int | None = None  # of the checkpoint; None for a model that is no run
+    guidance: float | None = None  # of the run's own sample grids
+    lora: Lora | None = None
+    notices: tuple[str, ...] = ()  # what the user should be told
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell along each side."""
+        return downsample_factor(self.vae)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint of a run and the folder of the weights that were chosen in it."""
+
+    folder: Path
+    step: int
+    weights: Path
+    notices: tuple[str, ...] = ()
+
+
+def load_components(
+    source: str | Path,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+) -> Components:
+    """Load all parts of a run folder, of a diffusers pipeline's folder or of a hub id.
+
+    Args:
+        weights: a run's averaged weights or those of the last step; without an average, `ema` gives the
+            latter and a notice.
+        step: a run's checkpoint; the latest complete one by default.
+        dtype: of U-Net and text encoder. The autoencoder stays float32: SD's overflow in float16.
+
+    Raises:
+        UserError: something is missing or broken; the line says what and where.
+    """
+    folder = local_folder(source)
+    if folder is not None and is_run(folder):
+        parts = _from_run(folder, find_checkpoint(folder, step, weights))
+    elif step is not None:
+        raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
+    else:
+        parts = _from_model(folder if folder is not None else str(source), revision)
+    parts.unet.to(device=device, dtype=dtype)
+    parts.text_encoder.to(device=device, dtype=dtype)
+    parts.vae.to(device=device, dtype=torch.float32)
+    for module in (parts.unet, parts.text_encoder, parts.vae):
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is a training run's."""
+    return (Path(folder) / "config.yaml").is_file() or (Path(folder) / "checkpoints").is_dir()
+
+
+def complete_checkpoints(run: str | Path) -> dict[int, Path]:
+    """A run's complete checkpoints by step, in rising order; a checkpoint is complete once its `trainer.json`
+    is."""
+    found = {}
+    for path in (Path(run) / "checkpoints").glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and (path / "trainer.json").is_file():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """The folder of a run's last complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    return find_checkpoint(Path(run)).folder
+
+
+def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema") -> Checkpoint:
+    """Choose a checkpoint and its weights.
+
+    Raises:
+        UserError: the run has no complete checkpoint, or none of this step.
+    """
+    complete = complete_checkpoints(run)
+    if not complete:
+        raise UserError(
+            f"{run} has no complete checkpoint yet: train until the first one is saved (checkpoint.every)"
+        )
+    if step is not None and step not in complete:
+        raise UserError(
+            f"{run} has no complete checkpoint of step {step}; there are {', '.join(map(str, complete))}"
+        )
+    chosen = step if step is not None else max(complete)
+    folder = complete[chosen]
+    notices: tuple[str, ...] = ()
+    name = "ema" if weights == "ema" else "weights"
+    if weights == "ema" and not (folder / "ema").is_dir():
+        name, notices = "weights", (f"{folder} has no averaged weights: taking those of the last step",)
+    if not (folder / name).is_dir():
+        raise UserError(f"{folder} is broken: {name}/ is missing; choose another checkpoint")
+    return Checkpoint(folder, chosen, folder / name, notices)
+
+
+def scheduler_config(settings: Mapping[str, Any], prediction: str = "epsilon") -> dict[str, Any]:
+    """The configuration of a `DDIMScheduler` that samples as Stable Diffusion does.
+
+    Args:
+        settings: `beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, and any other argument of
+            diffusers' schedulers.
+        prediction: what the U-Net predicts: epsilon, v_prediction or sample.
+    """
+    fixed = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    names = {"v": "v_prediction", "x0": "sample"}
+    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    return {**fixed, **settings, "prediction_type": names.get(prediction, prediction)}
+
+
+def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
+    config = _read_config(run)
+    model = _section(config, "model")
+    base: str | None = model.get("pretrained")
+    revision: str | None = model.get("revision")
+    lora = read_lora(checkpoint.weights) if (checkpoint.weights / LORA_FILE).is_file() else None
+
+    def origin(part: str) -> tuple[str | Path, str | None]:
+        if (checkpoint.weights / part / "config.json").is_file():
+            return checkpoint.weights / part, None
+        if base is None:
+            raise UserError(
+                f"{checkpoint.weights} holds no {part} and {run / 'config.yaml'} names no base model"
+            )
+        return base, revision
+
+    place, unet_revision = origin("unet")
+    unet = load_unet(place, revision=unet_revision)
+    text_encoder = load_text_encoder(*origin("text_encoder"))
+    if (run / "tokenizer").is_dir():
+        tokenizer = load_tokenizer(run / "tokenizer")
+    elif base is not None:
+        tokenizer = load_tokenizer(base, revision)
+    else:
+        raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
+    if lora is not None:
+        merge_lora({"unet": unet, "text_encoder": text_encoder}, lora)
+    vae, latents = _autoencoder(model.get("vae"), base, _section(config, "data").get("shards"))
+    prediction = str(_section(config, "objective").get("prediction", "epsilon"))
+    return Components(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler_config(_section(model, "scheduler"), prediction),
+        latents=latents,
+        source=str(run),
+        step=checkpoint.step,
+        guidance=_section(config, "sample").get("guidance"),
+        lora=lora,
+        notices=checkpoint.notices,
+    )
+
+
+def _from_model(source: str | Path, revision: str | None) -> Components:
+    tokenizer = load_tokenizer(source, revision)
+    text_encoder = load_text_encoder(source, revision)
+    vae = load_autoencoder(str(source))
+    try:
+        scheduler = DDIMScheduler.load_config(str(source), subfolder="scheduler", revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no scheduler can be loaded from {source}: {first_line(error)}") from error
+    return Components(
+        unet=load_unet(source, revision=revision),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=_as_ddim(scheduler),
+        latents=_space(vae),
+        source=str(source),
+    )
+
+
+def _as_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's."""
+    known = set(DDIMScheduler._get_init_keys(DDIMScheduler))
+    kept = {key: value for key, value in config.items() if key in known}
+    # StableDiffusionPipeline sets these two in whatever it loads.
+    kept |= {"steps_offset": 1, "clip_sample": False}
+    return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
+
+
+def _autoencoder(vae: str | None, base: str | None, shards: Any) -> tuple[AutoencoderKL, LatentSpace]:
+    """The decoder of a run and the latent space of its training: that of its shards, if they are there."""
+    encoder = None
+    root = shards[0] if isinstance(shards, list) and shards else shards
+    if isinstance(root, str) and (Path(root) / "manifest.json").is_file():
+        encoder = Manifest.load(root).encoder
+    source = vae or base
+    if source is None:
+        if encoder is None:
+            raise UserError(
+                f"which autoencoder decodes? model.vae is null, there is no base model, and the shards at {root} are "
+                "gone or name none: put them back or set model.vae in the run's config.yaml"
+            )
+        source = encoder.locate(root)
+    module = load_autoencoder(source)
+    return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
+
+
+def _space(vae: AutoencoderKL) -> LatentSpace:
+    return LatentSpace(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0.0))
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder: config.yaml is missing")
+    try:
+        config = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is no YAML: {first_line(error)}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no run's configuration")
+    return config
+
+
+def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    value = config.get(name)
+    return dict(value) if isinstance(value, Mapping) else {}
