@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -34,6 +35,7 @@ COMPONENTS = ("unet", "text_encoder")
 
 _ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
+_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 _PARAMETER = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
 
 
@@ -117,25 +119,28 @@ def lora_metadata(state: Mapping[str, Tensor], alpha: float | Mapping[str, float
 
     Args:
         state: tensors in the file's layout.
-        alpha: one for all, or one for each component.
+        alpha: one for all, or one for each module, by its name in the file: `unet.mid_block.….to_q`.
     """
     entries: dict[str, Any] = {}
     for component in COMPONENTS:
-        ranks = {
-            match[1].removeprefix(f"{component}.").removeprefix("text_model."): tensor.shape[0]
-            for key, tensor in state.items()
-            if key.startswith(f"{component}.")
-            and (match := _PARAMETER.fullmatch(key))
-            and match[2] == "lora_A"
-        }
+        ranks: dict[str, int] = {}
+        alphas: dict[str, float] = {}
+        for key, tensor in sorted(state.items()):
+            if not key.startswith(f"{component}.") or not key.endswith(_DOWN):
+                continue
+            # Readers match a target at the end of a module's name: right with `text_model.` and without.
+            name = key.removeprefix(f"{component}.").removeprefix("text_model.").removesuffix(_DOWN)
+            ranks[name] = tensor.shape[0]
+            alphas[name] = float(alpha[key.removesuffix(_DOWN)] if isinstance(alpha, Mapping) else alpha)
         if not ranks:
             continue
-        common = max(set(ranks.values()), key=list(ranks.values()).count)
+        rank, usual = _most_common(ranks.values()), _most_common(alphas.values())
         config = {
-            "r": common,
-            "lora_alpha": alpha if isinstance(alpha, int | float) else alpha[component],
-            "target_modules": sorted(ranks),
-            "rank_pattern": {f"^{name}": rank for name, rank in sorted(ranks.items()) if rank != common},
+            "r": rank,
+            "lora_alpha": usual,
+            "target_modules": list(ranks),
+            "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
+            "alpha_pattern": {name: value for name, value in alphas.items() if value != usual},
         }
         entries |= {f"{component}.{name}": value for name, value in config.items()}
     return {"format": "pt", _METADATA: json.dumps(entries, sort_keys=True)}
@@ -148,6 +153,11 @@ class Lora:
     state: dict[str, Tensor]
     scales: dict[str, float]  # by module, component first: `unet.mid_block.….to_q`
 
+    @property
+    def alphas(self) -> dict[str, float]:
+        """Alpha by module."""
+        return {name: scale * self.state[name + _DOWN].shape[0] for name, scale in self.scales.items()}
+
 
 def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapping[str, float]) -> None:
     """Write tensors in the file's layout, with their metadata, to `path`.
@@ -156,8 +166,8 @@ def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapp
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        path.mkdir(parents=True, exist_ok=True)
         path = path / LORA_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
     save_file(tensors, temporary, metadata=lora_metadata(state, alpha))
@@ -187,11 +197,7 @@ def read_lora(path: str | Path) -> Lora:
     if foreign is not None or not state:
         what = f"holds {foreign}" if foreign else "is empty"
         raise UserError(f"{path} {what}; only LoRAs in diffusers' layout (unet.….lora_A.weight) can be read")
-    ranks = {
-        key.removesuffix(".lora_A.weight"): len(t)
-        for key, t in state.items()
-        if key.endswith("lora_A.weight")
-    }
+    ranks = {key.removesuffix(_DOWN): len(down) for key, down in state.items() if key.endswith(_DOWN)}
     return Lora(state, {name: _alpha(name, rank, settings) / rank for name, rank in ranks.items()})
 
 
@@ -208,7 +214,7 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
         root = modules.get(component or "")
         layer = None if root is None else _submodule(root, path)
         weight = getattr(layer, "weight", None)
-        down, up = lora.state[f"{name}.lora_A.weight"], lora.state.get(f"{name}.lora_B.weight")
+        down, up = lora.state[name + _DOWN], lora.state.get(name + _UP)
         if weight is None or up is None:
             lack = "lora_B for" if up is None else "layer"
             raise UserError(f"this LoRA is for another model: there is no {lack} {name}")
@@ -224,6 +230,10 @@ def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
         return torch.zeros(shape)
     generator = torch.Generator().manual_seed(fold(seed, f"lora {name}"))
     return nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5, generator=generator)
+
+
+def _most_common(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 def _component(key: str) -> str | None:
@@ -256,7 +266,7 @@ def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
     component = _component(name)
     path = name.removeprefix(f"{component}.")
     for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
-        if re.search(rf"(?:^|\.){pattern.removeprefix('^')}$", path):
+        if re.search(rf"(?:^|\.){pattern.removeprefix('^')}$", path):  # as peft matches them
             return float(value)
     return float(settings.get(f"{component}.lora_alpha", rank))
 

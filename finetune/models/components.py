@@ -249,8 +249,8 @@ def _autoencoder(vae: str | None, base: str | None, shards: Any) -> tuple[Autoen
     if source is None:
         if encoder is None:
             raise UserError(
-                f"which autoencoder decodes? model.vae is null, there is no base model, and the shards at {root} are "
-                "gone or name none: put them back or set model.vae in the run's config.yaml"
+                f"no autoencoder: model.vae is null, there is no base model, and the shards at {root} "
+                "are gone or name none; put them back or set model.vae in the run's config.yaml"
             )
         source = encoder.locate(root)
     module = load_autoencoder(source)

@@ -95,8 +95,11 @@ def test_diffusers_loads_the_file_to_the_same_outputs(tmp_path, tokenizer, alpha
     unet, encoder = build_unet(TINY), build_text_encoder(tokenizer, 32, 1, 2).eval()
     named = trained(unet, "unet", adapters.UNET_TARGETS, 0, rank=4, alpha=alpha)
     named |= trained(encoder, "text_encoder", adapters.TEXT_TARGETS, 1, rank=2, alpha=3.0)
-    alphas = {"unet": alpha, "text_encoder": 3.0}
-    adapters.save_lora(tmp_path, adapters.lora_to_diffusers(named), alphas)
+    state = adapters.lora_to_diffusers(named)
+    names = [key.removesuffix(".lora_A.weight") for key in state if key.endswith("lora_A.weight")]
+    alphas = {name: alpha if name.startswith("unet.") else 3.0 for name in names}
+    adapters.save_lora(tmp_path, state, alphas)
+    assert adapters.read_lora(tmp_path).alphas == alphas
 
     plain_unet, plain_encoder = build_unet(TINY), build_text_encoder(tokenizer, 32, 1, 2).eval()
     pipe = StableDiffusionPipeline(
@@ -138,7 +141,7 @@ def test_metadata_holds_rank_alpha_and_odd_ranks():
     metadata = json.loads(adapters.lora_metadata(state, 6.0)["lora_adapter_metadata"])
     assert metadata["unet.r"] == 4 and metadata["unet.lora_alpha"] == 6.0
     assert metadata["unet.target_modules"] == ["a.to_k", "a.to_q", "a.to_v"]
-    assert metadata["unet.rank_pattern"] == {"^a.to_v": 2}
+    assert metadata["unet.rank_pattern"] == {"a.to_v": 2}
 
 
 def test_older_names_are_read_and_alpha_is_then_the_rank(tmp_path):
