@@ -1,0 +1,80 @@
+"""The `data-tools` command (also `python -m data_tools`)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from data_tools import encode, inspect, preview, verify
+from data_tools.ingest import folder, iconify
+from finetune import __version__, run_cli
+
+_EXAMPLES = """\
+examples:
+  data-tools ingest folder photos --out shards/photos
+  data-tools encode shards/photos --vae models/vae --size 512 --out latents/photos
+  data-tools verify latents/photos
+  data-tools preview latents/photos --out sheet.png
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says one line on a mistake, as every command of ours does, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all subcommands."""
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(
+        "data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES, formatter_class=shape
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    ingest = commands.add_parser("ingest", help="make image shards from pictures and captions")
+    sources = ingest.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
+    for group, name, module in (
+        (sources, "folder", folder),
+        (sources, "iconify", iconify),
+        (commands, "encode", encode),
+        (commands, "verify", verify),
+        (commands, "inspect", inspect),
+        (commands, "preview", preview),
+    ):
+        text = module.__doc__ or ""
+        summary, _, epilog = text.partition("\n")
+        command = group.add_parser(
+            name,
+            help=summary.rstrip("."),
+            description=summary,
+            epilog=epilog.strip("\n"),
+            formatter_class=shape,
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        0, or 1 when `verify` found problems.
+
+    Raises:
+        UserError: a mistake in the arguments or the data; one line.
+        SystemExit: argparse's, for `--help` (0) and unknown arguments (2).
+    """
+    args = build_parser().parse_args(argv)
+    code: int = args.run(args)
+    return code
+
+
+def entry() -> NoReturn:
+    """The console script: `main` with its mistakes as one line and exit code 2."""
+    run_cli(main)
