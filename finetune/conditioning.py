@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,31 +22,22 @@ def drop_captions(captions: Sequence[str], clock_B: Tensor, probability: float, 
 
 
 class TextConditioner(nn.Module):
-    """Captions to context: a CLIP tokenizer and text transformer (last hidden states, as Stable Diffusion 1.x).
+    """Captions to context: a text transformer's last hidden states, as in Stable Diffusion 1.x.
 
     Args:
-        tokenizer: a `CLIPTokenizer`.
+        tokenize: captions to token ids, int64 [B, L].
         encoder: a `CLIPTextModel`.
-        trained: False freezes the encoder and runs it without a graph.
+        trained: False freezes the encoder and runs it without a graph, in eval mode.
     """
 
-    def __init__(self, tokenizer: Any, encoder: nn.Module, *, trained: bool) -> None:
+    def __init__(self, tokenize: Callable[[Sequence[str]], Tensor], encoder: nn.Module, *, trained: bool) -> None:
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenize = tokenize
         self.encoder = encoder
         self.trained = trained
-        if not trained:
-            encoder.requires_grad_(False)
 
-    def tokenize(self, captions: Sequence[str]) -> Tensor:
-        """Int64 [B, L], padded and cut to the tokenizer's length, on the CPU."""
-        return self.tokenizer(
-            list(captions),
-            padding="max_length",
-            truncation=True,
-            max_length=self.tokenizer.model_max_length,
-            return_tensors="pt",
-        ).input_ids
+    def train(self, mode: bool = True) -> Self:
+        return super().train(mode and self.trained)
 
     def forward(self, token_ids_BL: Tensor) -> Tensor:
         """Context [B, L, D]."""

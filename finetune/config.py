@@ -61,7 +61,9 @@ class ModelConfig:
 
     pretrained: str | None = None
     revision: str | None = None
-    vae: str | None = None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
+    vae: str | None = (
+        None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
+    )
     unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     train_text_encoder: bool = False  # a text encoder built anew is always trained
@@ -265,13 +267,11 @@ def _check_keys(config_name: str, overrides: Sequence[str], schema: type) -> Non
 
 
 def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in config:
-        key = f"{prefix}{name}"
-        yield key
-        if not OmegaConf.is_missing(config, name) and OmegaConf.is_dict(config._get_node(name)):
-            node = config._get_node(name)
-            if not node._is_none():
-                yield from _keys(node, f"{key}.")
+    for name in map(str, config):
+        yield f"{prefix}{name}"
+        node = None if OmegaConf.is_missing(config, name) else config[name]
+        if isinstance(node, DictConfig):
+            yield from _keys(node, f"{prefix}{name}.")
 
 
 def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:

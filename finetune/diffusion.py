@@ -29,7 +29,10 @@ def alphas_cumprod(betas_T: Tensor) -> Tensor:
 def add_noise(z_BCHW: Tensor, noise_BCHW: Tensor, alpha_bar_B: Tensor) -> Tensor:
     """z_t = sqrt(alpha_bar_t) z_0 + sqrt(1 - alpha_bar_t) eps (Ho et al. 2020, eq. 4)."""
     alpha_bar_B111 = alpha_bar_B.view(-1, 1, 1, 1)
-    signal, noise_level = alpha_bar_B111.sqrt().to(z_BCHW.dtype), (1.0 - alpha_bar_B111).sqrt().to(z_BCHW.dtype)
+    signal, noise_level = (
+        alpha_bar_B111.sqrt().to(z_BCHW.dtype),
+        (1.0 - alpha_bar_B111).sqrt().to(z_BCHW.dtype),
+    )
     return signal * z_BCHW + noise_level * noise_BCHW
 
 

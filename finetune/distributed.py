@@ -67,6 +67,7 @@ class World:
                 error = caught
         result, error = self.broadcast((result, error))
         if error is not None:
+            error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
             raise error
         return result  # type: ignore[return-value]
 
@@ -203,6 +204,7 @@ class Shard:
         start: first flat element that this rank owns.
         master: float32; the whole parameter in its own shape, or a flat view of `master.numel()` elements.
         key: the tensor that the optimizer files its state under; offset: where `master` lies in it.
+        is_whole: every rank owns the whole parameter, and `master` has its shape.
     """
 
     name: str
@@ -211,10 +213,7 @@ class Shard:
     master: Tensor
     key: Tensor
     offset: int
-
-    @property
-    def is_whole(self) -> bool:
-        return self.master.shape == self.shape
+    is_whole: bool = False
 
     def view_of(self, like_key: Tensor) -> Tensor:
         """The part of a tensor shaped as `key` (a moment, say) that belongs to this parameter."""
@@ -404,7 +403,7 @@ class DataParallel(Strategy):
         self.optimizer = _make_adamw(groups, adamw)
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         self._start_adamw(list(self.parameters.values()), self.optimizer.defaults)
-        self.shards = [Shard(n, p.shape, 0, p.data, p, 0) for n, p in self.parameters.items()]
+        self.shards = [Shard(n, p.shape, 0, p.data, p, 0, is_whole=True) for n, p in self.parameters.items()]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
@@ -569,6 +568,8 @@ class ZeRO(Strategy):
         for index in range(len(self.zero.fp32_partitioned_groups_flat)):
             self.zero._reassign_or_swap_out_partitioned_parameters(index)
         if self.zero.persistent_parameters:
+            # Small parameters stay gathered between steps: drop the old values, or they would be kept.
+            self.zero._partition_all_parameters()
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,3 +24,21 @@ def update_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) 
     """average <- decay * average + (1 - decay) * weights, in place; tensors pair up and are float32."""
     if average:
         torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
+
+
+@dataclass
+class Average:
+    """The average of a run's weights: float32 tensors, one for each that it follows."""
+
+    tensors: list[Tensor]
+    halflife_images: float
+    rampup_ratio: float
+
+    @classmethod
+    def starting_at(cls, weights: Sequence[Tensor], halflife_images: float, rampup_ratio: float) -> Average:
+        return cls([tensor.detach().clone() for tensor in weights], halflife_images, rampup_ratio)
+
+    def update(self, weights: Sequence[Tensor], images_seen: int, images_per_step: int) -> None:
+        """Take in the weights after the step that brought the run to `images_seen`."""
+        keep = decay(images_seen, images_per_step, self.halflife_images, self.rampup_ratio)
+        update_(self.tensors, weights, keep)

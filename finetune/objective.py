@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from finetune import diffusion, rng
@@ -43,7 +42,7 @@ class LatentDiffusion(nn.Module):
         self.conditioner = conditioner
         self.space, self.prediction, self.seed = space, prediction, seed
         # Not a buffer: a strategy that casts the module to bf16 must not round the schedule.
-        self.alphas_cumprod_T = alphas_cumprod_T
+        self.alphas_cumprod_T: Tensor = alphas_cumprod_T
 
     def forward(self, what: str, *args: Any) -> Tensor:
         match what:
@@ -60,27 +59,30 @@ class LatentDiffusion(nn.Module):
     def loss(self, moments_B2CHW: Tensor, token_ids_BL: Tensor, clock_B: Tensor) -> Tensor:
         """Float32 [B]: each sample's loss at its own timestep, posterior sample and noise, drawn by its clock."""
         timesteps_B = rng.integers(self.seed, "timestep", clock_B, len(self.alphas_cumprod_T))
-        return self.loss_at(moments_B2CHW, token_ids_BL, clock_B, timesteps_B)
+        return self.loss_at(moments_B2CHW, token_ids_BL, clock_B, timesteps_B, self.seed)
 
     def loss_at(
-        self, moments_B2CHW: Tensor, token_ids_BL: Tensor, draw_ids_B: Tensor, timesteps_B: Tensor
+        self,
+        moments_B2CHW: Tensor,
+        token_ids_BL: Tensor,
+        draw_ids_B: Tensor,
+        timesteps_B: Tensor,
+        seed: int,
     ) -> Tensor:
-        """Float32 [B] at the given timesteps (int64 [B]); posterior and noise are drawn by `draw_ids_B`."""
-        batch, channels2, height, width = moments_B2CHW.shape
+        """Float32 [B] at given timesteps (int64 [B]); posterior and noise are drawn by (`seed`, `draw_ids_B`)."""
+        _, channels2, height, width = moments_B2CHW.shape
         shape = (channels2 // 2, height, width)
-        posterior_BCHW = rng.normal(self.seed, "posterior", draw_ids_B, shape)
-        noise_BCHW = rng.normal(self.seed, "noise", draw_ids_B, shape)
+        posterior_BCHW = rng.normal(seed, "posterior", draw_ids_B, shape)
+        noise_BCHW = rng.normal(seed, "noise", draw_ids_B, shape)
         z_BCHW = sample_latents(moments_B2CHW.float(), posterior_BCHW, self.space)
         alpha_bar_B = self.alphas_cumprod_T.to(moments_B2CHW.device)[timesteps_B]
         noised_BCHW = diffusion.add_noise(z_BCHW, noise_BCHW, alpha_bar_B)
         prediction_BCHW = self.predict(noised_BCHW, timesteps_B, self.conditioner(token_ids_BL))
-        return diffusion.per_sample_mse(
-            prediction_BCHW, diffusion.target(self.prediction, z_BCHW, noise_BCHW)
-        )
+        return diffusion.per_sample_mse(prediction_BCHW, diffusion.target(self.prediction, z_BCHW, noise_BCHW))
 
     def predict(self, noised_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> Tensor:
         """The U-Net's output [B, C, H, W], in the dtype of its weights or of autocast."""
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype
         return self.unet(
             noised_BCHW.to(dtype), timesteps_B, encoder_hidden_states=context_BLD.to(dtype), return_dict=False
         )[0]

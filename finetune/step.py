@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from finetune import ema, rng
+from finetune import rng
 from finetune.batch import Batch
 from finetune.conditioning import TextConditioner, drop_captions
 from finetune.distributed import Strategy
+from finetune.ema import Average
 
 
 @dataclass(frozen=True)
@@ -22,24 +23,6 @@ class StepResult:
     loss_sum: Tensor
     grad_norm: Tensor
     data_seconds: float
-
-
-@dataclass
-class Average:
-    """The EMA of weights, one float32 tensor a shard of the strategy."""
-
-    tensors: list[Tensor]
-    halflife_images: float
-    rampup_ratio: float
-
-    @classmethod
-    def of(cls, strategy: Strategy, halflife_images: float, rampup_ratio: float) -> Average:
-        """An average that starts at the weights as they are."""
-        return cls([shard.master.detach().clone() for shard in strategy.shards], halflife_images, rampup_ratio)
-
-    def update(self, strategy: Strategy, images_seen: int, global_batch: int) -> None:
-        decay = ema.decay(images_seen, global_batch, self.halflife_images, self.rampup_ratio)
-        ema.update_(self.tensors, [shard.master for shard in strategy.shards], decay)
 
 
 def optimizer_step(
@@ -78,7 +61,5 @@ def optimizer_step(
         )
     stats = strategy.step(lr)
     if average is not None:
-        average.update(strategy, images_seen, global_batch)
+        average.update([shard.master for shard in strategy.shards], images_seen, global_batch)
     return StepResult(loss_sum, stats.grad_norm, data_seconds)
-
-

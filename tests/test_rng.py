@@ -35,7 +35,11 @@ def test_a_draw_depends_on_its_own_id_alone():
 def test_seeds_purposes_and_ids_give_other_draws():
     ids = torch.arange(4)
     base = rng.uniform(0, "a", ids, (64,))
-    for other in (rng.uniform(1, "a", ids, (64,)), rng.uniform(0, "b", ids, (64,)), rng.uniform(0, "a", ids + 2**32, (64,))):
+    for other in (
+        rng.uniform(1, "a", ids, (64,)),
+        rng.uniform(0, "b", ids, (64,)),
+        rng.uniform(0, "a", ids + 2**32, (64,)),
+    ):
         assert (base == other).float().mean() < 0.01
     assert abs(np.corrcoef(base.numpy()).ravel()[1]) < 0.5
 

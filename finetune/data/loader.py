@@ -8,8 +8,10 @@ train on the same thing.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from finetune import rng
 from finetune.batch import Batch
 from finetune.data.order import Order
 from finetune.data.shards import ShardSet
+from finetune.latents import LatentSpace
 
 
 def hold_out(buckets: Sequence[np.ndarray], samples: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -54,8 +57,10 @@ def read_batch(
     shards: ShardSet, sample_ids: np.ndarray, bucket: tuple[int, int], clock: np.ndarray, seed: int
 ) -> Batch:
     """Read named samples into one batch (see `Batch`); raises `ShardError` naming what can't be read."""
-    factor = shards.manifest.encoder.downsample
-    shape = (len(sample_ids), 2 * shards.manifest.encoder.channels, bucket[0] // factor, bucket[1] // factor)
+    encoder = shards.manifest.encoder
+    assert encoder is not None
+    height, width = bucket[0] // encoder.downsample, bucket[1] // encoder.downsample
+    shape = (len(sample_ids), 2 * encoder.channels, height, width)
     moments = torch.empty(shape, dtype=torch.float16)
     shards.read_latents(sample_ids, moments.numpy())
     clock_B = torch.from_numpy(clock)
@@ -117,7 +122,7 @@ class Loader:
                 yield step, offset
             step += 1
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch]:
         ahead: deque[Future[Batch]] = deque()
         positions = self._positions()
         try:
@@ -131,3 +136,30 @@ class Loader:
 
     def close(self) -> None:
         self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass
+class Data:
+    """Training order and held-out batches over one set of latent shards."""
+
+    shards: ShardSet
+    order: Order
+    buckets: list[tuple[tuple[int, int], np.ndarray]]  # (height, width) in pixels, ids of training samples
+    held_out: list[Batch]
+    space: LatentSpace
+
+    @property
+    def largest_bucket(self) -> tuple[int, int]:
+        """(height, width) in pixels of the bucket with most samples."""
+        return max(self.buckets, key=lambda bucket: len(bucket[1]))[0]
+
+    @property
+    def downsample(self) -> int:
+        """Pixels per latent cell."""
+        encoder = self.shards.manifest.encoder
+        assert encoder is not None
+        return encoder.downsample
+
+    def loader(self, **settings: Any) -> Loader:
+        """A `Loader` over the training samples; `settings` are its keyword arguments."""
+        return Loader(self.shards, self.buckets, self.order, **settings)

@@ -39,9 +39,7 @@ class Order:
         UserError: no bucket holds one global batch.
     """
 
-    def __init__(
-        self, bucket_sizes: Sequence[int], *, seed: int, global_batch: int, shuffle: bool = True
-    ) -> None:
+    def __init__(self, bucket_sizes: Sequence[int], *, seed: int, global_batch: int, shuffle: bool = True) -> None:
         self.bucket_sizes = tuple(bucket_sizes)
         self.seed = seed
         self.global_batch = global_batch
@@ -63,7 +61,9 @@ class Order:
         """The global batch of optimizer step `step` (0-based, over all epochs)."""
         epoch, index = divmod(step, self.steps_per_epoch)
         bucket, start = self._schedule(epoch)[index]
-        return GlobalBatch(int(bucket), self._permutation(epoch, int(bucket))[start : start + self.global_batch], epoch)
+        return GlobalBatch(
+            int(bucket), self._permutation(epoch, int(bucket))[start : start + self.global_batch], epoch
+        )
 
     def _generator(self, epoch: int, stream: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, epoch, stream))))

@@ -1,0 +1,378 @@
+"""Config to objects: the one place where names become things, and contradictions are refused."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from finetune import UserError, diffusion, lr
+from finetune.checkpoint import Checkpoints, Layout
+from finetune.conditioning import TextConditioner
+from finetune.config import Config
+from finetune.data.loader import Data, hold_out, read_batch
+from finetune.data.order import Order
+from finetune.data.shards import MANIFEST, ShardSet
+from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.ema import Average
+from finetune.latents import LatentSpace
+from finetune.loop import Parts
+from finetune.models.adapters import TEXT_TARGETS, add_lora
+from finetune.models.autoencoder import encoder_sha256, load_autoencoder
+from finetune.models.components import scheduler_config
+from finetune.models.text import (
+    build_text_encoder,
+    load_text,
+    load_tokenizer,
+    save_tokenizer,
+    tokenize,
+    train_tokenizer,
+)
+from finetune.models.unet import build_unet, enable_gradient_checkpointing, load_unet, pixel_multiple
+from finetune.objective import LatentDiffusion
+from finetune.rng import fold
+from finetune.sampling import check_size
+
+_TOKENIZER_CAPTIONS = 200_000  # a vocabulary doesn't get better with more
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range and contradictions, before anything is loaded.
+
+    Raises:
+        UserError: names the key, its value and what it may be.
+    """
+    choices = {
+        "adapter.kind": (config.adapter.kind, ("full", "lora")),
+        "task.name": (config.task.name, ("text_to_image",)),
+        "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
+        "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
+        "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
+        "train.precision": (config.train.precision, ("fp32", "bf16", "fp16")),
+        "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
+    }
+    for key, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise UserError(f"{key}={value} is not known: choose one of {', '.join(allowed)}")
+    positive = {
+        "train.steps": config.train.steps,
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batch": 1 if config.train.micro_batch is None else config.train.micro_batch,
+        "optim.lr": config.optim.lr,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "tracker.every": config.tracker.every,
+        "validation.timesteps": config.validation.timesteps,
+        "sample.steps": config.sample.steps,
+        "data.readers": config.data.readers,
+        "data.prefetch": config.data.prefetch,
+    }
+    for key, number in positive.items():
+        if not number > 0:
+            raise UserError(f"{key}={number} must be greater than 0")
+    not_negative = {
+        "optim.warmup_images": config.optim.warmup_images,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.max_grad_norm": config.optim.max_grad_norm,
+        "sample.every": config.sample.every,
+        "validation.every": config.validation.every,
+        "validation.samples": config.validation.samples,
+    }
+    for key, number in not_negative.items():
+        if number < 0:
+            raise UserError(f"{key}={number} must not be negative")
+    if not 0 <= config.task.caption_dropout <= 1:
+        raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
+    if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
+        raise UserError(
+            "sample.prompts is empty: give prompts, leave it out for held-out captions, or sample.every=0"
+        )
+    if config.strategy.kind == "zero" and config.strategy.stage not in (1, 2, 3):
+        raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
+    if config.adapter.kind == "lora" and config.model.pretrained is None:
+        raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
+    if config.model.pretrained is None and not config.model.unet:
+        raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def batch_sizes(config: Config, world: World) -> tuple[int, int]:
+    """(micro-batch, accumulation steps) of each rank.
+
+    Raises:
+        UserError: the global batch can't be cut so.
+    """
+    total, size = config.train.global_batch, world.size
+    share, rest = divmod(total, size)
+    if rest or share == 0:
+        raise UserError(
+            f"train.global_batch={total} cannot be shared by {size} processes: take a multiple of {size}"
+        )
+    micro = min(config.train.micro_batch or share, share)
+    if share % micro:
+        raise UserError(
+            f"train.micro_batch={micro} does not divide the {share} samples of each rank "
+            f"(train.global_batch={total} over {size} processes)"
+        )
+    return micro, share // micro
+
+
+def open_data(config: Config) -> Data:
+    """Open the shards and fix the order of their samples.
+
+    Raises:
+        UserError: no latent shards there, or too few samples.
+    """
+    shards = ShardSet.open(config.data.shards)
+    encoder = shards.manifest.encoder
+    if shards.manifest.kind != "latents" or encoder is None:
+        raise UserError(
+            f"data.shards={config.data.shards} holds pictures, not latents: run "
+            f"`data-tools encode {config.data.shards} --vae MODEL --out LATENTS` and train on LATENTS"
+        )
+    sizes = list(shards.buckets)
+    train_ids, held_ids = hold_out([shards.buckets[size] for size in sizes], config.validation.samples)
+    order = Order(
+        [len(ids) for ids in train_ids],
+        seed=fold(config.seed, "order"),
+        global_batch=config.train.global_batch,
+        shuffle=config.data.shuffle,
+    )
+    held_out = [
+        read_batch(shards, ids, size, ids.astype(np.int64), seed=0)
+        for size, ids in zip(sizes, held_ids, strict=True)
+        if len(ids)
+    ]
+    space = LatentSpace(encoder.scale, encoder.shift)
+    return Data(shards, order, list(zip(sizes, train_ids, strict=True)), held_out, space)
+
+
+def captions(shards: ShardSet) -> Iterator[str]:
+    """All captions, in the order of the manifest."""
+    for sample_id in range(shards.manifest.samples):
+        record = shards.read_json(sample_id)
+        yield from record.get("captions") or [record.get("caption") or ""]
+
+
+def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.Module, bool]:
+    """Tokenizer, text encoder, and whether it is trained."""
+    if config.model.pretrained is not None:
+        tokenizer, encoder = load_text(config.model.pretrained, config.model.revision)
+        return tokenizer, encoder, config.model.train_text_encoder
+    folder, settings = run / "tokenizer", config.model.text_encoder
+
+    def make() -> None:
+        if not folder.exists():
+            all_captions = islice(captions(data.shards), _TOKENIZER_CAPTIONS)
+            made = train_tokenizer(all_captions, settings.vocab_size, settings.max_length)
+            temporary = folder.with_name(".tokenizer.tmp")
+            save_tokenizer(made, temporary)
+            temporary.rename(folder)
+
+    world.on_main(make)
+    tokenizer = load_tokenizer(folder)
+    encoder = build_text_encoder(
+        tokenizer,
+        settings.hidden_size,
+        settings.layers,
+        settings.heads,
+        seed=fold(config.seed, "text encoder"),
+    )
+    return tokenizer, encoder, True
+
+
+def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | None:
+    """The autoencoder for sample grids, proven to be the one that made the latents.
+
+    Raises:
+        UserError: another autoencoder made them, or a named one can't be loaded.
+    """
+    encoder = data.shards.manifest.encoder
+    assert encoder is not None
+    named = config.model.vae or config.model.pretrained
+    source = named or encoder.locate(data.shards.root)
+    try:
+        vae = load_autoencoder(source)
+    except UserError as error:
+        if named is not None:
+            raise
+        notices.append(f"no sample grids: {error}; name the autoencoder with model.vae=...")
+        return None
+    data.shards.manifest.require_encoder(encoder_sha256(vae), str(source))
+    return vae
+
+
+def build(config: Config, world: World, run: Path) -> Parts:
+    """Make everything that the loop needs.
+
+    Raises:
+        UserError: what is asked for is missing, broken or does not fit together.
+    """
+    notices: list[str] = []
+    micro_batch, accumulation = batch_sizes(config, world)
+    data = open_data(config)
+    encoder = data.shards.manifest.encoder
+    assert encoder is not None
+    if any(data.order.left_out):
+        notices.append(
+            f"each epoch leaves out {sum(data.order.left_out)} of {sum(data.order.bucket_sizes)} samples: "
+            f"the rest of a bucket that fills no global batch of {config.train.global_batch}"
+        )
+    decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
+    world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
+    if config.model.pretrained is not None:
+        unet = load_unet(config.model.pretrained, revision=config.model.revision)
+    else:
+        unet = build_unet(config.model.unet, seed=fold(config.seed, "unet"))
+    tokenizer, text_encoder, train_text = _text(config, world, run, data)
+    _check_fit(config, unet, text_encoder, data)
+
+    unet.requires_grad_(config.adapter.kind == "full")
+    text_encoder.requires_grad_(train_text and config.adapter.kind == "full")
+    if config.adapter.kind == "lora":
+        for part, targets, name in (
+            (unet, config.adapter.targets, "unet"),
+            (text_encoder, TEXT_TARGETS, "text_encoder"),
+        ):
+            if part is unet or train_text:
+                add_lora(
+                    part,
+                    config.adapter.rank,
+                    config.adapter.alpha,
+                    dropout=config.adapter.dropout,
+                    target_modules=targets,
+                    seed=fold(config.seed, f"{name} lora"),
+                )
+    if config.model.gradient_checkpointing:
+        enable_gradient_checkpointing(unet)
+        if train_text:
+            enable_gradient_checkpointing(text_encoder)
+    if config.model.channels_last and config.strategy.kind == "ddp":
+        unet.to(memory_format=torch.channels_last)  # DeepSpeed's flat buffers would lose the layout
+
+    schedule = config.model.scheduler
+    betas_T = diffusion.betas(
+        schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps, schedule.beta_schedule
+    )
+    model = LatentDiffusion(
+        unet,
+        TextConditioner(partial(tokenize, tokenizer), text_encoder, trained=train_text),
+        alphas_cumprod_T=diffusion.alphas_cumprod(betas_T).to(world.device),
+        space=data.space,
+        prediction=config.objective.prediction,
+        seed=config.seed,
+    )
+    model.train()
+    strategy = _strategy(config, world, model, micro_batch, accumulation)
+    average = None
+    if config.ema.enabled:
+        weights = [shard.master for shard in strategy.shards]
+        average = Average.starting_at(weights, config.ema.halflife_images, config.ema.rampup_ratio)
+    layout = Layout(
+        {"unet": unet, "text_encoder": text_encoder},
+        config.adapter.alpha if config.adapter.kind == "lora" else None,
+    )
+    checkpoints = Checkpoints(run, layout, config.checkpoint.keep)
+    return Parts(
+        data,
+        model,
+        strategy,
+        average,
+        checkpoints,
+        micro_batch,
+        accumulation,
+        scheduler_config(asdict(schedule), config.objective.prediction),
+        decoder[0] if decoder else None,
+        notices,
+    )
+
+
+def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None:
+    encoder = data.shards.manifest.encoder
+    assert encoder is not None
+    if unet.config.in_channels != encoder.channels:
+        raise UserError(
+            f"the U-Net takes {unet.config.in_channels} channels, the shards hold latents of {encoder.channels}: "
+            "choose a model for these latents or encode with another autoencoder"
+        )
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+        raise UserError(
+            f"the U-Net's cross_attention_dim is {unet.config.cross_attention_dim}, the text encoder's hidden_size "
+            f"{text_encoder.config.hidden_size}: they must be equal"
+        )
+    multiple = pixel_multiple(unet, encoder.downsample)
+    if config.sample.every:
+        height, width = data.largest_bucket
+        check_size(config.sample.height or height, config.sample.width or width, multiple)
+    for (height, width), _ in data.buckets:
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"pictures of {height}x{width} px do not fit this U-Net: sides must be multiples of {multiple}; "
+                "encode with another --size"
+            )
+
+
+def _strategy(
+    config: Config, world: World, model: LatentDiffusion, micro_batch: int, accumulation: int
+) -> Strategy:
+    parameters: dict[str, dict[str, nn.Parameter]] = {
+        "unet": {f"unet.{n}": p for n, p in model.unet.named_parameters() if p.requires_grad},
+        "text_encoder": {
+            f"text_encoder.{n}": p for n, p in model.conditioner.encoder.named_parameters() if p.requires_grad
+        },
+    }
+    text_lr = config.optim.text_encoder_lr
+    ratios = {"unet": 1.0, "text_encoder": 1.0 if text_lr is None else text_lr / config.optim.lr}
+    groups = [ParamGroup(name, named, ratios[name]) for name, named in parameters.items() if named]
+    adamw = AdamW(config.optim.beta1, config.optim.beta2, config.optim.eps, config.optim.weight_decay)
+    common: dict[str, Any] = {
+        "adamw": adamw,
+        "max_grad_norm": config.optim.max_grad_norm,
+        "precision": config.train.precision,
+    }
+    if config.strategy.kind == "ddp":
+        return DataParallel(world, model, groups, **common)
+    return ZeRO(
+        world,
+        model,
+        groups,
+        **common,
+        stage=config.strategy.stage,
+        offload_optimizer=config.strategy.offload_optimizer,
+        offload_parameters=config.strategy.offload_parameters,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+    )
+
+
+def depends_on(config: Config) -> dict[str, Any]:
+    """What a run must keep to be the same run when it goes on, by config key."""
+    manifest = hashlib.sha256((Path(config.data.shards) / MANIFEST).read_bytes()).hexdigest()
+    adapter = (
+        {
+            "rank": config.adapter.rank,
+            "alpha": config.adapter.alpha,
+            "targets": sorted(config.adapter.targets),
+        }
+        if config.adapter.kind == "lora"
+        else {}
+    )
+    return {
+        "seed": config.seed,
+        "train.global_batch": config.train.global_batch,
+        "validation.samples": config.validation.samples,
+        "data.shuffle": config.data.shuffle,
+        "data.shards (manifest's sha256)": manifest,
+        "adapter.kind": config.adapter.kind,
+        **{f"adapter.{name}": value for name, value in adapter.items()},
+        "model.pretrained": config.model.pretrained,
+        "objective.prediction": config.objective.prediction,
+    }

@@ -1,0 +1,171 @@
+"""The training loop: what happens when. One clock, images seen; each step is a function of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from finetune import UserError
+from finetune.checkpoint import Checkpoints, Progress, require_same
+from finetune.config import Config
+from finetune.data.loader import Data
+from finetune.distributed import Strategy, World
+from finetune.ema import Average
+from finetune.lr import learning_rate
+from finetune.objective import LatentDiffusion
+from finetune.step import optimizer_step
+from finetune.tracking import Tracker
+from finetune.validation import draw_samples, held_out_loss
+
+
+@dataclass
+class Parts:
+    """What the loop runs."""
+
+    data: Data
+    model: LatentDiffusion
+    strategy: Strategy
+    average: Average | None
+    checkpoints: Checkpoints
+    micro_batch: int
+    accumulation: int
+    scheduler: dict[str, Any]  # configuration of the sampler of sample grids
+    decoder: AutoencoderKL | None  # on rank 0, where sample grids are decoded
+    notices: list[str]
+
+
+def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any]) -> Progress:
+    """Restore the newest whole checkpoint, or the one that `checkpoint.resume` names, or start anew.
+
+    `depends_on`: what must be as it was (see `Progress`).
+
+    Raises:
+        UserError: the run has checkpoints but was told not to resume; what it depends on has changed.
+    """
+    wanted = config.checkpoint.resume
+    if wanted == "auto" or wanted == "never":
+        path = world.on_main(parts.checkpoints.latest)
+        if wanted == "never" and path is not None:
+            raise UserError(
+                f"checkpoint.resume=never, but {path} is there: choose another run.dir or remove that folder"
+            )
+    else:
+        path = world.on_main(lambda: parts.checkpoints.named(wanted))
+    if path is None:
+        return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on)
+    saved = parts.checkpoints.read(path)
+    require_same(saved.depends_on, depends_on, path)
+    parts.checkpoints.restore(path, parts.strategy, parts.average)
+    parts.notices.append(f"going on from {path}")
+    saved.depends_on = depends_on
+    return saved
+
+
+def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress: Progress) -> None:
+    """Train from `progress` to `train.steps`."""
+    strategy, data = parts.strategy, parts.data
+    global_batch, total_steps = config.train.global_batch, config.train.steps
+    loader = data.loader(
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batch=parts.micro_batch,
+        start_step=progress.step,
+        readers=config.data.readers,
+        prefetch=config.data.prefetch,
+        pin=world.device.type == "cuda",
+    )
+    batches = iter(loader)
+    step = progress.step
+
+    def due(every: int) -> bool:
+        return every > 0 and (step % every == 0 or step == total_steps)
+
+    try:
+        while step < total_steps:
+            images_seen = (step + 1) * global_batch
+            lr = learning_rate(
+                images_seen,
+                peak=config.optim.lr,
+                schedule=config.optim.schedule,
+                warmup_images=config.optim.warmup_images,
+                total_images=total_steps * global_batch,
+                final_ratio=config.optim.final_lr_ratio,
+            )
+            result = optimizer_step(
+                strategy,
+                parts.model.conditioner,
+                batches,
+                micro_batches=parts.accumulation,
+                global_batch=global_batch,
+                lr=lr,
+                caption_dropout=config.task.caption_dropout,
+                seed=config.seed,
+                average=parts.average,
+                images_seen=images_seen,
+            )
+            step += 1
+            tracker.step(result.loss_sum, result.grad_norm, result.data_seconds)
+            # A checkpoint closes a line, so that lines are cut the same way after a restart.
+            if due(config.tracker.every) or due(config.checkpoint.every):
+                tracker.log(step, lr)
+            with tracker.paused():
+                if due(config.validation.every) and data.held_out:
+                    tracker.write({"step": step, **_validate(config, parts)})
+                if due(config.sample.every):
+                    _sample(config, world, parts, tracker, step)
+                if due(config.checkpoint.every):
+                    progress = Progress(
+                        step=step,
+                        images_seen=images_seen,
+                        steps_taken=strategy.steps_taken,
+                        loss_scale=strategy.scaler_state(),
+                        depends_on=progress.depends_on,
+                    )
+                    parts.checkpoints.save(progress, strategy, parts.average)
+    finally:
+        batches.close()
+        loader.close()
+
+
+def _validate(config: Config, parts: Parts) -> dict[str, float]:
+    with parts.strategy.evaluating(parts.average.tensors if parts.average else None):
+        return held_out_loss(
+            parts.strategy,
+            parts.data.held_out,
+            [parts.model.conditioner.tokenize(batch.captions) for batch in parts.data.held_out],
+            strata=config.validation.timesteps,
+            num_train_timesteps=config.model.scheduler.num_train_timesteps,
+        )
+
+
+def prompts_of(config: Config, parts: Parts) -> list[str]:
+    """`sample.prompts`, else captions of up to four held-out samples."""
+    if config.sample.prompts is not None:
+        return list(config.sample.prompts)
+    return [caption for batch in parts.data.held_out for caption in batch.captions][:4] or [""]
+
+
+def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: int) -> None:
+    if not world.broadcast(parts.decoder is not None):
+        return
+    prompts = prompts_of(config, parts)
+    height, width = parts.data.largest_bucket
+    with parts.strategy.evaluating(parts.average.tensors if parts.average else None):
+        picture: Image.Image | None = draw_samples(
+            parts.strategy,
+            parts.model,
+            parts.decoder,
+            prompts,
+            seed=config.sample.seed,
+            size=(config.sample.height or height, config.sample.width or width),
+            downsample=parts.data.downsample,
+            scheduler=parts.scheduler,
+            steps=config.sample.steps,
+            guidance=config.sample.guidance,
+        )
+    if picture is not None:
+        tracker.image(step, picture, " | ".join(prompts))

@@ -1,0 +1,222 @@
+"""Metrics and pictures of a run: `metrics.jsonl`, `samples/`, Weights & Biases.
+
+Losses stay on the device until a line is due: the host waits for it once per logging interval. Rank 0 alone
+writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from finetune import UserError
+from finetune.distributed import World
+
+
+class Tracker:
+    """Collects steps and writes them.
+
+    Args:
+        run: the run's folder.
+        world: only rank 0 writes; all ranks call, since losses are summed over ranks.
+        config: what W&B shows as the run's configuration.
+        first_step, total_steps: of the progress bar; lines of steps after `first_step` that an earlier process
+            left (it was killed after its last checkpoint) are dropped, since those steps are run again.
+        wandb_mode: `online`, `offline` or None for no W&B.
+    """
+
+    def __init__(
+        self,
+        run: str | Path,
+        world: World,
+        *,
+        config: dict[str, Any],
+        name: str,
+        project: str,
+        wandb_mode: str | None,
+        first_step: int,
+        total_steps: int,
+        global_batch: int,
+    ) -> None:
+        self.run, self.world, self.global_batch = Path(run), world, global_batch
+        self.losses: list[Tensor] = []
+        self.grad_norm: Tensor | None = None
+        self.data_seconds = 0.0
+        self.steps_since = 0
+        self.since = time.perf_counter()
+        self.wandb: Any = None
+        self.bar: tqdm[Any] | None = None
+        if not world.is_main:
+            return
+        self.metrics = self.run / "metrics.jsonl"
+        self._rewind(first_step)
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, desc=name
+        )
+        if wandb_mode is not None:
+            self._start_wandb(config, name, project, wandb_mode)
+
+    def _rewind(self, step: int) -> None:
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the line that a kill cut short
+        temporary = self.metrics.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.metrics)
+
+    def _start_wandb(self, config: dict[str, Any], name: str, project: str, mode: str) -> None:
+        import wandb
+
+        identity = self.run / "wandb-id"
+        if not identity.exists():
+            identity.write_text(secrets.token_hex(4) + "\n")
+        try:
+            self.wandb = wandb.init(
+                project=project,
+                name=name,
+                id=identity.read_text().strip(),
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=str(self.run),
+                config=config,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except Exception as error:
+            raise UserError(
+                f"W&B cannot start ({str(error).splitlines()[0]}); use tracker.mode=offline or tracker=none"
+            ) from None
+        self.wandb.define_metric("step")
+        self.wandb.define_metric("*", step_metric="step")
+
+    def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None:
+        """Take in one optimizer step (scalars on the device), without waiting for the device."""
+        self.losses.append(loss_sum)
+        self.grad_norm = grad_norm
+        self.data_seconds += data_seconds
+        self.steps_since += 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def log(self, step: int, lr: float) -> None:
+        """Write one line for the steps since the last; collective, and waits for the device.
+
+        Raises:
+            UserError: no step since the last line had a finite loss.
+        """
+        if self.grad_norm is None:
+            return
+        device_losses = torch.stack(self.losses).double()
+        losses = (self.world.sum_(device_losses) / self.global_batch).tolist()
+        grad_norm = float(self.grad_norm)
+        seconds = time.perf_counter() - self.since
+        line = {
+            "step": step,
+            "images_seen": step * self.global_batch,
+            "loss": sum(losses) / len(losses),
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "images_per_s": self.steps_since * self.global_batch / seconds,
+            "data_wait_s": self.data_seconds / self.steps_since,
+        }
+        if self.world.device.type == "cuda":
+            line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        self.losses, self.grad_norm, self.data_seconds, self.steps_since = [], None, 0.0, 0
+        self.since = time.perf_counter()
+        self.write(line)
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s")
+        if not any(map(math.isfinite, losses)):
+            raise UserError(
+                f"the loss is not a finite number at step {step}: lower optim.lr or use train.precision=fp32; "
+                "the last checkpoint is from before"
+            )
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Write one line of numbers, which has a "step", to metrics.jsonl and W&B."""
+        if not self.world.is_main:
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+        if self.wandb is not None:
+            self.wandb.log(values)
+
+    def image(self, step: int, picture: Image.Image, caption: str) -> None:
+        """Keep a picture as samples/step-00001000.png and send it to W&B."""
+        if not self.world.is_main:
+            return
+        folder = self.run / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:08d}.png"
+        temporary = folder / f".{path.name}.tmp"
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({"samples": wandb.Image(picture, caption=caption), "step": step})
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Work inside is not counted in images/s."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - started
+
+    def say(self, line: str) -> None:
+        """Print a line above the progress bar, on rank 0."""
+        if self.world.is_main:
+            tqdm.write(line)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN or infinity: they become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def wandb_mode(wanted: str) -> str:
+    """`auto` becomes `online` when the user is logged in, else `offline`.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    if wanted not in ("auto", "online", "offline"):
+        raise UserError(f"tracker.mode={wanted} is not known: choose auto, online or offline")
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
+    if wanted != "auto":
+        return wanted
+    if os.environ.get("WANDB_API_KEY"):
+        return "online"
+    import netrc
+
+    try:
+        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+        return "online" if netrc.netrc().authenticators(host) else "offline"
+    except (OSError, netrc.NetrcParseError):
+        return "offline"

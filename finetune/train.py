@@ -1,0 +1,123 @@
+"""`finetune train`: fine-tune a latent diffusion model on latent shards.
+
+Also `python -m finetune.train`, for `accelerate launch`, `torchrun` and `srun`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from finetune import UserError, run_cli
+from finetune.config import Config, compose, groups
+
+EXAMPLES = """\
+finetune train [KEY=VALUE ...]     fine-tune on latent shards; the same command goes on where a run was stopped
+
+examples:
+  finetune train experiment=smoke data.shards=LATENTS run.dir=runs/smoke
+  finetune train experiment=sd15_lora model.pretrained=PATH_OR_HUB_ID data.shards=LATENTS run.dir=runs/mine
+  accelerate launch --config_file launchers/accelerate/zero2.yaml -m finetune.train strategy=zero2 ...
+
+options:
+  -h, --help    this text
+  --print       print the composed configuration and stop
+"""
+
+
+def main(argv: list[str]) -> int:
+    if any(word in ("-h", "--help") for word in argv):
+        print(help_text())
+        return 0
+    overrides = [word for word in argv if word != "--print"]
+    try:
+        if unknown := [word for word in overrides if word.startswith("-")]:
+            raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune train --help")
+        config, composed = compose("train", overrides, Config)
+        if "--print" in argv:
+            print(OmegaConf.to_yaml(composed), end="")
+            return 0
+        return run(config, composed)
+    except UserError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank > 0 and getattr(error, "everywhere", False):
+            return 2  # rank 0 says it for all
+        raise UserError(f"[rank {rank}] {error}" if rank > 0 else str(error)) from None
+
+
+def help_text() -> str:
+    """Usage, config groups with their choices, and all keys with their defaults."""
+    lines = [EXAMPLES, "config groups (GROUP=CHOICE):"]
+    lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups().items() if "/" not in name]
+    keys = OmegaConf.to_yaml(OmegaConf.structured(Config))
+    return "\n".join(lines) + "\n\nkeys and defaults (KEY.SUBKEY=VALUE):\n  " + keys.strip().replace("\n", "\n  ")
+
+
+def run(config: Config, composed: DictConfig) -> int:
+    """Train one configuration, from the start or from its last checkpoint."""
+    from finetune import build, distributed, loop, tracking
+    from finetune.checkpoint import RunFolder
+
+    build.check(config)
+    _quiet()
+    if config.train.threads is not None:
+        import torch
+
+        torch.set_num_threads(config.train.threads)
+    world = distributed.start(config.train.device, needs_group=config.strategy.kind == "zero")
+    folder: RunFolder | None = None
+    try:
+        box: list[RunFolder] = []  # the lock stays with rank 0
+        world.on_main(lambda: box.append(RunFolder(config.run.dir)))
+        folder = box[0] if box else None
+        path = Path(config.run.dir)
+        parts = build.build(config, world, path)
+        progress = loop.resume(config, world, parts, build.depends_on(config))
+        world.on_main(lambda: _save_config(path, composed))
+        tracker = tracking.Tracker(
+            path,
+            world,
+            config=OmegaConf.to_container(composed),  # type: ignore[arg-type]
+            name=config.run.name,
+            project=config.tracker.project,
+            wandb_mode=tracking.wandb_mode(config.tracker.mode) if config.tracker.wandb else None,
+            first_step=progress.step,
+            total_steps=config.train.steps,
+            global_batch=config.train.global_batch,
+        )
+        try:
+            for notice in parts.notices:
+                tracker.say(f"note: {notice}")
+            if progress.step >= config.train.steps:
+                tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")
+            loop.train(config, world, parts, tracker, progress)
+        finally:
+            tracker.close()
+        if world.is_main:
+            print(f"run: {path}")
+        return 0
+    finally:
+        if folder is not None:
+            folder.close()
+        distributed.stop()
+
+
+def _save_config(run: Path, composed: DictConfig) -> None:
+    temporary = run / ".config.yaml.tmp"
+    temporary.write_text(OmegaConf.to_yaml(composed))
+    os.replace(temporary, run / "config.yaml")
+
+
+def _quiet() -> None:
+    """Keep the libraries' chatter off the user's terminal; our own warnings stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

@@ -1,0 +1,144 @@
+"""What a run is measured by: held-out loss at fixed noise, and sample grids with fixed seeds.
+
+Both run with the averaged weights. Work is split over ranks in equal shares (the last ones repeat a sample), so
+that every rank makes the same calls, as ZeRO-3 needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from finetune import rng
+from finetune.batch import Batch
+from finetune.distributed import Strategy
+from finetune.latents import to_raw
+from finetune.models.autoencoder import decode
+from finetune.objective import LatentDiffusion
+from finetune.sampling import default_batch, draw_noise, generators, grid, make_scheduler, sample, to_pil
+
+SEED = 0  # the same noise and timesteps in every run, so that losses compare
+
+
+def stratified_timesteps(sample_ids_B: Tensor, stratum: int, strata: int, num_train_timesteps: int) -> Tensor:
+    """Int64 [B]: one timestep for each sample inside the stratum [k/K, (k+1)/K) of the schedule."""
+    u_B = rng.uniform(SEED, f"validation-timestep-{stratum}", sample_ids_B).double()
+    return ((stratum + u_B) / strata * num_train_timesteps).long().clamp_(max=num_train_timesteps - 1)
+
+
+def shares(count: int, size: int) -> list[list[int]]:
+    """Indices 0..count-1 dealt to `size` ranks in equal shares; the last index fills up."""
+    per_rank = -(-count // size)
+    return [[min(rank * per_rank + i, count - 1) for i in range(per_rank)] for rank in range(size)]
+
+
+def held_out_loss(
+    strategy: Strategy,
+    batches: Sequence[Batch],
+    tokens: Sequence[Tensor],
+    *,
+    strata: int,
+    num_train_timesteps: int,
+) -> dict[str, float]:
+    """Mean loss over held-out samples, in all and for each stratum of timesteps; collective.
+
+    Args:
+        batches: the same on every rank; each has one shape. Their ids address the noise.
+        tokens: int64 [B, L] of each batch.
+
+    Returns:
+        `validation/loss` and `validation/loss_t0`, ... by rising timestep.
+    """
+    world = strategy.world
+    sums = torch.zeros(strata + 1, dtype=torch.float64, device=world.device)
+    for batch, token_ids_BL in zip(batches, tokens, strict=True):
+        parts = shares(len(batch), world.size)
+        mine = parts[world.rank]
+        # What fills up the last shares is computed but does not count.
+        counted = [i for part in parts[: world.rank] for i in part]
+        weight_B = torch.tensor([float(i not in (*counted, *mine[:n])) for n, i in enumerate(mine)])
+        ids_B = batch.sample_ids[mine].to(world.device)
+        for stratum in range(strata):
+            timesteps_B = stratified_timesteps(ids_B, stratum, strata, num_train_timesteps)
+            draw_ids_B = ids_B * strata + stratum
+            loss_B = strategy(
+                "loss_at",
+                batch.moments[mine].to(world.device),
+                token_ids_BL[mine].to(world.device),
+                draw_ids_B,
+                timesteps_B,
+                SEED,
+            ).double()
+            sums[stratum] += (loss_B * weight_B.to(world.device)).sum()
+        sums[strata] += weight_B.sum()
+    world.sum_(sums)
+    per_stratum = (sums[:strata] / sums[strata]).tolist()
+    named = {f"validation/loss_t{k}": value for k, value in enumerate(per_stratum)}
+    return {"validation/loss": sum(per_stratum) / strata, **named}
+
+
+def draw_samples(
+    strategy: Strategy,
+    model: LatentDiffusion,
+    decoder: AutoencoderKL | None,
+    prompts: Sequence[str],
+    *,
+    seed: int,
+    size: tuple[int, int],
+    downsample: int,
+    scheduler: Mapping[str, Any],
+    steps: int,
+    guidance: float,
+) -> Image.Image | None:
+    """A grid with one picture for each prompt, picture i from noise of `seed` + i; collective.
+
+    Args:
+        decoder: on rank 0; pictures are decoded there.
+        size: height and width in pixels; `downsample` pixels per latent cell.
+        scheduler: configuration of a diffusers `DDIMScheduler`.
+
+    Returns:
+        The grid on rank 0, None elsewhere.
+    """
+    world = strategy.world
+    share = shares(len(prompts), world.size)
+    mine = share[world.rank]
+    channels: int = model.unet.config.in_channels  # type: ignore[assignment,union-attr]
+    shape = (channels, size[0] // downsample, size[1] // downsample)
+
+    def encode(texts: Sequence[str]) -> Tensor:
+        return strategy("context", model.conditioner.tokenize(texts).to(world.device)).float()
+
+    def denoise(inputs: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
+        return (strategy("predict", inputs, t.expand(len(inputs)), encoder_hidden_states),)
+
+    latents = []
+    at_once = default_batch(*size)
+    for start in range(0, len(mine), at_once):
+        chunk = mine[start : start + at_once]
+        z_BCHW = sample(
+            denoise,
+            encode([prompts[i] for i in chunk]),
+            encode([""] * len(chunk)) if guidance > 1 else None,
+            draw_noise(generators(seed + i for i in chunk), shape),
+            make_scheduler("ddim", scheduler),
+            steps,
+            guidance,
+        )
+        latents.append(z_BCHW.cpu())
+    drawn = world.gather(torch.cat(latents))
+    if decoder is None:
+        return None
+    by_prompt = {i: z for part, zs in zip(share, drawn, strict=True) for i, z in zip(part, zs, strict=True)}
+    decoder.to(world.device)
+    pictures = [
+        to_pil(decode(decoder, to_raw(by_prompt[i][None].to(world.device), model.space)))[0]
+        for i in range(len(prompts))
+    ]
+    decoder.to("cpu")  # its memory is the trainer's until the next grid
+    return grid(pictures, columns=min(len(pictures), 8))
