@@ -1,0 +1,1 @@
+"""The first stage: training of the autoencoder whose latents the diffusion model works on."""

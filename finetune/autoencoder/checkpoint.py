@@ -1,0 +1,177 @@
+"""Checkpoints of a first-stage run, in the layout of `finetune.checkpoint`: complete or absent, never half.
+
+    checkpoints/step-00001000/
+        weights/vae/  ema/vae/      diffusers layout, float32 (ema/ only when EMA is on)
+        optimizer/                  exp_avg.safetensors, exp_avg_sq.safetensors, by parameter name
+        trainer.json                written last: the clock, what the run depends on, sha256 of every file
+
+A folder is written under a temporary name and renamed when all of it is on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune import UserError
+from finetune.checkpoint import FORMAT, find_fault
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def checkpoint_dir(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+def write_vae(folder: Path, vae: AutoencoderKL, weights: Mapping[str, Tensor]) -> None:
+    """Write `weights` with the config of `vae` as a diffusers model folder."""
+    folder.mkdir(parents=True)
+    vae.save_config(folder)
+    _save_tensors(folder / WEIGHTS_NAME, weights)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of `final`, which may exist; its bytes reach the disk before its name.
+
+    A kill between the two renames leaves no folder at `final`, never half of one.
+    """
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    aside = final.with_name(f".old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def save(
+    run: Path,
+    vae: AutoencoderKL,
+    average: Mapping[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    *,
+    step: int,
+    images_seen: int,
+    depends_on: Mapping[str, Any],
+    keep: int,
+) -> Path:
+    """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
+
+    Raises:
+        UserError: the disk is full or refuses; the checkpoints before this one stay.
+    """
+    final = checkpoint_dir(run, step)
+    temporary = final.with_name(f".tmp-{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    parameters = dict(vae.named_parameters())
+    try:
+        write_vae(temporary / "weights" / "vae", vae, parameters)
+        if average is not None:
+            write_vae(temporary / "ema" / "vae", vae, average)
+        (temporary / "optimizer").mkdir()
+        for part in MOMENTS:
+            moments = {name: optimizer.state[parameter][part] for name, parameter in parameters.items()}
+            _save_tensors(temporary / "optimizer" / f"{part}.safetensors", moments)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        record = {
+            "format": FORMAT,
+            "step": step,
+            "images_seen": images_seen,
+            "depends_on": dict(depends_on),
+            "files": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
+        }
+        (temporary / "trainer.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        publish(temporary, final)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"cannot save {final}: {error}; the checkpoints before it are untouched: "
+            "make room and start the same command again"
+        ) from None
+    for old in _complete(run)[:-keep]:
+        # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
+        doomed = old.with_name(f".old-{old.name}")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+    return final
+
+
+def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are whole, and its record; broken ones are named and passed over.
+
+    What a killed writer left under temporary names is removed.
+    """
+    for leftover in (run / "checkpoints").glob(".*-step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in reversed(_complete(run)):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder, json.loads((folder / "trainer.json").read_text())
+        print(f"warning: passing over the broken checkpoint {folder}: {fault}", file=sys.stderr)
+    return None
+
+
+@torch.no_grad()
+def restore(
+    folder: Path,
+    step: int,
+    vae: AutoencoderKL,
+    average: Mapping[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Copy a checkpoint into the model, its average and the optimizer, keeping their devices and layouts."""
+    weights = load_file(folder / "weights" / "vae" / WEIGHTS_NAME)
+    moments = {part: load_file(folder / "optimizer" / f"{part}.safetensors") for part in MOMENTS}
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for name, parameter in vae.named_parameters():
+        parameter.copy_(weights[name])
+        # AdamW keeps its step counter on the CPU unless it is fused.
+        counter = torch.tensor(float(step), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = {
+            "step": counter,
+            **{part: torch.zeros_like(parameter).copy_(moments[part][name]) for part in MOMENTS},
+        }
+    if average is not None:
+        source = folder / "ema" / "vae" / WEIGHTS_NAME
+        saved = load_file(source) if source.exists() else weights  # EMA was switched on later
+        for name, tensor in average.items():
+            tensor.copy_(saved[name])
+
+
+def _complete(run: Path) -> list[Path]:
+    """Checkpoint folders that have their record, oldest first."""
+    return sorted(record.parent for record in (run / "checkpoints").glob("step-*/trainer.json"))
+
+
+def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    whole = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, path, metadata={"format": "pt"})
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

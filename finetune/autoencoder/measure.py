@@ -1,0 +1,76 @@
+"""What the first stage is judged by: PSNR, the scale of its latents, reconstructions beside pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from finetune.latents import LatentSpace, RunningMoments
+
+
+def to_signed(pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_uint8(image_B3HW: Tensor) -> np.ndarray:
+    """Float [B, 3, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, 3]."""
+    return ((image_B3HW.float().clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def posterior(vae: AutoencoderKL, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, logvar) of q(z|x), each float32 [B, C, h, w]."""
+    distribution = vae.encode(image_B3HW).latent_dist
+    return distribution.mean.float(), distribution.logvar.float()
+
+
+@torch.no_grad()
+def reconstruct(vae: AutoencoderKL, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+    """uint8 pictures -> uint8 reconstructions from the posterior's mean, [B, H, W, 3] both."""
+    mean, _ = posterior(vae, to_signed(pixels_BHW3, device))
+    return to_uint8(vae.decode(mean).sample)
+
+
+def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB of each pair of uint8 pictures, [B]; the peak is 255."""
+    axes = tuple(range(1, a_BHW3.ndim))
+    mse = np.mean((a_BHW3.astype(np.float64) - b_BHW3.astype(np.float64)) ** 2, axis=axes)
+    with np.errstate(divide="ignore"):
+        return 10.0 * np.log10(255.0**2 / mse)
+
+
+@torch.no_grad()
+def latent_std(vae: AutoencoderKL, batches_BHW3: Iterable[np.ndarray], device: torch.device | str = "cpu") -> float:
+    """Standard deviation of the raw latents z ~ q(z|x) over all their elements.
+
+    The first stage's scale is 1 / std, so that the diffusion model sees unit variance (Rombach et al. 2022,
+    arXiv 2112.10752, appendix G, where one batch is measured). The posterior's own variance is counted in
+    closed form: Var[z] = Var[mean] + E[std^2].
+    """
+    moments = RunningMoments()
+    for pixels_BHW3 in batches_BHW3:
+        mean, logvar = posterior(vae, to_signed(pixels_BHW3, device))
+        moments.add(torch.cat([mean, torch.exp(0.5 * logvar)], dim=1).cpu().numpy())
+    _, std, _, _ = moments.summary(LatentSpace(scale=1.0))
+    if not (math.isfinite(std) and std > 0):
+        raise ValueError(f"the latents' standard deviation is {std}")
+    return std
+
+
+def comparison(pictures: list[np.ndarray], reconstructions: list[np.ndarray], gap: int = 2) -> Image.Image:
+    """Pictures [H, W, 3] in the top row, their reconstructions below, with white gaps of `gap` pixels."""
+    height = max(picture.shape[0] for picture in pictures)
+    width = sum(picture.shape[1] + gap for picture in pictures) + gap
+    sheet = Image.new("RGB", (width, 2 * height + 3 * gap), "white")
+    left = gap
+    for picture, reconstruction in zip(pictures, reconstructions, strict=True):
+        sheet.paste(Image.fromarray(picture), (left, gap))
+        sheet.paste(Image.fromarray(reconstruction), (left, height + 2 * gap))
+        left += picture.shape[1] + gap
+    return sheet

@@ -1,0 +1,157 @@
+"""Pictures for the first stage: image shards -> uint8 batches, with a part held out.
+
+Decoded pictures stay in memory when they fit; otherwise each batch is decoded when it is needed.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from finetune import UserError, rng
+from finetune.data.shards import ShardSet
+
+PICTURE_MEMBERS = ("png", "webp", "jpg", "jpeg")
+
+
+def decode(data: bytes, size: int | None) -> np.ndarray:
+    """Picture file -> uint8 [H, W, 3]; transparency over white.
+
+    With `size` the shorter side is resized to it (Lanczos) and the centre is cropped to `size` x `size`.
+
+    Raises:
+        OSError: the bytes are no picture.
+    """
+    with Image.open(io.BytesIO(data)) as picture:
+        picture.load()
+        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+            rgba = picture.convert("RGBA")
+            flat = Image.new("RGBA", rgba.size, "white")
+            flat.alpha_composite(rgba)
+            rgb = flat.convert("RGB")
+        else:
+            rgb = picture.convert("RGB")
+    if size is not None:
+        width, height = rgb.size
+        scale = size / min(width, height)
+        if scale != 1.0:
+            width, height = max(size, round(width * scale)), max(size, round(height * scale))
+            rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
+        left, top = (width - size) // 2, (height - size) // 2
+        rgb = rgb.crop((left, top, left + size, top + size))
+    return np.asarray(rgb, dtype=np.uint8)
+
+
+class Pictures:
+    """The pictures of a set of image shards, by bucket (height, width), in two parts: training and held out.
+
+    Args:
+        root: folder of image shards.
+        size: pixels; makes one square bucket of all pictures. None keeps the shards' buckets.
+        held_out: pictures to hold out, at most a tenth; which ones depends on `seed` alone.
+        multiple: sides must be divisible by it (the autoencoder's downsampling factor).
+        cache_bytes: keep all decoded pictures in memory when they need no more than this.
+
+    Raises:
+        UserError: no image shards, pictures of mixed sizes without `size`, sides not divisible by `multiple`.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        *,
+        size: int | None,
+        held_out: int,
+        seed: int,
+        multiple: int,
+        cache_bytes: int,
+        readers: int,
+    ) -> None:
+        self._shards = ShardSet.open(root, "images")
+        self._size = size
+        self._pool = ThreadPoolExecutor(readers, thread_name_prefix="decode")
+        members = [member for member in self._shards.manifest.members if member in PICTURE_MEMBERS]
+        if not members:
+            raise UserError(f"{root}: no pictures in these shards, only {self._shards.manifest.members}")
+        self._members = members
+        total = len(self._shards)
+        if size is not None:
+            every = {(size, size): np.arange(total)}
+        else:
+            every = self._shards.buckets
+            if any(shard.bucket is None for shard in self._shards.manifest.shards):
+                raise UserError(f"{root}: the pictures differ in size; give data.size=..., in pixels")
+        for height, width in every:
+            if height % multiple or width % multiple:
+                raise UserError(
+                    f"pictures of {height}x{width} pixels do not divide by the model's factor {multiple}; "
+                    f"give data.size={max(multiple, min(height, width) // multiple * multiple)}"
+                )
+        generator = np.random.Generator(np.random.Philox(rng.fold(seed, "held out pictures")))
+        hidden = set(generator.permutation(total)[: min(held_out, total // 10)].tolist())
+        self.buckets: list[tuple[int, int]] = []
+        self.train_ids: list[np.ndarray] = []  # by bucket
+        self.held_out_ids: list[np.ndarray] = []  # by bucket
+        for bucket, ids in every.items():
+            mask = np.fromiter((int(i) in hidden for i in ids), dtype=bool, count=len(ids))
+            self.buckets.append(bucket)
+            self.train_ids.append(ids[~mask])
+            self.held_out_ids.append(ids[mask])
+        decoded_bytes = sum(h * w * 3 * len(ids) for (h, w), ids in every.items())
+        self.cached = decoded_bytes <= cache_bytes
+        self._cache: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def fill_cache(self, progress: Callable[[], object] = lambda: None) -> None:
+        """Decode everything into memory if it fits (`cached`); `progress` is called once for each picture."""
+        if not self.cached:
+            return
+        for bucket, (train, hidden) in enumerate(zip(self.train_ids, self.held_out_ids, strict=True)):
+            ids = [int(i) for i in (*train, *hidden)]
+            for sample_id, picture in zip(ids, self._pool.map(self._decode, ids), strict=True):
+                self._cache[sample_id] = self._checked(picture, bucket, sample_id)
+                progress()
+
+    def read(self, bucket: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The pictures `ids` of one bucket: uint8 [B, H, W, 3].
+
+        Raises:
+            UserError: a picture is broken, or is not of its bucket's size.
+        """
+        wanted = [int(i) for i in ids]
+        if self._cache:
+            return np.stack([self._cache[i] for i in wanted])
+        pictures = self._pool.map(self._decode, wanted)
+        return np.stack([self._checked(p, bucket, i) for i, p in zip(wanted, pictures, strict=True)])
+
+    def close(self) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        self._shards.close()
+
+    def _decode(self, sample_id: int) -> np.ndarray:
+        member = next(m for m in (*self._members, None) if m is None or self._shards.has_member(sample_id, m))
+        if member is None:
+            raise UserError(f"sample {self._shards.key(sample_id)} of {self._shards.root} has no picture")
+        try:
+            return decode(self._shards.read_member(sample_id, member), self._size)
+        except OSError as error:
+            key = self._shards.key(sample_id)
+            raise UserError(
+                f"broken picture {key}.{member} in {self._shards.root} ({error}); "
+                "`data-tools verify` lists every broken sample"
+            ) from None
+
+    def _checked(self, picture: np.ndarray, bucket: int, sample_id: int) -> np.ndarray:
+        if picture.shape[:2] != self.buckets[bucket]:
+            says, found = ("x".join(map(str, size)) for size in (self.buckets[bucket], picture.shape[:2]))
+            raise UserError(
+                f"picture {self._shards.key(sample_id)} is {found} pixels, its shard says {says}; "
+                "make the shards anew"
+            )
+        return picture

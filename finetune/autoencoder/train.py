@@ -1,0 +1,463 @@
+"""`finetune autoencoder`: train the first stage on image shards.
+
+A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images
+seen, so the same command after a kill goes on as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from diffusers import AutoencoderKL
+    from torch import Tensor
+
+    from finetune.autoencoder.config import AutoencoderConfig, Config
+    from finetune.autoencoder.pictures import Pictures
+    from finetune.data.order import Order
+
+# What a run may change when it goes on: none of these moves a weight that is already trained.
+MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
+MAY_CHANGE_KEYS = ("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers")
+
+USAGE = """\
+usage: finetune autoencoder [KEY=VALUE ...]
+
+Train an autoencoder (the first stage) on image shards; the result is RUN/vae, in the diffusers layout.
+The same command goes on where an earlier one stopped.
+
+examples:
+  data-tools ingest folder pictures/ --out shards/
+  finetune autoencoder data.shards=shards run.dir=runs/vae
+  finetune autoencoder data.shards=shards run.dir=runs/vae model=kl_f4 data.size=256 train.steps=50000
+  finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
+"""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command with Hydra overrides; returns the exit code.
+
+    Raises:
+        UserError: a mistake in the overrides, the shards or the run folder.
+    """
+    from finetune.autoencoder import config as schema
+
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(USAGE)
+        for group, names in schema.choices().items():
+            print(f"  {group + '=':<28}{' | '.join(names)}")
+        for key, value in schema.defaults():
+            print(f"  {key + '=':<28}{'null' if value is None else value}")
+        return 0
+    if options := [argument for argument in argv if argument.startswith("-")]:
+        raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
+    config, composed = schema.load(argv)
+
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(settings, dict)
+    train(config, {str(key): value for key, value in settings.items()}, OmegaConf.to_yaml(composed))
+    return 0
+
+
+def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
+    """An `AutoencoderKL` with initial weights drawn from `seed` alone."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from finetune import rng
+
+    levels = len(model.block_out_channels)
+    with torch.random.fork_rng(devices=[]):  # torch's layers initialise themselves from the global generator
+        torch.manual_seed(rng.fold(seed, "first stage weights"))
+        vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=tuple(model.block_out_channels),
+            layers_per_block=model.layers_per_block,
+            latent_channels=model.latent_channels,
+            norm_num_groups=model.norm_num_groups,
+            mid_block_add_attention=model.mid_block_add_attention,
+            force_upcast=False,
+        )
+        with torch.no_grad():
+            vae.quant_conv.bias[model.latent_channels :] += model.initial_logvar
+    return vae
+
+
+def step_once(
+    vae: AutoencoderKL,
+    optimizer: torch.optim.Optimizer,
+    image_B3HW: Tensor,
+    eps_BCHW: Tensor,
+    *,
+    kl_weight: float,
+    max_grad_norm: float,
+    bf16: bool,
+) -> dict[str, Tensor]:
+    """One optimizer step; returns detached scalars loss, l1, kl (batch means) and the gradient norm."""
+    import torch
+
+    from finetune.autoencoder.loss import first_stage_loss
+    from finetune.autoencoder.measure import posterior
+
+    with torch.autocast(image_B3HW.device.type, torch.bfloat16, enabled=bf16):
+        mean_BCHW, logvar_BCHW = posterior(vae, image_B3HW)
+        recon_B3HW = vae.decode(mean_BCHW + torch.exp(0.5 * logvar_BCHW) * eps_BCHW).sample
+    loss = first_stage_loss(image_B3HW, recon_B3HW.float(), mean_BCHW, logvar_BCHW, kl_weight)
+    optimizer.zero_grad(set_to_none=True)
+    loss.total.mean().backward()
+    grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
+    optimizer.step()
+    parts = {name: value.detach().mean() for name, value in loss._asdict().items()}
+    return {"loss": parts["total"], "l1": parts["l1"], "kl": parts["kl"], "grad_norm": grad_norm.detach()}
+
+
+def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
+    """Train as `config` says, from the last checkpoint of its run folder if there is one; returns RUN/vae.
+
+    Args:
+        settings: the same config as nested plain values; checkpoints keep what the run depends on.
+        yaml: the same config as text, for RUN/config.yaml.
+    """
+    import torch
+
+    from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.pictures import Pictures
+    from finetune.checkpoint import RunFolder, require_same
+    from finetune.data.order import Order
+
+    run = Path(config.run.dir)
+    device = _device(config.train.device)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    batch = config.train.global_batch
+    pictures = Pictures(
+        config.data.shards,
+        size=config.data.size,
+        held_out=config.data.held_out,
+        seed=config.seed,
+        multiple=2 ** (len(config.model.block_out_channels) - 1),
+        cache_bytes=int(config.data.cache_gib * 2**30),
+        readers=config.data.readers,
+    )
+    with closing(pictures), closing(RunFolder(run)):
+        order = Order([len(ids) for ids in pictures.train_ids], seed=config.seed, global_batch=batch)
+        (run / "samples").mkdir(exist_ok=True)
+        (run / "checkpoints").mkdir(exist_ok=True)
+
+        vae = build(config.model, config.seed).to(device)
+        if config.train.channels_last:
+            vae = vae.to(memory_format=torch.channels_last)
+        vae.register_to_config(sample_size=max(pictures.buckets[0]))
+        average = {n: p.detach().clone() for n, p in vae.named_parameters()} if config.ema.enabled else None
+        optimizer = torch.optim.AdamW(
+            vae.parameters(),
+            lr=config.optim.lr,
+            betas=(config.optim.beta1, config.optim.beta2),
+            eps=config.optim.eps,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
+        )
+        depends_on = _depends_on(settings)
+        step = 0
+        found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
+        if found is not None:
+            folder, record = found
+            require_same(record["depends_on"], depends_on, folder)
+            step = int(record["step"])
+            checkpoint.restore(folder, step, vae, average, optimizer)
+            print(f"resuming from {folder}")
+        elif config.checkpoint.resume == "never" and any((run / "checkpoints").glob("step-*")):
+            raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
+        if step > config.train.steps:
+            raise UserError(
+                f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
+            )
+        _write_text(run / "config.yaml", yaml)
+        metrics = run / "metrics.jsonl"
+        _keep_metrics(metrics, step)
+        print(
+            f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
+            f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}"
+        )
+        _loop(config, run, pictures, order, vae, average, optimizer, device, step, depends_on)
+        return _finish(config, run, pictures, vae, average, device)
+
+
+def _loop(
+    config: Config,
+    run: Path,
+    pictures: Pictures,
+    order: Order,
+    vae: AutoencoderKL,
+    average: dict[str, Tensor] | None,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    step: int,
+    depends_on: Mapping[str, Any],
+) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from finetune import ema, rng
+    from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.measure import to_signed
+    from finetune.lr import learning_rate
+
+    steps, batch = config.train.steps, config.train.global_batch
+    downsample = 2 ** (len(config.model.block_out_channels) - 1)
+    weights = list(vae.parameters())
+    if step < steps:
+        with tqdm(total=len(pictures), desc="reading", unit="img", disable=not pictures.cached) as bar:
+            pictures.fill_cache(lambda: bar.update())
+    vae.train()
+    with (
+        tqdm(total=steps * batch, initial=step * batch, desc="training", unit="img", smoothing=0.1) as bar,
+        (run / "metrics.jsonl").open("a", encoding="utf-8") as log,
+    ):
+        last_time, last_step = time.perf_counter(), step
+        for pixels_BHW3 in _batches(pictures, order, step, steps):
+            seen = step * batch  # images before this step: the clock of its draws
+            ids_B = torch.arange(seen, seen + batch, device=device)
+            image = to_signed(pixels_BHW3, device)
+            if config.data.flip:
+                mirrored = rng.integers(config.seed, "mirror", ids_B, 2).bool().view(-1, 1, 1, 1)
+                image = torch.where(mirrored, image.flip(3), image)
+            height, width = (side // downsample for side in image.shape[2:])
+            eps = rng.normal(config.seed, "posterior", ids_B, (config.model.latent_channels, height, width))
+            step, seen = step + 1, seen + batch
+            lr = learning_rate(
+                seen,
+                peak=config.optim.lr,
+                schedule=config.optim.schedule,
+                warmup_images=config.optim.warmup_images,
+                total_images=steps * batch,
+                final_ratio=config.optim.final_lr_ratio,
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            values = step_once(
+                vae,
+                optimizer,
+                image.contiguous(memory_format=torch.channels_last) if config.train.channels_last else image,
+                eps,
+                kl_weight=config.loss.kl_weight,
+                max_grad_norm=config.optim.max_grad_norm,
+                bf16=config.train.precision == "bf16",
+            )
+            if average is not None:
+                keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
+                ema.update_(list(average.values()), [weight.detach() for weight in weights], keep)
+
+            saving = step % config.checkpoint.every == 0 or step == steps
+            if step % config.tracker.every == 0 or saving:
+                scalars = {name: value.item() for name, value in values.items()}  # the only wait for the device
+                if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
+                    raise UserError(
+                        f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
+                        "train.precision=fp32, and start again from the last checkpoint"
+                    )
+                now = time.perf_counter()
+                rate = (step - last_step) * batch / (now - last_time)
+                last_time, last_step = now, step
+                line = {"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_second": rate}
+                log.write(json.dumps(line) + "\n")
+                bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
+            bar.update(batch)
+            if saving:
+                log.flush()
+                checkpoint.save(
+                    run,
+                    vae,
+                    average,
+                    optimizer,
+                    step=step,
+                    images_seen=seen,
+                    depends_on=depends_on,
+                    keep=config.checkpoint.keep,
+                )
+            if config.sample.every and step % config.sample.every == 0 and step < steps:
+                with _averaged(vae, average):
+                    _save_grid(config, run, pictures, vae, device, step)
+
+
+def _batches(pictures: Pictures, order: Order, first: int, last: int) -> Iterator[np.ndarray]:
+    """uint8 [B, H, W, 3] of steps first..last-1; the next batch is read while one is trained on."""
+
+    def read(step: int) -> np.ndarray:
+        rows = order.batch(step)
+        return pictures.read(rows.bucket, pictures.train_ids[rows.bucket][rows.rows])
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batch") as ahead:
+        waiting: Future[np.ndarray] | None = ahead.submit(read, first) if first < last else None
+        for step in range(first, last):
+            assert waiting is not None
+            ready = waiting.result()
+            waiting = ahead.submit(read, step + 1) if step + 1 < last else None
+            yield ready
+
+
+def _finish(
+    config: Config,
+    run: Path,
+    pictures: Pictures,
+    vae: AutoencoderKL,
+    average: dict[str, Tensor] | None,
+    device: torch.device,
+) -> Path:
+    """Measure the latents' scale and the held-out PSNR, write RUN/vae and the last grid."""
+    from tqdm import tqdm
+
+    from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.measure import latent_std, psnr, reconstruct
+
+    size = config.train.global_batch
+    share = min(1.0, config.scale.pictures / sum(map(len, pictures.train_ids)))
+    measured = [_spread(ids, math.ceil(share * len(ids))) for ids in pictures.train_ids]
+    with _averaged(vae, average):
+        with tqdm(total=sum(map(len, measured)), desc="latent scale", unit="img") as bar:
+
+            def batches() -> Iterator[np.ndarray]:
+                for pixels_BHW3 in _read_all(pictures, measured, size):
+                    yield pixels_BHW3
+                    bar.update(len(pixels_BHW3))
+
+            std = latent_std(vae, batches(), device)
+        vae.register_to_config(scaling_factor=1.0 / std)
+        temporary = run / ".tmp-vae"
+        shutil.rmtree(temporary, ignore_errors=True)
+        checkpoint.write_vae(temporary, vae, dict(vae.named_parameters()))
+        checkpoint.publish(temporary, run / "vae")
+        decibels = [
+            value
+            for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size)
+            for value in psnr(pixels_BHW3, reconstruct(vae, pixels_BHW3, device)).tolist()
+        ]
+        grid = _save_grid(config, run, pictures, vae, device, config.train.steps)
+    result: dict[str, Any] = {"step": config.train.steps, "latent_std": std, "scaling_factor": 1.0 / std}
+    if decibels:
+        result["held_out_psnr_db"] = sum(decibels) / len(decibels)
+        print(f"held-out PSNR: {result['held_out_psnr_db']:.2f} dB over {len(decibels)} pictures")
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
+        log.write(json.dumps(result) + "\n")
+    print(f"latents: std {std:.4f}, scaling_factor {1.0 / std:.5f}")
+    if grid is not None:
+        print(f"pictures and their reconstructions: {grid}")
+    print(f"autoencoder: {run / 'vae'}")
+    return run / "vae"
+
+
+def _spread(ids: np.ndarray, count: int) -> np.ndarray:
+    """`count` of `ids`, evenly spaced: neighbours in a set of shards are often alike."""
+    return ids[[round(i * len(ids) / count) for i in range(count)]] if count < len(ids) else ids
+
+
+def _read_all(pictures: Pictures, ids_by_bucket: Sequence[np.ndarray], size: int) -> Iterator[np.ndarray]:
+    """Batches of at most `size` pictures, each of one bucket: uint8 [B, H, W, 3]."""
+    for bucket, ids in enumerate(ids_by_bucket):
+        for start in range(0, len(ids), size):
+            yield pictures.read(bucket, ids[start : start + size])
+
+
+@contextmanager
+def _averaged(vae: AutoencoderKL, average: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Within the block the model has the averaged weights (when there are any) and is in eval mode."""
+
+    def put(weights: Mapping[str, Tensor]) -> None:
+        for name, parameter in vae.named_parameters():
+            parameter.data.copy_(weights[name])
+
+    own = {name: parameter.detach().clone() for name, parameter in vae.named_parameters()}
+    vae.eval()
+    if average is not None:
+        put(average)
+    try:
+        yield
+    finally:
+        put(own)
+        vae.train()
+
+
+def _save_grid(
+    config: Config, run: Path, pictures: Pictures, vae: AutoencoderKL, device: torch.device, step: int
+) -> Path | None:
+    """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
+    from finetune.autoencoder.measure import comparison, reconstruct
+
+    tops: list[np.ndarray] = []
+    bottoms: list[np.ndarray] = []
+    chosen = pictures.held_out_ids if any(map(len, pictures.held_out_ids)) else pictures.train_ids
+    for bucket, ids in enumerate(chosen):
+        some = ids[: config.sample.pictures - len(tops)]
+        if len(some):
+            pixels = pictures.read(bucket, some)
+            tops += list(pixels)
+            bottoms += list(reconstruct(vae, pixels, device))
+    if not tops:
+        return None
+    path = run / "samples" / f"step-{step:08d}.png"
+    temporary = path.with_name(f".{path.name}.tmp")
+    comparison(tops, bottoms).save(temporary, format="PNG")
+    os.replace(temporary, path)
+    return path
+
+
+def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What the trained weights depend on, flat, by config key."""
+
+    def flatten(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, value in node.items():
+            if isinstance(value, Mapping):
+                yield from flatten(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}", value
+
+    flat = flatten({key: value for key, value in settings.items() if key not in MAY_CHANGE}, "")
+    kept = {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
+    if kept.get("data.shards"):
+        kept["data.shards"] = os.path.realpath(kept["data.shards"])
+    return kept
+
+
+def _keep_metrics(path: Path, step: int) -> None:
+    """Drop what was logged after the checkpoint that the run goes on from: it will be logged again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the line that was being written when the run was killed
+        if record.get("step", 0) <= step and "loss" in record:
+            kept.append(line + "\n")
+    _write_text(path, "".join(kept))
+
+
+def _write_text(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu")
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))

@@ -1,0 +1,65 @@
+"""Overrides of `finetune autoencoder`: what they set, and the one line that a mistake gets."""
+
+from __future__ import annotations
+
+import pytest
+
+from finetune import UserError
+from finetune.autoencoder import config as schema
+from finetune.autoencoder.train import main
+
+
+def test_defaults_are_stable_diffusions_first_stage() -> None:
+    config, _ = schema.load(["data.shards=x"])
+    assert config.model.block_out_channels == [128, 256, 512, 512]
+    assert config.model.latent_channels == 4
+    assert config.loss.kl_weight == 1e-6
+
+
+def test_the_command_line_wins_over_the_experiment_and_that_over_the_model() -> None:
+    config, composed = schema.load(["experiment=emoji", "train.steps=7", "model.norm_num_groups=4"])
+    assert config.train.steps == composed.train.steps == 7
+    assert config.model.block_out_channels == [16, 32, 32]
+    assert config.model.norm_num_groups == 4
+    assert config.data.shards == "data_tools/emoji/fluent-emoji"
+
+
+@pytest.mark.parametrize("choice", [f"{g}={c}" for g, names in schema.choices().items() for c in names])
+def test_every_choice_composes(choice: str) -> None:
+    schema.load(["data.shards=x", choice])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ([], "no value for data.shards: give data.shards=..."),
+        (["data.shards=x", "trian.steps=3"], "unknown override 'trian.steps': did you mean 'train.steps'?"),
+        (["data.shards=x", "model=kl_f3"], "model=kl_f3 is not known: choose one of kl_f4, kl_f8, small_f4"),
+        (["data.shards=x", "train.steps=many"], "train.steps"),
+        (["data.shards=x", "train.steps=0"], "train.steps=0 must be at least 1"),
+        (["data.shards=x", "train.steps=1,2"], "several values"),
+        (["data.shards=x", "optim.lr=-1"], "optim.lr=-1.0 must be above 0"),
+        (["data.shards=x", "optim.schedule=linear"], "choose one of constant, cosine"),
+        (["data.shards=x", "train.precision=fp16"], "choose one of fp32, bf16"),
+        (["data.shards=x", "model.norm_num_groups=24"], "block_out_channels has 128"),
+        (["data.shards=x", "loss.kl_weight=-1e-6"], "must not be negative"),
+        (["data.shards=x", "this is no override"], "cannot read the override"),
+        (["--steps", "3"], "unknown option --steps"),
+        (["data.shards=nowhere", "run.dir=unused"], "nowhere"),
+    ],
+)
+def test_a_mistake_gets_one_line(
+    overrides: list[str], line: str, tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(str(tmp_path))
+    with pytest.raises(UserError) as caught:
+        main(overrides)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_help_names_every_key_and_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key, _ in schema.defaults())
+    assert all(choice in text for names in schema.choices().values() for choice in names)

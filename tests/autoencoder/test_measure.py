@@ -1,0 +1,76 @@
+"""PSNR, the latents' scale, and the sheet of reconstructions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from finetune.autoencoder.config import AutoencoderConfig
+from finetune.autoencoder.measure import comparison, latent_std, psnr, reconstruct, to_signed, to_uint8
+from finetune.autoencoder.train import build
+from finetune.latents import LatentSpace, sample_latents
+
+TINY = AutoencoderConfig(
+    block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False
+)
+
+
+def pixels(count: int, size: int = 16, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def test_uint8_survives_the_way_to_floats_and_back() -> None:
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    signed = to_signed(every)
+    assert signed.min() == -1.0
+    assert signed.max() == 1.0
+    assert np.array_equal(to_uint8(signed), every)
+
+
+def test_psnr_of_a_known_error() -> None:
+    a = np.full((2, 4, 4, 3), 100, np.uint8)
+    b = a.copy()
+    b[1] += 5  # mse 25
+    values = psnr(a, b)
+    assert values[0] == np.inf
+    assert values[1] == pytest.approx(20 * np.log10(255 / 5))
+
+
+def test_psnr_has_no_uint8_wrap_around() -> None:
+    black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
+    assert psnr(black, white)[0] == pytest.approx(0.0)
+    assert psnr(white, black)[0] == pytest.approx(0.0)
+
+
+def test_scaled_latents_have_unit_std() -> None:
+    vae = build(TINY, seed=0)
+    data = pixels(12)
+    std = latent_std(vae, [data[:5], data[5:]])
+    with torch.no_grad():
+        posterior = vae.encode(to_signed(data)).latent_dist
+        moments = torch.cat([posterior.mean, posterior.std], dim=1)
+    generator = torch.Generator().manual_seed(0)
+    draws = [
+        sample_latents(moments, torch.randn(posterior.mean.shape, generator=generator), LatentSpace(1 / std))
+        for _ in range(200)
+    ]
+    assert torch.stack(draws).std().item() == pytest.approx(1.0, abs=3e-3)
+
+
+def test_reconstruction_is_the_decoded_mean() -> None:
+    vae = build(TINY, seed=0)
+    data = pixels(2)
+    with torch.no_grad():
+        expected = vae(to_signed(data), sample_posterior=False).sample
+    assert np.array_equal(reconstruct(vae, data), to_uint8(expected))
+
+
+def test_the_sheet_has_pictures_above_their_reconstructions() -> None:
+    tops, bottoms = pixels(3), pixels(3, seed=1)
+    sheet = np.asarray(comparison(list(tops), list(bottoms), gap=2))
+    assert sheet.shape == (2 * 16 + 6, 3 * 18 + 2, 3)
+    for i in range(3):
+        left = 2 + 18 * i
+        assert np.array_equal(sheet[2:18, left : left + 16], tops[i])
+        assert np.array_equal(sheet[20:36, left : left + 16], bottoms[i])

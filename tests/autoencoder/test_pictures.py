@@ -1,0 +1,107 @@
+"""Which pictures a first-stage run sees, and how they are decoded."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import UserError
+from finetune.autoencoder.pictures import Pictures, decode
+from finetune.data.shards import ShardWriter
+
+
+def picture(number: int, height: int = 16, width: int = 16) -> np.ndarray:
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(array: np.ndarray, form: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(array).save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(root: Path, sizes: Sequence[tuple[int, int]], mixed: bool = False) -> Path:
+    with ShardWriter(root, "images") as writer:
+        for number, (height, width) in enumerate(sizes):
+            members = {"png": encoded(picture(number, height, width)), "json": b'{"caption": "x"}'}
+            writer.write(f"{number:04d}", members, None if mixed else (height, width))
+        writer.finish()
+    return root
+
+
+def opened(root: Path, **changes: object) -> Pictures:
+    arguments: dict = dict(size=None, held_out=4, seed=0, multiple=4, cache_bytes=2**30, readers=2)
+    return Pictures(str(root), **{**arguments, **changes})
+
+
+def test_training_and_held_out_pictures_part_the_set(tmp_path: Path) -> None:
+    root = write(tmp_path / "s", [(16, 16)] * 45)
+    pictures = opened(root)
+    train, hidden = pictures.train_ids[0], pictures.held_out_ids[0]
+    assert len(hidden) == 4
+    assert sorted([*train, *hidden]) == list(range(45))
+    assert np.array_equal(opened(root).held_out_ids[0], hidden)
+    assert not np.array_equal(opened(root, seed=1).held_out_ids[0], hidden)
+    assert len(opened(root, held_out=40).held_out_ids[0]) == 4  # at most a tenth
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+def test_pictures_come_back_as_they_were_with_and_without_cache(tmp_path: Path, cache_bytes: int) -> None:
+    pictures = opened(write(tmp_path / "s", [(16, 16)] * 12), cache_bytes=cache_bytes)
+    seen = []
+    pictures.fill_cache(lambda: seen.append(1))
+    assert len(seen) == (12 if cache_bytes else 0)
+    batch = pictures.read(0, [5, 2, 9])
+    assert np.array_equal(batch, np.stack([picture(5), picture(2), picture(9)]))
+
+
+def test_each_bucket_keeps_its_shape(tmp_path: Path) -> None:
+    pictures = opened(write(tmp_path / "s", [(16, 16), (8, 24)] * 10), held_out=0)
+    assert sorted(pictures.buckets) == [(8, 24), (16, 16)]
+    for bucket, size in enumerate(pictures.buckets):
+        assert pictures.read(bucket, pictures.train_ids[bucket][:3]).shape == (3, *size, 3)
+
+
+def test_size_makes_one_bucket_of_mixed_pictures(tmp_path: Path) -> None:
+    root = write(tmp_path / "s", [(16, 16), (20, 31)] * 10, mixed=True)
+    pictures = opened(root, size=12)
+    assert pictures.buckets == [(12, 12)]
+    assert pictures.read(0, [0, 1]).shape == (2, 12, 12, 3)
+    with pytest.raises(UserError, match="give data.size"):
+        opened(root)
+
+
+def test_decode_crops_the_centre_after_resizing_the_shorter_side() -> None:
+    array = np.zeros((20, 60, 3), np.uint8)
+    array[:, 20:40] = 255
+    out = decode(encoded(array), 20)
+    assert out.shape == (20, 20, 3)
+    assert (out == 255).all()
+    assert decode(encoded(array), 10).shape == (10, 10, 3)
+
+
+def test_transparency_is_laid_over_white() -> None:
+    rgba = np.zeros((4, 4, 4), np.uint8)
+    rgba[0, 0] = (10, 20, 30, 255)
+    out = decode(encoded(rgba), None)
+    assert out[0, 0].tolist() == [10, 20, 30]
+    assert out[3, 3].tolist() == [255, 255, 255]
+
+
+def test_sides_that_the_model_cannot_halve_are_refused_with_a_size_that_it_can(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"18x18 .* factor 4; give data.size=16"):
+        opened(write(tmp_path / "s", [(18, 18)] * 4))
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "s", "images") as writer:
+        writer.write("good", {"png": encoded(picture(0))}, (16, 16))
+        writer.write("torn", {"png": encoded(picture(1))[:90]}, (16, 16))
+        writer.finish()
+    with pytest.raises(UserError, match=r"broken picture torn.png .*data-tools verify"):
+        opened(tmp_path / "s").read(0, [0, 1])

@@ -1,0 +1,190 @@
+"""A first-stage run killed at any moment goes on to the same bits."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune import UserError
+from finetune.autoencoder.train import main
+from finetune.data.shards import ShardWriter
+from finetune.models.autoencoder import encode_moments, load_autoencoder
+
+SETTINGS = [
+    "model.block_out_channels=[8,16]",
+    "model.layers_per_block=1",
+    "model.norm_num_groups=4",
+    "model.mid_block_add_attention=false",
+    "data.flip=true",
+    "optim.lr=1e-3",
+    "optim.schedule=cosine",
+    "optim.warmup_images=20",
+    "optim.weight_decay=0.01",
+    "ema.halflife_images=50",
+    "train.global_batch=4",
+    "train.threads=1",
+    "train.device=cpu",
+    "tracker.every=1",
+    "sample.every=0",
+]
+COMMAND = "import sys, finetune, finetune.autoencoder.train as t; finetune.run_cli(lambda: t.main(sys.argv[1:]))"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "shards"
+    generator = np.random.default_rng(0)
+    with ShardWriter(root, "images") as writer:
+        for number in range(30):
+            size = (16, 16) if number % 3 else (8, 24)
+            buffer = io.BytesIO()
+            Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
+            writer.write(f"{number:03d}", {"png": buffer.getvalue()}, size)
+        writer.finish()
+    return root
+
+
+def arguments(shards: Path, run: Path, *more: str) -> list[str]:
+    return [f"data.shards={shards}", f"run.dir={run}", *SETTINGS, *more]
+
+
+def losses(run: Path) -> list[tuple[float, ...]]:
+    keys = ("step", "images_seen", "loss", "l1", "kl", "grad_norm", "lr")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in keys) for line in lines if "loss" in line]
+
+
+def assert_same_run(one: Path, other: Path, step: int) -> None:
+    folders = [run / "checkpoints" / f"step-{step:08d}" for run in (one, other)]
+    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*.safetensors")) for f in folders]
+    assert files[0] == files[1]
+    assert len(files[0]) == 4  # weights, average, two moments
+    for name in files[0]:
+        a, b = (load_file(folder / name) for folder in folders)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+    assert losses(one) == losses(other)
+    final = [load_file(run / "vae" / "diffusion_pytorch_model.safetensors") for run in (one, other)]
+    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
+    assert (one / "vae" / "config.json").read_text() == (other / "vae" / "config.json").read_text()
+
+
+def test_sigkill_and_the_same_command_end_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
+    steps = 40
+    more = (f"train.steps={steps}", "checkpoint.every=7")
+    command = [sys.executable, "-c", COMMAND, *arguments(shards, tmp_path / "killed", *more)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    first = tmp_path / "killed" / "checkpoints" / "step-00000007"
+    while process.poll() is None and not first.exists():
+        time.sleep(0.005)
+    assert process.poll() is None, "the run ended before it could be killed"
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "vae").exists()
+    with metrics.open("a") as log:  # a line cut off by the kill, and one of a step that will come again
+        log.write('{"step": 39, "loss": 1.0}\n{"step": 8, "lo')
+
+    resumed = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "resuming from" in resumed.stdout
+
+    main(arguments(shards, tmp_path / "straight", *more))
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", steps)
+    assert [row[0] for row in losses(tmp_path / "killed")] == list(range(1, steps + 1))
+    kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
+    assert kept == ["step-00000028", "step-00000035", "step-00000040"]
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
+    return run
+
+
+def test_a_broken_checkpoint_is_passed_over(
+    shards: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
+    weights = run / "checkpoints/step-00000006/weights/vae/diffusion_pytorch_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+    main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
+    output = capsys.readouterr()
+    assert "passing over the broken checkpoint" in output.err
+    assert "resuming from" in output.out
+    assert_same_run(run, finished, 6)
+
+
+def test_the_saved_autoencoder_has_unit_latents(shards: Path, finished: Path) -> None:
+    """diffusers' loader reads it, and z * scaling_factor has std 1 over the training pictures' posteriors."""
+    from finetune.autoencoder.measure import to_signed
+    from finetune.autoencoder.pictures import Pictures
+
+    vae = load_autoencoder(finished / "vae")
+    pictures = Pictures(str(shards), size=None, held_out=64, seed=0, multiple=2, cache_bytes=0, readers=1)
+    total = square = count = 0.0
+    for bucket, ids in enumerate(pictures.train_ids):
+        moments = encode_moments(vae, to_signed(pictures.read(bucket, ids))).double()
+        mean, std = moments.chunk(2, dim=1)
+        total, square, count = total + mean.sum(), square + (mean**2 + std**2).sum(), count + mean.numel()
+    variance = square / count - (total / count) ** 2
+    assert (variance.sqrt() * vae.config.scaling_factor).item() == pytest.approx(1.0, abs=1e-4)
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+
+
+def test_the_average_is_what_is_saved(finished: Path) -> None:
+    step = finished / "checkpoints/step-00000006"
+    saved = load_file(finished / "vae/diffusion_pytorch_model.safetensors")
+    average = load_file(step / "ema/vae/diffusion_pytorch_model.safetensors")
+    weights = load_file(step / "weights/vae/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(saved[key], average[key]) for key in saved)
+    assert any(not torch.equal(saved[key], weights[key]) for key in saved)
+
+
+@pytest.mark.parametrize(
+    ("more", "line"),
+    [
+        (["train.steps=9", "optim.lr=2e-3"], "optim.lr was 0.001 and is 0.002"),
+        (["train.steps=9", "seed=1"], "seed was 0 and is 1"),
+        (["train.steps=3"], "is at step 6, beyond train.steps=3"),
+        (["train.steps=9", "checkpoint.resume=never"], "holds another run"),
+        (["train.steps=9", "train.global_batch=512"], "lower train.global_batch"),
+    ],
+)
+def test_a_run_that_cannot_go_on_says_why(shards: Path, finished: Path, more: list[str], line: str) -> None:
+    before = losses(finished)
+    with pytest.raises(UserError, match=line):
+        main([*arguments(shards, finished), "checkpoint.every=3", *more])
+    assert losses(finished) == before
+
+
+def test_a_folder_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
+    from finetune.checkpoint import RunFolder
+
+    holder = RunFolder(tmp_path / "run")
+    with pytest.raises(UserError, match="in use by process"):
+        main(arguments(shards, tmp_path / "run", "train.steps=1"))
+    holder.close()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(shards: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"not finite at step .* lower optim.lr"):
+        main(arguments(shards, run, "train.steps=20", "optim.lr=1e18", "optim.warmup_images=0"))
+    assert list((run / "checkpoints").iterdir()) == []
+    assert not (run / "vae").exists()
