@@ -2,10 +2,65 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
 from finetune import UserError
+
+_PROBE_SECONDS = 5.0
+
+
+def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
+    """A local folder that holds `part` (`unet`, `vae`, ...) in a subfolder, or is it.
+
+    A hub id is downloaded, that part and its safetensors alone, or taken from the cache where the hub is out
+    of reach.
+
+    Raises:
+        UserError: no such folder, no such model on the hub, or the hub is out of reach and the cache has
+        nothing.
+    """
+    folder = local_folder(source)
+    if folder is not None:
+        return folder
+    name = str(source)
+    kinds = ("*.json", "*.txt", "*.safetensors")
+    patterns = [*(f"{part}/{kind}" for kind in kinds), "config.json", "diffusion_pytorch_model*.safetensors"]
+    reachable = _on_the_hub(name, revision)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*.fp16.*", "*.non_ema*"],
+                local_files_only=not reachable,
+            )
+        )
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        if reachable:
+            raise UserError(f"{name} cannot be downloaded: {first_line(error)}") from error
+        raise UserError(
+            f"{name}: no such folder; were it a model on the Hugging Face Hub, that is out of reach and the cache "
+            "has no copy"
+        ) from error
+
+
+@functools.cache
+def _on_the_hub(name: str, revision: str | None) -> bool:
+    """Whether the hub can be reached and has the model: asked once, since the libraries retry for minutes."""
+    try:
+        huggingface_hub.HfApi().model_info(name, revision=revision, timeout=_PROBE_SECONDS)
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        what = f"{name} at revision {revision}" if revision else name
+        raise UserError(f"{what}: no such folder, and no such model on the Hugging Face Hub") from error
+    except Exception:  # whatever keeps the hub out of reach, offline mode too; the cache may still do
+        return False
+    return True
 
 
 def local_folder(source: str | Path) -> Path | None:

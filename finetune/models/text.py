@@ -12,7 +12,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune import UserError
-from finetune.models.sources import first_line, local_folder
+from finetune.models.sources import fetch, first_line
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Every byte, alone and as the last of a word: so that any text can be written, whatever the captions held.
@@ -50,9 +49,9 @@ def load_text(
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> CLIPTokenizer:
     """Load the tokenizer of a pipeline's folder or hub id, or of a tokenizer's own folder."""
-    name, where = _locate(source, "tokenizer", ("vocab.json", "tokenizer.json"), revision)
+    name = _locate(source, "tokenizer", ("vocab.json", "tokenizer.json"), revision)
     try:
-        return CLIPTokenizer.from_pretrained(name, **where)
+        return CLIPTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error)}") from error
 
@@ -61,9 +60,9 @@ def load_text_encoder(
     source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> CLIPTextModel:
     """Load the text encoder of a pipeline's folder or hub id, or of a text encoder's own folder."""
-    name, where = _locate(source, "text_encoder", ("config.json",), revision)
+    name = _locate(source, "text_encoder", ("config.json",), revision)
     try:
-        text_encoder = CLIPTextModel.from_pretrained(name, **where)
+        text_encoder = CLIPTextModel.from_pretrained(name)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no text encoder can be loaded from {name}: {first_line(error)}") from error
     # transformers 4 loads float32, 5 what the files hold: say it here, for both.
@@ -212,17 +211,13 @@ def save_text_encoder(text_encoder: CLIPTextModel, folder: str | Path) -> None:
     os.replace(temporary, folder / "model.safetensors")
 
 
-def _locate(
-    source: str | Path, subfolder: str, files: tuple[str, ...], revision: str | None
-) -> tuple[str, dict[str, Any]]:
-    folder = local_folder(source)
-    if folder is None:
-        return str(source), {"subfolder": subfolder, "revision": revision}
+def _locate(source: str | Path, subfolder: str, files: tuple[str, ...], revision: str | None) -> Path:
+    folder = fetch(source, subfolder, revision)
     for candidate in (folder / subfolder, folder):
         if any((candidate / name).is_file() for name in files):
-            return str(candidate), {}
+            return candidate
     what = subfolder.replace("_", " ")
-    raise UserError(f"{folder} holds no {what}: there is no {subfolder}/{files[0]}")
+    raise UserError(f"{source} holds no {what}: there is no {subfolder}/{files[0]}")
 
 
 def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:

@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetune import UserError
-from finetune.models.sources import first_line, local_folder
+from finetune.models.sources import fetch, first_line
 
 
 def load_unet(
@@ -31,14 +31,9 @@ def load_unet(
     Raises:
         UserError: the source is absent, holds no U-Net, or its files are broken.
     """
-    folder = local_folder(source)
-    if folder is None:
-        where: dict[str, Any] = {"subfolder": subfolder, "revision": revision}
-        name = str(source)
-    else:
-        where, name = {}, str(_unet_folder(folder, subfolder))
+    name = _unet_folder(fetch(source, subfolder, revision), subfolder)
     try:
-        unet = UNet2DConditionModel.from_pretrained(name, torch_dtype=dtype, **where)
+        unet = UNet2DConditionModel.from_pretrained(name, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no U-Net can be loaded from {name}: {first_line(error)}") from error
     return unet.eval()

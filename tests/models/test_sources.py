@@ -1,0 +1,80 @@
+"""A name is a folder or a hub id; which one is decided without waiting for the hub."""
+
+from __future__ import annotations
+
+import pytest
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from finetune import UserError
+from finetune.models import sources
+
+
+def test_paths_are_told_from_hub_ids(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert sources.local_folder("runs") is not None
+    assert sources.local_folder("someone/model-1.5") is None
+    for path in ("runs/none", "./someone/model", "/someone", "a/b/c", tmp_path / "x"):
+        with pytest.raises(UserError, match="no such folder"):
+            sources.local_folder(path)
+
+
+class Hub:
+    def __init__(self, error=None):
+        self.error = error
+
+    def __call__(self):
+        return self
+
+    def model_info(self, name, revision, timeout):
+        assert timeout < 30
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    def replace(error=None, download=None):
+        sources._on_the_hub.cache_clear()
+        monkeypatch.setattr(sources.huggingface_hub, "HfApi", Hub(error))
+        monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", download)
+
+    yield replace
+    sources._on_the_hub.cache_clear()
+
+
+def test_only_the_part_is_downloaded(hub, tmp_path):
+    calls = []
+
+    def download(name, **arguments):
+        calls.append((name, arguments))
+        return str(tmp_path)
+
+    hub(download=download)
+    assert sources.fetch("someone/model", "unet", "v2") == tmp_path
+    ((name, arguments),) = calls
+    assert (name, arguments["revision"], arguments["local_files_only"]) == ("someone/model", "v2", False)
+    assert "unet/*.safetensors" in arguments["allow_patterns"]
+    assert not any("bin" in pattern or "ckpt" in pattern for pattern in arguments["allow_patterns"])
+
+
+def test_out_of_reach_the_cache_is_asked(hub, tmp_path):
+    hub(ConnectionError("no network"), lambda name, local_files_only, **_: str(tmp_path / str(local_files_only)))
+    assert sources.fetch("someone/model", "unet") == tmp_path / "True"
+
+    def nothing(name, **_):
+        raise FileNotFoundError("nothing cached")
+
+    hub(ConnectionError("no network"), nothing)
+    with pytest.raises(UserError, match="out of reach and the cache has no copy"):
+        sources.fetch("someone/model", "unet")
+
+
+def test_a_model_that_the_hub_does_not_know(hub):
+    class MissingError(RepositoryNotFoundError):
+        def __init__(self):
+            Exception.__init__(self, "404")
+
+    hub(MissingError())
+    with pytest.raises(UserError, match="no such folder, and no such model"):
+        sources.fetch("someone/model", "unet")
