@@ -7,6 +7,7 @@ shards), and `RUN/tokenizer` when the tokenizer was made for the run.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import downsample_factor, load_autoencoder
-from finetune.models.sources import first_line, local_folder
+from finetune.models.sources import fetch, first_line, local_folder
 from finetune.models.text import load_text_encoder, load_tokenizer
 from finetune.models.unet import load_unet
 
@@ -56,6 +57,14 @@ class Components:
         """Pixels per latent cell along each side."""
         return downsample_factor(self.vae)
 
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width in pixels of what the U-Net was made for; 64 by 64 latents where it does not
+        say."""
+        cells = self.unet.config.sample_size or 64
+        height, width = (cells, cells) if isinstance(cells, int) else cells
+        return height * self.downsample, width * self.downsample
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -72,6 +81,7 @@ def load_components(
     *,
     weights: Weights = "ema",
     step: int | None = None,
+    lora: str | Path | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
@@ -82,6 +92,7 @@ def load_components(
         weights: a run's averaged weights or those of the last step; without an average, `ema` gives the
             latter and a notice.
         step: a run's checkpoint; the latest complete one by default.
+        lora: a file or folder of an adapter to merge, over what the run trained.
         dtype: of U-Net and text encoder. The autoencoder stays float32: SD's overflow in float16.
 
     Raises:
@@ -94,6 +105,9 @@ def load_components(
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
     else:
         parts = _from_model(folder if folder is not None else str(source), revision)
+    if lora is not None:
+        merge_lora({"unet": parts.unet, "text_encoder": parts.text_encoder}, read_lora(lora))
+    _require_text_to_image(parts)
     parts.unet.to(device=device, dtype=dtype)
     parts.text_encoder.to(device=device, dtype=dtype)
     parts.vae.to(device=device, dtype=torch.float32)
@@ -194,7 +208,7 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
     if lora is not None:
         merge_lora({"unet": unet, "text_encoder": text_encoder}, lora)
-    vae, latents = _autoencoder(model.get("vae"), base, _section(config, "data").get("shards"))
+    vae, latents = _autoencoder(model.get("vae"), base, revision, _section(config, "data").get("shards"))
     prediction = str(_section(config, "objective").get("prediction", "epsilon"))
     return Components(
         unet=unet,
@@ -214,11 +228,12 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
 def _from_model(source: str | Path, revision: str | None) -> Components:
     tokenizer = load_tokenizer(source, revision)
     text_encoder = load_text_encoder(source, revision)
-    vae = load_autoencoder(str(source))
+    vae = load_autoencoder(fetch(source, "vae", revision))
+    path = fetch(source, "scheduler", revision) / "scheduler" / "scheduler_config.json"
     try:
-        scheduler = DDIMScheduler.load_config(str(source), subfolder="scheduler", revision=revision)
+        scheduler = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"no scheduler can be loaded from {source}: {first_line(error)}") from error
+        raise UserError(f"{source} has no scheduler that can be read: {path}") from error
     return Components(
         unet=load_unet(source, revision=revision),
         vae=vae,
@@ -239,13 +254,15 @@ def _as_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
     return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
 
 
-def _autoencoder(vae: str | None, base: str | None, shards: Any) -> tuple[AutoencoderKL, LatentSpace]:
+def _autoencoder(
+    vae: str | None, base: str | None, revision: str | None, shards: Any
+) -> tuple[AutoencoderKL, LatentSpace]:
     """The decoder of a run and the latent space of its training: that of its shards, if they are there."""
     encoder = None
     root = shards[0] if isinstance(shards, list) and shards else shards
     if isinstance(root, str) and (Path(root) / "manifest.json").is_file():
         encoder = Manifest.load(root).encoder
-    source = vae or base
+    source: str | Path | None = vae or base
     if source is None:
         if encoder is None:
             raise UserError(
@@ -253,7 +270,7 @@ def _autoencoder(vae: str | None, base: str | None, shards: Any) -> tuple[Autoen
                 "are gone or name none; put them back or set model.vae in the run's config.yaml"
             )
         source = encoder.locate(root)
-    module = load_autoencoder(source)
+    module = load_autoencoder(fetch(source, "vae", None if vae else revision))
     return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
 
 
@@ -272,6 +289,30 @@ def _read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError(f"{path} is no run's configuration")
     return config
+
+
+def _require_text_to_image(parts: Components) -> None:
+    """Refuse parts that do not fit, and U-Nets that must be told more than a caption."""
+    unet, vae = parts.unet.config, parts.vae.config
+    needs = [
+        name for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim") if unet.get(name)
+    ]
+    if needs or unet["in_channels"] != unet["out_channels"]:
+        more = needs[0] if needs else f"{unet['in_channels']} input channels"
+        raise UserError(
+            f"{parts.source} needs more than a caption ({more}): only text-to-image models can be sampled"
+        )
+    if unet["in_channels"] != vae["latent_channels"]:
+        raise UserError(
+            f"{parts.source}: the U-Net has {unet['in_channels']} channels and the autoencoder "
+            f"{vae['latent_channels']}; set model.vae to the one that made the latents"
+        )
+    width = parts.text_encoder.config.hidden_size
+    if unet["cross_attention_dim"] != width:
+        raise UserError(
+            f"{parts.source}: the U-Net attends to {unet['cross_attention_dim']} features, the text encoder "
+            f"has {width}"
+        )
 
 
 def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from finetune import UserError
 from finetune.models import adapters
 from finetune.models.text import build_text_encoder, train_tokenizer
 from finetune.models.unet import build_unet
-from tests.models.test_unet import TINY
+from tests.fakes import UNET as TINY
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +47,7 @@ def test_a_fresh_adapter_is_neutral_deterministic_and_alone_trainable():
     assert torch.equal(predict(unet), before)
     assert names == [name for name, parameter in unet.named_parameters() if parameter.requires_grad]
     assert len(names) == 2 * sum(
-        name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0"))
-        for name, _ in build_unet(TINY).named_modules()
+        name.endswith((".to_q", ".to_k", ".to_v", ".to_out.0")) for name, _ in build_unet(TINY).named_modules()
     )
     torch.manual_seed(123)
     again, other = build_unet(TINY), build_unet(TINY)

@@ -9,19 +9,7 @@ import torch
 
 from finetune import UserError
 from finetune.models.unet import build_unet, enable_gradient_checkpointing, load_unet, pixel_multiple
-
-TINY = {
-    "sample_size": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [32, 64],
-    "layers_per_block": 1,
-    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
-    "cross_attention_dim": 32,
-    "attention_head_dim": 8,
-    "norm_num_groups": 8,
-}
+from tests.fakes import UNET as TINY
 
 
 def test_weights_depend_on_the_seed_alone():

@@ -1,0 +1,140 @@
+"""What is gathered from a run: the right checkpoint, the right weights, the right latent space."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+
+from finetune import UserError
+from finetune.data.shards import EncoderInfo, Manifest
+from finetune.models.adapters import LORA_FILE, save_lora
+from finetune.models.components import (
+    complete_checkpoints,
+    latest_checkpoint,
+    load_components,
+    scheduler_config,
+)
+from tests import fakes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fakes.full_run(tmp_path_factory.mktemp("full") / "run", steps=(fakes.STEP, 40))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return fakes.base_model(tmp_path_factory.mktemp("base") / "model")
+
+
+def same(one, other):
+    names = one.state_dict().keys()
+    return all(torch.equal(one.state_dict()[name], other.state_dict()[name]) for name in names)
+
+
+def test_the_latest_complete_checkpoint_is_taken(run, tmp_path):
+    half = run / "checkpoints" / "step-00000060"
+    (half / "weights").mkdir(parents=True, exist_ok=True)
+    (run / "checkpoints" / ".tmp-step-00000080").mkdir(exist_ok=True)
+    assert list(complete_checkpoints(run)) == [fakes.STEP, 40]
+    assert latest_checkpoint(run).name == "step-00000040"
+    assert load_components(run).step == 40
+
+
+@pytest.mark.parametrize(("weights", "step", "seed"), [("raw", 20, 20), ("ema", 20, 21), ("ema", None, 41)])
+def test_weights_and_step_are_chosen(run, weights, step, seed):
+    parts = load_components(run, weights=weights, step=step)
+    assert same(parts.unet, fakes.unet(seed))
+    assert same(parts.text_encoder, fakes.text_encoder(seed))
+    assert parts.vae.config.scaling_factor == parts.latents.scale == fakes.SCALE
+    assert parts.downsample == 4 and parts.default_size == (32, 32)
+    assert parts.guidance == 3.0 and parts.notices == ()
+    for module in (parts.unet, parts.text_encoder, parts.vae):
+        assert not module.training and not any(p.requires_grad for p in module.parameters())
+
+
+def test_without_an_average_the_raw_weights_come_with_a_notice(tmp_path):
+    parts = load_components(fakes.full_run(tmp_path / "run", ema=False))
+    assert same(parts.unet, fakes.unet(fakes.STEP))
+    assert "no averaged weights" in parts.notices[0]
+
+
+@torch.no_grad()
+def test_a_lora_run_is_its_base_with_the_adapter(tmp_path, base):
+    parts = load_components(fakes.lora_run(tmp_path / "run", base))
+    adapted, _ = fakes.adapted_unet()
+    z, context = torch.randn(1, 4, 8, 8), torch.randn(1, 12, 32)
+    wanted = adapted(z, 10, context).sample
+    torch.testing.assert_close(parts.unet(z, 10, context).sample, wanted, rtol=0, atol=5e-6)
+    assert (fakes.unet()(z, 10, context).sample - wanted).abs().max() > 1e-3
+    assert same(parts.text_encoder, fakes.text_encoder())
+    assert parts.lora is not None and set(parts.lora.alphas.values()) == {10.0}
+    # The same by hand: the base model and the adapter's file.
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    assert same(load_components(base, lora=checkpoint / "weights" / LORA_FILE).unet, parts.unet)
+
+
+def test_a_diffusers_folder_is_loaded(base):
+    parts = load_components(base, dtype=torch.bfloat16)
+    assert parts.step is None
+    assert (parts.unet.dtype, parts.text_encoder.dtype, parts.vae.dtype) == (
+        torch.bfloat16,
+        torch.bfloat16,
+        torch.float32,
+    )
+    assert parts.scheduler["prediction_type"] == "epsilon" and parts.scheduler["beta_end"] == 0.012
+
+
+def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    fakes.vae().save_pretrained(tmp_path / "vae")
+    encoder = EncoderInfo("../vae", "0" * 64, 0.25, 0.1, "float32", (-1.0, 1.0), 4, 4)
+    Manifest(version=1, kind="latents", members=["latent.npy"], shards=[], encoder=encoder, latents=None).save(
+        shards
+    )
+    copied = tmp_path / "run"
+    copied.mkdir()
+    for name in ("checkpoints", "tokenizer"):
+        (copied / name).symlink_to(run / name)
+    (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config(data={"shards": str(shards)})))
+    parts = load_components(copied)
+    assert (parts.latents.scale, parts.latents.shift) == (0.25, 0.1)
+    assert same(parts.vae, fakes.vae())
+    (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
+    with pytest.raises(UserError, match="no autoencoder: model.vae is null"):
+        load_components(copied)
+
+
+def test_scheduler_config():
+    made = scheduler_config(fakes.SCHEDULE, "v")
+    assert made == {
+        **fakes.SCHEDULE,
+        "prediction_type": "v_prediction",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
+
+
+def test_mistakes_are_named(run, base, tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_components(tmp_path / "absent")
+    with pytest.raises(UserError, match="no complete checkpoint of step 30; there are 20, 40"):
+        load_components(run, step=30)
+    with pytest.raises(UserError, match="is no run folder: it has no checkpoint of step 3"):
+        load_components(base, step=3)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_components(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: [")
+    with pytest.raises(UserError, match="no complete checkpoint yet"):
+        load_components(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints").symlink_to(run / "checkpoints")
+    with pytest.raises(UserError, match="is no YAML"):
+        load_components(tmp_path / "run")
+    other = {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.lora_B.weight": torch.zeros(3, 2)}
+    save_lora(tmp_path / "other", other, 2.0)
+    with pytest.raises(UserError, match="for another model"):
+        load_components(base, lora=tmp_path / "other")
