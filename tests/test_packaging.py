@@ -101,7 +101,7 @@ def test_installed_wheel_composes_a_config_from_another_directory(wheel: Path, t
     program = (
         "import finetune, finetune.autoencoder.config as c\n"
         "print(finetune.__file__)\n"
-        "print(c.load(['data.shards=here', 'model=kl_f8']).model.block_out_channels)\n"
+        "print(c.load(['data.shards=here', 'model=kl_f8'])[0].model.block_out_channels)\n"
     )
     # PYTHONPATH comes before site-packages, so this clone's editable install doesn't shadow the wheel.
     env = {**os.environ, "PYTHONPATH": str(site)}
