@@ -1,0 +1,275 @@
+"""From noise to pictures: classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) over diffusers'
+samplers.
+
+From the same noise, steps and guidance a picture equals that of diffusers' `StableDiffusionPipeline`. Noise
+is drawn for each picture from its own generator, so a picture does not depend on the batch that it is drawn
+in. The U-Net is convolutional: it samples at sizes other than it was trained at (Rombach et al. 2022, section
+4.3.2). Nothing here reads or moves torch's global generators, and modules leave as they came: in train or in
+eval mode.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+)
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune import UserError
+from finetune.latents import LatentSpace, to_raw
+from finetune.models.autoencoder import decode, downsample_factor
+from finetune.models.text import encode_text, tokenize
+from finetune.models.unet import pixel_multiple
+
+SchedulerName = Literal["ddim", "euler", "dpm++", "ddpm"]
+SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
+_PIXELS_A_BATCH = 4 * 512 * 512
+
+
+def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A diffusers sampler: `ddim` (Song et al. 2021, arXiv 2010.02502), `ddpm` (Ho et al. 2020, arXiv
+    2006.11239), `euler` (Karras et al. 2022, arXiv 2206.00364) or `dpm++` (second order; Lu et al. 2022,
+    arXiv 2211.01095).
+
+    Args:
+        config: of diffusers' `DDIMScheduler`, as in `Components.scheduler`.
+
+    Raises:
+        UserError: no such sampler.
+    """
+    ddim = DDIMScheduler(**config)
+    match name:
+        case "ddim":
+            return ddim
+        case "euler":
+            return EulerDiscreteScheduler.from_config(ddim.config)
+        case "dpm++":
+            return DPMSolverMultistepScheduler.from_config(ddim.config)
+        case "ddpm":
+            return DDPMScheduler.from_config(ddim.config)
+        case _:
+            raise UserError(f"unknown scheduler {name!r}; choose one of {', '.join(SCHEDULERS)}")
+
+
+def generators(seeds: Iterable[int]) -> list[torch.Generator]:
+    """One CPU generator for each picture."""
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def draw_noise(sources: Sequence[torch.Generator], shape_CHW: tuple[int, int, int]) -> Tensor:
+    """Standard normal float32 [B, C, H, W] on the CPU, one picture from each generator."""
+    return torch.stack([torch.randn(shape_CHW, generator=source) for source in sources])
+
+
+@torch.no_grad()
+def sample(
+    unet: Any,
+    context_BLD: Tensor,
+    uncond_BLD: Tensor | None,
+    noise_BCHW: Tensor,
+    scheduler: Any,
+    steps: int,
+    guidance: float,
+    *,
+    sources: Sequence[torch.Generator] | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """Denoise: model latents float32 [B, C, h, w] on the U-Net's device.
+
+    The prediction is e(z, null) + guidance * (e(z, c) - e(z, null)), which is equation 6 of Ho & Salimans
+    2022 with guidance = 1 + w. The sampler's arithmetic is in float32; the U-Net is fed its own dtype.
+
+    Args:
+        unet: a `UNet2DConditionModel`, or anything that is called as one.
+        context_BLD: tokens of the condition.
+        uncond_BLD: tokens of the null condition; None, or a guidance of at most 1, samples without guidance.
+        noise_BCHW: standard normal.
+        scheduler: from `make_scheduler`.
+        sources: generators from which a stochastic sampler (`ddpm`) draws, one for each picture.
+        progress: called after each step.
+
+    Raises:
+        UserError: a number of steps that the schedule does not have.
+    """
+    limit = scheduler.config.num_train_timesteps
+    if not 1 <= steps <= limit:
+        raise UserError(f"{steps} sampling steps: the schedule has between 1 and {limit}")
+    guided = uncond_BLD is not None and guidance > 1
+    is_module = isinstance(unet, nn.Module)
+    device, dtype = _placement(unet) if is_module else (context_BLD.device, context_BLD.dtype)
+    context = torch.cat([uncond_BLD, context_BLD]) if guided and uncond_BLD is not None else context_BLD
+    context = context.to(device, dtype)
+    scheduler.set_timesteps(steps, device=device)
+    z_BCHW = noise_BCHW.to(device, torch.float32) * scheduler.init_noise_sigma
+    random = {"generator": list(sources)} if sources is not None else {}
+    with evaluating(*([unet] if is_module else [])):
+        for t in scheduler.timesteps:
+            inputs = torch.cat([z_BCHW, z_BCHW]) if guided else z_BCHW
+            inputs = scheduler.scale_model_input(inputs, t).to(dtype)
+            prediction = unet(inputs, t, encoder_hidden_states=context, return_dict=False)[0].float()
+            if guided:
+                null, conditional = prediction.chunk(2)
+                prediction = null + guidance * (conditional - null)
+            z_BCHW = scheduler.step(prediction, t, z_BCHW, **random, return_dict=False)[0]
+            if progress is not None:
+                progress()
+    return z_BCHW
+
+
+@torch.no_grad()
+def generate(
+    unet: Any,
+    vae: AutoencoderKL,
+    encode: Callable[[Sequence[str]], Tensor],
+    scheduler: Any,
+    space: LatentSpace,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    height: int,
+    width: int,
+    steps: int = 50,
+    guidance: float = 7.5,
+    negative: str = "",
+    batch_size: int | None = None,
+    progress: Callable[[], object] | None = None,
+) -> Tensor:
+    """One picture for each prompt: float32 [B, 3, height, width] in [-1, 1], on the CPU.
+
+    Args:
+        encode: prompts to tokens [B, L, D]; `text_encoding` makes one.
+        space: maps model latents to the decoder's.
+        seeds: of each picture's noise.
+        height, width: pixels; multiples of `pixel_multiple`. negative: what guidance leads away from.
+        batch_size: pictures denoised at once; by default as many as hold four of 512 by 512 pixels, at most
+        16.
+            They are decoded one by one: the decoder is what takes memory.
+        progress: called after each step of each batch; there are `batches(...) * steps`.
+
+    Raises:
+        UserError: no prompts, a wrong size, or a wrong number of steps.
+    """
+    if not prompts:
+        raise UserError("there are no prompts to sample")
+    assert len(seeds) == len(prompts)
+    bare = _unwrapped(unet)
+    check_size(height, width, pixel_multiple(bare, downsample_factor(vae)))
+    shape = (bare.config.in_channels, height // downsample_factor(vae), width // downsample_factor(vae))
+    size = batch_size or default_batch(height, width)
+    everyone = generators(seeds)
+    images = []
+    uncond_1LD = encode([negative]) if guidance > 1 else None
+    for start in range(0, len(prompts), size):
+        chunk, sources = prompts[start : start + size], everyone[start : start + size]
+        uncond_BLD = None if uncond_1LD is None else uncond_1LD.expand(len(chunk), -1, -1)
+        z_BCHW = sample(
+            unet,
+            encode(chunk),
+            uncond_BLD,
+            draw_noise(sources, shape),
+            scheduler,
+            steps,
+            guidance,
+            sources=sources,
+            progress=progress,
+        )
+        with evaluating(vae):
+            images += [decode(vae, raw_CHW[None]).cpu() for raw_CHW in to_raw(z_BCHW, space)]
+    return torch.cat(images)
+
+
+def text_encoding(tokenizer: Any, text_encoder: nn.Module) -> Callable[[Sequence[str]], Tensor]:
+    """Prompts to the tokens [B, L, D] of a CLIP text encoder, without gradient and in eval mode."""
+
+    @torch.no_grad()
+    def encode(prompts: Sequence[str]) -> Tensor:
+        with evaluating(text_encoder):
+            ids_BL = tokenize(tokenizer, prompts).to(_placement(text_encoder)[0])
+            encoder: Any = text_encoder
+            return encode_text(encoder, ids_BL, tokenizer.pad_token_id)
+
+    return encode
+
+
+def default_batch(height: int, width: int) -> int:
+    """Pictures of this size that are denoised at once."""
+    return max(1, min(16, _PIXELS_A_BATCH // (height * width)))
+
+
+def batches(count: int, height: int, width: int, batch_size: int | None = None) -> int:
+    """How many batches `generate` makes of `count` pictures."""
+    return -(-count // (batch_size or default_batch(height, width)))
+
+
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Refuse a size in pixels that autoencoder and U-Net cannot halve as often as they do.
+
+    Raises:
+        UserError: names the nearest sizes that they can.
+    """
+    for name, value in (("height", height), ("width", width)):
+        if value < multiple or value % multiple:
+            lower = value // multiple * multiple
+            near = f"{lower} or {lower + multiple}" if lower > 0 else str(multiple)
+            raise UserError(f"{name} {value} is no multiple of {multiple} for this model; take {near}")
+
+
+@contextlib.contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Eval mode inside; outside each submodule is back in the mode that it had."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
+    """Pictures in [-1, 1] to 8-bit RGB, rounded as diffusers does."""
+    bytes_BHW3 = (
+        (images_B3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    )
+    return [Image.fromarray(pixels.contiguous().cpu().numpy()) for pixels in bytes_BHW3]
+
+
+def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
+    """Pictures row by row on white, `gap` pixels apart; cells have the size of the largest.
+
+    Raises:
+        UserError: no pictures, or no columns.
+    """
+    if not images or columns < 1:
+        raise UserError(f"a grid needs pictures and columns; got {len(images)} and {columns}")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = max(image.width for image in images), max(image.height for image in images)
+    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (column * (width + gap), row * (height + gap)))
+    return sheet
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    parameter = next(module.parameters())
+    return parameter.device, parameter.dtype
+
+
+def _unwrapped(unet: Any) -> Any:
+    """The U-Net inside wrappers such as DistributedDataParallel."""
+    while not hasattr(unet, "config"):
+        unet = unet.module
+    return unet
