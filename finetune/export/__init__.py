@@ -1,0 +1,69 @@
+"""`finetune export`: a run's result in formats that other tools read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetune import UserError
+from finetune.export.arguments import (
+    Parser,
+    add_source_arguments,
+    add_weights_arguments,
+    quiet_libraries,
+    torch_dtype,
+)
+
+FORMATS = ("diffusers", "lora")
+PLANNED = ("single-file", "kohya")
+
+_EXAMPLES = """examples:
+  finetune export runs/first --format diffusers --out models/first
+  finetune export runs/first --format diffusers --dtype float16 --checkpoint 2000 --out models/first-2000
+  finetune export runs/style --format lora --out loras/style
+
+  diffusers   a folder for StableDiffusionPipeline.from_pretrained; an adapter is merged into the weights
+  lora        a folder for load_lora_weights, from a run with adapter=lora
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Export a run.
+
+    Raises:
+        UserError: a mistake in the arguments, or a run that cannot be exported so.
+    """
+    parser = Parser(
+        prog="finetune export", description="Write a run's result for other tools.", epilog=_EXAMPLES
+    )
+    add_source_arguments(parser, "RUN", "a run's folder (for diffusers also a model: folder or hub id)")
+    parser.add_argument("--format", required=True, metavar="|".join(FORMATS), help="what to write")
+    parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is new or empty")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    add_weights_arguments(parser)
+    arguments = parser.parse_args(argv)
+    if arguments.format in PLANNED:
+        raise UserError(
+            f"--format {arguments.format} is not available in this version; choose {' or '.join(FORMATS)}"
+        )
+    if arguments.format not in FORMATS:
+        raise UserError(f"--format {arguments.format}: unknown; choose {' or '.join(FORMATS)}")
+
+    quiet_libraries()
+    from finetune.export.folder import check_out
+    from finetune.export.lora import export_lora
+    from finetune.export.pipeline import export_pipeline
+
+    out = check_out(arguments.out, overwrite=arguments.overwrite)
+    chosen = {
+        "weights": arguments.weights,
+        "step": arguments.checkpoint,
+        "dtype": torch_dtype(arguments.dtype),
+    }
+    if arguments.format == "lora":
+        notices = export_lora(arguments.source, out, **chosen)
+    else:
+        notices = export_pipeline(arguments.source, out, **chosen, revision=arguments.revision)
+    for notice in notices:
+        print(f"note: {notice}")
+    print(out)
+    return 0

@@ -1,0 +1,203 @@
+"""An export gives diffusers what `finetune sample` draws, and is whole or not there."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from finetune import UserError, cli, export, sample
+from finetune.export import folder, pipeline
+from finetune.models.adapters import LORA_FILE
+from finetune.models.components import load_components
+from tests import fakes
+
+PROMPT = ["--prompt", "a red apple", "--prompt", "a blue heart"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return fakes.base_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    return fakes.full_run(tmp_path_factory.mktemp("full") / "run")
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory, base):
+    return fakes.lora_run(tmp_path_factory.mktemp("lora") / "run", base)
+
+
+def sampled(run, out, *options):
+    """What the command draws, [B, H, W, 3] in 0..255."""
+    sample.main([str(run), *PROMPT, "--seed", "8", "--steps", "5", "--guidance", "4", "--out", str(out), *options])
+    paths = sorted(path for path in out.iterdir() if path.name != "grid.png")
+    return np.stack([np.asarray(Image.open(path)) for path in paths]).astype(float)
+
+
+def drawn(pipe, height=32, width=32):
+    """What diffusers draws from the same noise and steps, unrounded in 0..255."""
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.stack(
+        [torch.randn(4, height // 4, width // 4, generator=torch.Generator().manual_seed(seed)) for seed in (8, 9)]
+    )
+    return (
+        255
+        * pipe(
+            PROMPT[1::2],
+            height=height,
+            width=width,
+            latents=noise,
+            num_inference_steps=5,
+            guidance_scale=4.0,
+            output_type="np",
+        ).images
+    )
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_diffusers_draws_what_sample_draws(kind, request, tmp_path, capsys):
+    run, out = request.getfixturevalue(kind), tmp_path / "model"
+    assert cli.main(["export", str(run), "--format", "diffusers", "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert pipe.safety_checker is None and not pipe.config.requires_safety_checker
+    ours = sampled(run, tmp_path / "pictures")
+    assert np.abs(ours - drawn(pipe)).max() < 0.51  # rounding to 8 bits alone
+    large = sampled(run, tmp_path / "large", "--height", "40", "--width", "56")
+    assert np.abs(large - drawn(pipe, 40, 56)).max() < 0.51
+    # The export is a model itself, and an export of it is the same model.
+    assert np.array_equal(sampled(out, tmp_path / "again"), ours)
+
+
+def test_load_lora_weights_draws_what_sample_draws(lora, base, tmp_path):
+    out = tmp_path / "lora"
+    assert export.main([str(lora), "--format", "lora", "--out", str(out)]) == 0
+    assert [path.name for path in out.iterdir()] == [LORA_FILE]
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    without = drawn(pipe)
+    pipe.load_lora_weights(out)
+    ours = sampled(lora, tmp_path / "pictures")
+    assert np.abs(ours - drawn(pipe)).max() < 0.51
+    assert np.abs(without - ours).max() > 2
+    # `--lora` on the base model is the run.
+    assert np.abs(sampled(base, tmp_path / "added", "--lora", str(out)) - ours).max() <= 1
+
+
+def test_the_adapter_is_exported_exactly(lora, tmp_path):
+    export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "out")])
+    trained = lora / "checkpoints" / f"step-{fakes.STEP:08d}" / "ema" / LORA_FILE
+    one, other = load_file(trained), load_file(tmp_path / "out" / LORA_FILE)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+    with safe_open(trained, "pt") as first, safe_open(tmp_path / "out" / LORA_FILE, "pt") as second:
+        assert first.metadata() == second.metadata()
+    export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "half"), "--dtype", "float16"])
+    half = load_file(tmp_path / "half" / LORA_FILE)
+    assert all(torch.equal(half[key], one[key].half()) for key in one)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_every_weight_is_written_in_the_dtype(full, tmp_path, name, dtype):
+    out = tmp_path / "model"
+    export.main([str(full), "--format", "diffusers", "--out", str(out), "--dtype", name, "--weights", "raw"])
+    weights = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    wanted = fakes.unet(fakes.STEP).state_dict()
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[key], wanted[key].to(dtype)) for key in wanted)
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        assert {tensor.dtype for tensor in load_file(out / f"{part}.safetensors").values()} == {dtype}
+
+
+def test_older_readers_find_their_files(full, tmp_path):
+    export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "model")])
+    assert (tmp_path / "model" / "tokenizer" / "vocab.json").is_file()
+    assert (tmp_path / "model" / "tokenizer" / "merges.txt").is_file()
+    with safe_open(tmp_path / "model" / "text_encoder" / "model.safetensors", "pt") as file:
+        assert all(key.startswith("text_model.") for key in file.keys())  # noqa: SIM118
+    index = json.loads((tmp_path / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+    assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
+
+
+def test_the_pipeline_scales_as_the_run_was_trained(full, tmp_path, monkeypatch):
+    def scaled(*arguments, **settings):
+        parts = load_components(*arguments, **settings)
+        parts.latents = type(parts.latents)(scale=0.125, shift=scaled.shift)
+        return parts
+
+    monkeypatch.setattr(pipeline, "load_components", scaled)
+    scaled.shift = 0.0
+    export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "model")])
+    assert json.loads((tmp_path / "model" / "vae" / "config.json").read_text())["scaling_factor"] == 0.125
+    scaled.shift = 0.5
+    with pytest.raises(UserError, match="shifts latents by 0.5"):
+        export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
+
+
+def test_an_earlier_export_is_replaced_only_when_asked(lora, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    argv = [str(lora), "--format", "lora", "--out", str(out)]
+    export.main(argv)  # an empty folder is as good as none
+    (out / "old").write_text("")
+    with pytest.raises(UserError, match="is not empty; choose another folder or add --overwrite"):
+        export.main(argv)
+    export.main([*argv, "--overwrite"])
+    assert [path.name for path in out.iterdir()] == [LORA_FILE]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="holds no earlier export"):
+        export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "home"), "--overwrite"])
+
+
+def test_a_failed_export_leaves_what_was_there(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+
+    def fail():
+        with folder.whole_folder(tmp_path / "out") as temporary:
+            (temporary / "new").write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        fail()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_mistakes_are_named(full, lora, base, tmp_path):
+    out = ["--out", str(tmp_path / "out")]
+    (tmp_path / "file").write_text("")
+    empty = tmp_path / "empty"
+    (empty / "checkpoints").mkdir(parents=True)
+    (empty / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
+    for line, argv in {
+        "--format kohya is not available in this version": [str(full), "--format", "kohya", *out],
+        "--format single-file is not available in this version": [str(full), "--format", "single-file", *out],
+        "--format onnx: unknown": [str(full), "--format", "onnx", *out],
+        "required: --format": [str(full), *out],
+        "trained all weights and has no LoRA": [str(full), "--format", "lora", *out],
+        "no such run": [str(tmp_path / "none"), "--format", "lora", *out],
+        "no such folder": [str(tmp_path / "none"), "--format", "diffusers", *out],
+        "is no run folder": [str(base), "--format", "lora", *out],
+        "has no complete checkpoint yet": [str(empty), "--format", "diffusers", *out],
+        "no complete checkpoint of step 3; there are 20": [
+            str(lora), "--format", "lora", *out, "--checkpoint", "step-00000003",
+        ],
+        "is a file; give a folder": [str(full), "--format", "lora", "--out", str(tmp_path / "file")],
+    }.items():  # fmt: skip
+        with pytest.raises(UserError) as caught:
+            export.main(argv)
+        assert line in str(caught.value)
+    assert not (tmp_path / "out").exists()
