@@ -1,0 +1,63 @@
+"""The `finetune` command: each subcommand is imported when it is called, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from finetune import UserError, __version__, run_cli
+
+# Subcommand: (module whose `main(argv)` runs it, what it does).
+COMMANDS = {
+    "train": ("finetune.train", "fine-tune a model, or train one from scratch"),
+    "sample": ("finetune.sample", "draw pictures from captions"),
+    "export": ("finetune.export", "write a run's result for other tools"),
+    "autoencoder": ("finetune.autoencoder.train", "train the first stage on pictures"),
+}
+
+_EXAMPLES = """examples:
+  finetune train experiment=smoke data.shards=shards/latents run.dir=runs/first
+  finetune sample runs/first --prompt "a red apple" --seed 1 --out apple.png
+  finetune export runs/first --format diffusers --out models/first
+  finetune autoencoder data.shards=shards/images run.dir=runs/vae
+
+`finetune COMMAND --help` tells more."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return its exit code.
+
+    Raises:
+        UserError: no such subcommand, with the nearest name.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    name, *rest = arguments
+    if name == "--version":
+        print(f"finetune {__version__}")
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5)
+        hint = f"did you mean `{near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}"
+        what = "option" if name.startswith("-") else "command"
+        raise UserError(f"unknown {what} `{name}`: {hint}")
+    return int(importlib.import_module(COMMANDS[name][0]).main(rest) or 0)
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    run_cli(main)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return (
+        "usage: finetune COMMAND ...\n\nFine-tune latent diffusion models.\n\n"
+        f"commands:\n{lines}\n\n{_EXAMPLES}"
+    )

@@ -1,0 +1,237 @@
+"""`finetune sample`: pictures from captions, by a run, a diffusers folder or a hub id."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune import UserError
+from finetune.export.arguments import (
+    Parser,
+    add_source_arguments,
+    add_weights_arguments,
+    count,
+    quiet_libraries,
+    torch_dtype,
+)
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
+_SCHEDULERS = ("ddim", "euler", "dpm++", "ddpm")  # as in finetune.sampling, which is slow to import
+
+_EXAMPLES = """examples:
+  finetune sample runs/first --prompt "a red apple" --seed 1 --out apple.png
+  finetune sample runs/first --prompt "a red apple" --prompt "a green apple" --count 4 --out apples.png
+  finetune sample runs/first --prompts captions.txt --out pictures/
+  finetune sample stable-diffusion-v1-5/stable-diffusion-v1-5 --lora loras/style --prompt "a house" \\
+      --scheduler dpm++ --steps 25 --height 512 --width 768 --device cuda --dtype float16 --out house.png
+
+One picture goes to FILE; several go there as a grid, a row for each prompt when --count is more than one.
+In a DIR, each picture gets its own file and several also make grid.png. PNG files tell prompt, seed and
+settings in their text chunks. The noise of picture i comes from seed + i, whatever the batch.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Sample pictures and write them.
+
+    Raises:
+        UserError: a mistake in the arguments, or a model that cannot be loaded or sampled so.
+    """
+    arguments = _parser().parse_args(argv)
+    prompts = _prompts(arguments)
+    if not 0 <= arguments.seed < 2**63 - len(prompts) * arguments.count:
+        raise UserError(f"--seed {arguments.seed}: must be at least 0 and fit in 63 bits")
+    if arguments.guidance is not None and arguments.guidance < 1:
+        raise UserError(f"--guidance {arguments.guidance:g}: must be at least 1, which is no guidance")
+    out = _out(arguments.out)
+
+    quiet_libraries()
+    from tqdm import tqdm
+
+    from finetune import sampling
+    from finetune.models.components import load_components
+
+    device = _device(arguments.device)
+    parts = load_components(
+        arguments.source,
+        weights=arguments.weights,
+        step=arguments.checkpoint,
+        lora=arguments.lora,
+        device=device,
+        dtype=torch_dtype(arguments.dtype),
+        revision=arguments.revision,
+    )
+    for notice in parts.notices:
+        print(f"note: {notice}", file=sys.stderr)
+    height, width = parts.default_size
+    height, width = arguments.height or height, arguments.width or width
+    guidance = arguments.guidance
+    if guidance is None:
+        guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
+    repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
+    seeds = range(arguments.seed, arguments.seed + len(repeated))
+    total = sampling.batches(len(repeated), height, width, arguments.batch_size) * arguments.steps
+    with tqdm(total=total, desc=f"sampling {len(repeated)}", unit="step", leave=False) as bar:
+        images = sampling.to_pil(
+            sampling.generate(
+                parts.unet,
+                parts.vae,
+                sampling.text_encoding(parts.tokenizer, parts.text_encoder),
+                sampling.make_scheduler(arguments.scheduler, parts.scheduler),
+                parts.latents,
+                repeated,
+                seeds,
+                height=height,
+                width=width,
+                steps=arguments.steps,
+                guidance=guidance,
+                negative=arguments.negative,
+                batch_size=arguments.batch_size,
+                progress=bar.update,
+            )
+        )
+    settings = {
+        "negative prompt": arguments.negative,
+        "steps": str(arguments.steps),
+        "guidance": f"{guidance:g}",
+        "scheduler": arguments.scheduler,
+        "size": f"{width}x{height}",
+        "source": parts.source
+        if parts.step is None
+        else f"{parts.source} step {parts.step} {arguments.weights}",
+        **({"lora": arguments.lora} if arguments.lora else {}),
+    }
+    columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
+    written = []
+    if out.suffix:
+        picture = images[0] if len(images) == 1 else sampling.grid(images, columns)
+        _save(picture, out, {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings})
+        written.append(out)
+    else:
+        for index, (image, prompt, seed) in enumerate(zip(images, repeated, seeds, strict=True)):
+            path = out / f"{index:04d}{_slug(prompt)}.png"
+            _save(image, path, {"prompt": prompt, "seed": str(seed), **settings})
+            written.append(path)
+        if len(images) > 1:
+            sheet = sampling.grid(images, columns)
+            _save(
+                sheet,
+                out / "grid.png",
+                {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings},
+            )
+            written.append(out / "grid.png")
+    print(written[-1] if out.suffix else f"{out}: {len(written)} files")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="finetune sample", description="Draw pictures from captions.", epilog=_EXAMPLES)
+    add_source_arguments(parser, "RUN_OR_MODEL", "a run's folder, a diffusers pipeline's folder, or a hub id")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated"
+    )
+    parser.add_argument("--prompts", metavar="FILE", help="a text file with a caption on each line")
+    parser.add_argument("--negative", default="", metavar="TEXT", help="what to lead away from")
+    parser.add_argument("--out", required=True, metavar="FILE.png|DIR", help="where the pictures go")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
+    parser.add_argument("--count", type=count, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    parser.add_argument("--columns", type=count, metavar="N", help="of the grid")
+    parser.add_argument("--height", type=count, metavar="PX", help="default: as trained")
+    parser.add_argument("--width", type=count, metavar="PX", help="default: as trained")
+    parser.add_argument("--steps", type=count, default=50, metavar="N", help="of the sampler (default: 50)")
+    parser.add_argument(
+        "--guidance",
+        type=float,
+        metavar="SCALE",
+        help=f"classifier-free guidance, 1 is none (default: the run's sample.guidance, else {GUIDANCE})",
+    )
+    parser.add_argument(
+        "--scheduler", choices=_SCHEDULERS, default="ddim", help="the sampler (default: ddim)"
+    )
+    parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
+    parser.add_argument(
+        "--batch-size", type=count, metavar="N", help="pictures drawn at once (default: by size)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add_weights_arguments(parser)
+    return parser
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    prompts = list(arguments.prompt)
+    if arguments.prompts is not None:
+        path = Path(arguments.prompts).expanduser()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is no UTF-8 text"
+            raise UserError(f"--prompts {path} cannot be read: {reason}") from error
+        listed = [line.strip() for line in lines if line.strip()]
+        if not listed:
+            raise UserError(f"--prompts {path} holds no prompt; write one caption on each line")
+        prompts += listed
+    if not prompts:
+        raise UserError("no prompts; give --prompt TEXT or --prompts FILE")
+    return prompts
+
+
+def _out(text: str) -> Path:
+    """The PNG file or the folder to write, with its parents made."""
+    out = Path(text).expanduser()
+    folder = out.is_dir() or not out.suffix or text.endswith(("/", os.sep))
+    if not folder and out.suffix.lower() != ".png":
+        raise UserError(
+            f"--out {text}: pictures are written as PNG; give a name that ends in .png, or a folder"
+        )
+    try:
+        (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {text} cannot be made: {error.strerror}") from error
+    return out
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: unknown; take auto, cpu or cuda") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices for torch"
+        )
+    return device
+
+
+def _square(number: int) -> int:
+    columns = 1
+    while columns * columns < number:
+        columns += 1
+    return columns
+
+
+def _slug(prompt: str) -> str:
+    words = re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.ASCII).strip("-")[:40].strip("-")
+    return f"-{words}" if words else ""
+
+
+def _save(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in texts.items():
+        info.add_text(key, value)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG", pnginfo=info)
+    os.replace(temporary, path)

@@ -1,0 +1,173 @@
+"""`finetune` and `finetune sample` from the outside: files, their metadata, and one line for each mistake."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune import UserError, cli, sample
+from tests import fakes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return fakes.full_run(tmp_path_factory.mktemp("full") / "run")
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_one_prompt_makes_one_picture_with_its_settings(run, tmp_path, capsys):
+    out = tmp_path / "new" / "apple.png"
+    options = ["--prompt", "a red äpple", "--seed", "3", "--steps", "2", "--out", str(out)]
+    assert cli.main(["sample", str(run), *options]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    with Image.open(out) as image:
+        assert image.size == (32, 32)
+        assert image.text == {
+            "prompt": "a red äpple",
+            "negative prompt": "",
+            "seed": "3",
+            "steps": "2",
+            "guidance": "3",  # the run's own
+            "scheduler": "ddim",
+            "size": "32x32",
+            "source": f"{run} step {fakes.STEP} ema",
+        }
+    assert [path.name for path in out.parent.iterdir()] == ["apple.png"]
+    first = pixels(out)
+    assert cli.main(["sample", str(run), *options]) == 0
+    assert np.array_equal(pixels(out), first)
+    assert cli.main(["sample", str(run), *options, "--weights", "raw"]) == 0
+    assert not np.array_equal(pixels(out), first)
+
+
+def test_several_prompts_make_a_grid_and_a_folder_their_files(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("\ufeffa green apple\n\n  a blue heart  \n", encoding="utf-8")
+    options = ["--prompt", "a red apple", "--prompts", str(tmp_path / "prompts.txt"), "--count", "2"]
+    options += ["--steps", "1", "--seed", "4", "--height", "40", "--width", "24"]
+    sample.main([str(run), *options, "--out", str(tmp_path / "grid.png")])
+    sample.main([str(run), *options, "--out", str(tmp_path / "folder")])
+    names = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    assert names == [
+        "0000-a-red-apple.png",
+        "0001-a-red-apple.png",
+        "0002-a-green-apple.png",
+        "0003-a-green-apple.png",
+        "0004-a-blue-heart.png",
+        "0005-a-blue-heart.png",
+        "grid.png",
+    ]
+    sheet = pixels(tmp_path / "grid.png")
+    assert sheet.shape == (3 * 42 - 2, 2 * 26 - 2, 3)  # a row for each prompt, two pixels apart
+    assert np.array_equal(sheet, pixels(tmp_path / "folder" / "grid.png"))
+    for index, name in enumerate(names[:-1]):
+        row, column = divmod(index, 2)
+        cell = sheet[row * 42 : row * 42 + 40, column * 26 : column * 26 + 24]
+        assert np.array_equal(cell, pixels(tmp_path / "folder" / name))
+        with Image.open(tmp_path / "folder" / name) as image:
+            assert image.text["seed"] == str(4 + index)
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.text["prompt"] == "a red apple\na green apple\na blue heart"
+
+
+def mistakes(run, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n  \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    empty = tmp_path / "empty"
+    (empty / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (empty / "config.yaml").write_text("model: {}")
+    png = ["--out", str(tmp_path / "x.png")]
+    prompt = ["--prompt", "x", *png]
+    return {
+        "no prompts; give --prompt": [str(run), *png],
+        "blank.txt holds no prompt": [str(run), "--prompts", str(tmp_path / "blank.txt"), *png],
+        "binary.txt cannot be read: it is no UTF-8": [str(run), "--prompts", str(tmp_path / "binary.txt"), *png],
+        "cannot be read: No such file": [str(run), "--prompts", str(tmp_path / "none.txt"), *png],
+        "no such folder": [str(tmp_path / "none"), *prompt],
+        "empty has no complete checkpoint yet": [str(empty), *prompt],
+        "no complete checkpoint of step 7": [str(run), *prompt, "--checkpoint", "7"],
+        "height 36 is no multiple of 8": [str(run), *prompt, "--height", "36"],
+        "--guidance 0.5: must be at least 1": [str(run), *prompt, "--guidance", "0.5"],
+        "--seed -1: must be": [str(run), *prompt, "--seed", "-1"],
+        "2000 sampling steps": [str(run), *prompt, "--steps", "2000"],
+        "invalid choice: 'plms'": [str(run), *prompt, "--scheduler", "plms"],
+        "0 is less than 1": [str(run), *prompt, "--count", "0"],
+        "invalid step value: 'last'": [str(run), *prompt, "--checkpoint", "last"],
+        "written as PNG": [str(run), "--prompt", "x", "--out", str(tmp_path / "x.jpg")],
+        "cannot be made": [str(run), "--prompt", "x", "--out", str(tmp_path / "blank.txt" / "x.png")],
+        "no LoRA at": [str(run), *prompt, "--lora", str(tmp_path)],
+        "--device cuda:99: this machine has": [str(run), *prompt, "--device", "cuda:99"],
+        "--device quantum: unknown": [str(run), *prompt, "--device", "quantum"],
+        "the following arguments are required: --out": [str(run), "--prompt", "x"],
+        "unrecognized arguments: --prmpt": [str(run), *prompt, "--prmpt", "y"],
+    }
+
+
+def test_every_mistake_has_its_line(run, tmp_path):
+    for line, argv in mistakes(run, tmp_path).items():
+        with pytest.raises(UserError) as caught:
+            sample.main(argv)
+        assert line in str(caught.value)
+    assert not list(tmp_path.glob("*.png"))
+
+
+def finetune(*argv):
+    return subprocess.run([sys.executable, "-m", "finetune", *argv], capture_output=True, text=True, check=False)
+
+
+def test_help_has_examples_and_imports_nothing_heavy():
+    done = finetune("--help")
+    assert done.returncode == 0 and "finetune sample runs/first" in done.stdout
+    assert all(f"\n  {name} " in done.stdout for name in cli.COMMANDS)
+    code = (
+        "import sys; from finetune import cli, sample\n"
+        "try: cli.main(['sample', '--help'])\n"
+        "except SystemExit: pass\n"
+        "try: cli.main(['export', '--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("examples:\n  finetune") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["smaple"], "error: unknown command `smaple`: did you mean `sample`?"),
+        (["xyz"], "error: unknown command `xyz`: choose one of train, sample, export, autoencoder"),
+        (["--verbose"], "error: unknown option `--verbose`: choose one of train, sample, export, autoencoder"),
+        (["sample", "x"], "error: the following arguments are required: --out; see `finetune sample --help`"),
+    ],
+)
+def test_a_mistake_exits_with_2_and_one_line(argv, line):
+    done = finetune(*argv)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line + "\n")
+
+
+def test_a_subcommand_gets_its_arguments_and_gives_its_exit_code(monkeypatch):
+    seen = []
+
+    class Module:
+        @staticmethod
+        def main(argv):
+            seen.append(argv)
+            return 3
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: seen.append(name) or Module)
+    assert cli.main(["train", "run.dir=x", "--help"]) == 3
+    assert seen == ["finetune.train", ["run.dir=x", "--help"]]
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("finetune ")
