@@ -31,9 +31,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
     shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser(
-        "data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES, formatter_class=shape
-    )
+    parser = _Parser("data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES, formatter_class=shape)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     ingest = commands.add_parser("ingest", help="make image shards from pictures and captions")

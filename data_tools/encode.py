@@ -55,13 +55,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools encode`."""
-    parser.add_argument(
-        "shards", type=Path, metavar="SHARDS", help="folder of image shards or WebDataset tars"
-    )
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards or WebDataset tars")
     parser.add_argument("--vae", required=True, metavar="MODEL", help="folder or hub id of a VAE or pipeline")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent shards"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent shards")
     parser.add_argument(
         "--size",
         type=positive,
@@ -80,9 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="sides are multiples of it (default: 64)",
     )
-    parser.add_argument(
-        "--batch", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)"
-    )
+    parser.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the VAE (default: float32)")
     add_device_argument(parser)
     parser.add_argument(
@@ -103,9 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
     """--device."""
-    parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: a GPU if any)"
-    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: a GPU if any)")
 
 
 def choose_device(name: str) -> torch.device:
@@ -151,9 +143,7 @@ def run(args: argparse.Namespace) -> int:
         samples = enlarged = 0
         with ShardWriter(out, "latents", members=(LATENT, "json"), max_samples=args.shard_samples) as writer:
             with tqdm(total=source.samples, unit="picture", disable=None) as bar:
-                for bucket, batch in batches(
-                    source, table, background, args.batch, args.workers, rejects, bar
-                ):
+                for bucket, batch in batches(source, table, background, args.batch, args.workers, rejects, bar):
                     for sample, array_2Chw in zip(batch, encoder(batch), strict=True):
                         if array_2Chw is None:
                             rejects.add(sample.key, "latents are not finite, even in float32")
@@ -332,7 +322,7 @@ class _Encoder:
         from finetune.models.autoencoder import encode_moments
 
         pixels_BHW3 = torch.from_numpy(np.stack([sample.pixels for sample in batch])).to(vae.device)
-        images_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        images_B3HW = pixels_BHW3.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
         try:
             moments_B2CHW = encode_moments(vae, images_B3HW).cpu().numpy()
         except torch.OutOfMemoryError:

@@ -131,9 +131,7 @@ def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple
     """
     scale = max(height / image.height, width / image.width)
     # At least the target: rounding may leave a side one pixel short.
-    resized_h, resized_w = (
-        max(t, round(s * scale)) for t, s in ((height, image.height), (width, image.width))
-    )
+    resized_h, resized_w = (max(t, round(s * scale)) for t, s in ((height, image.height), (width, image.width)))
     if (resized_w, resized_h) != image.size:
         image = image.resize((resized_w, resized_h), Image.Resampling.LANCZOS)
     top, left = (resized_h - height) // 2, (resized_w - width) // 2
@@ -167,7 +165,8 @@ def aspect_table(size: int, step: int, max_aspect: float = 2.0) -> list[tuple[in
     found = set()
     for short in range(step, size + 1, step):
         long = size * size // short // step * step
-        if long <= max_aspect * short:
+        both_full = size * size // long // step * step == short  # neither side can grow by a step
+        if both_full and 1 / max_aspect <= long / short <= max_aspect:
             found |= {(short, long), (long, short)}
     return sorted(found)
 

@@ -93,9 +93,7 @@ def captions_of(shards: ShardSet, sample_id: int) -> list[str]:
     if shards.has_member(sample_id, "json"):
         captions = shards.read_json(sample_id).get("captions", [])
         if not isinstance(captions, list):
-            raise ShardError(
-                f"{shards.root}: sample {sample_id}: captions is no list; run `data-tools verify`"
-            )
+            raise ShardError(f"{shards.root}: sample {sample_id}: captions is no list; run `data-tools verify`")
         return [str(caption) for caption in captions]
     if shards.has_member(sample_id, "txt"):
         return [shards.read_member(sample_id, "txt").decode("utf-8", "replace").strip()]
@@ -113,9 +111,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for name, bucket in facts["buckets"].items():
         rows.append(("bucket " + name, f"{bucket['samples']:,} samples in {bucket['shards']:,} shards"))
     if encoder := facts["encoder"]:
-        rows.append(
-            ("encoder", f"{encoder['source']} (sha256 {encoder['sha256'][:12]}..., {encoder['dtype']})")
-        )
+        rows.append(("encoder", f"{encoder['source']} (sha256 {encoder['sha256'][:12]}..., {encoder['dtype']})"))
         space = f"{encoder['channels']} channels, 1/{encoder['downsample']} size"
         rows.append(("latent space", f"{space}, scale {encoder['scale']:g}, shift {encoder['shift']:g}"))
     if latents := facts["latents"]:

@@ -36,9 +36,7 @@ def claimed_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(
-                f"{out} is in use by another process; wait for it or choose another folder"
-            ) from None
+            raise UserError(f"{out} is in use by another process; wait for it or choose another folder") from None
         try:
             _empty(out, overwrite)
             yield out

@@ -95,6 +95,9 @@ class PictureSource:
                         if member.lower() in _MEMBERS:
                             file = tar.extractfile(info)
                             last[1][member.lower()] = file.read() if file is not None else b""
+                    # tarfile takes a file that is cut between members, or in a header, for a whole one.
+                    if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:
+                        raise EOFError("it ends without an end mark")
             except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
                 yield Unreadable(path.name, f"not a whole tar ({error}); what came before was used")
                 last = None  # its members may be incomplete

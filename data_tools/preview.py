@@ -34,12 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument("--vae", metavar="MODEL", help="autoencoder for latents (default: the manifest's)")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
-    parser.add_argument(
-        "--count", type=positive, default=64, metavar="N", help="samples to show (default: 64)"
-    )
-    parser.add_argument(
-        "--columns", type=positive, default=8, metavar="N", help="tiles in a row (default: 8)"
-    )
+    parser.add_argument("--count", type=positive, default=64, metavar="N", help="samples to show (default: 64)")
+    parser.add_argument("--columns", type=positive, default=8, metavar="N", help="tiles in a row (default: 8)")
     add_device_argument(parser)
 
 

@@ -14,9 +14,7 @@ RESERVED = ("captions", "file", "original_size", "crop")
 
 def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...], default: str) -> None:
     """--out, --format, --quality, --background, --shard-samples, --overwrite."""
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="SHARDS", help="folder for the image shards"
-    )
+    parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder for the image shards")
     parser.add_argument("--format", choices=formats, help=f"format of the pictures in the shards ({default})")
     parser.add_argument("--quality", type=int, default=95, help="of webp and jpg, 1 to 100 (default: 95)")
     parser.add_argument(

@@ -176,18 +176,14 @@ def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
     for where, row in rows:
         name = row.pop("file_name", None)
         if not isinstance(name, str) or not name:
-            raise UserError(
-                f"{where} has no file_name; each row names its picture, relative to the file's folder"
-            )
+            raise UserError(f"{where} has no file_name; each row names its picture, relative to the file's folder")
         captions: list[Any] = []
         for column in _CAPTION_COLUMNS:
             value = row.pop(column, None)
             captions += value if isinstance(value, list) else [value]
         key = Path(os.path.normpath(path.parent / name)).as_posix()
         labels = {column: value for column, value in row.items() if column not in RESERVED}
-        known = metadata.setdefault(
-            key, _Row(path.as_posix(), [], {})
-        )  # a picture may have a row per caption
+        known = metadata.setdefault(key, _Row(path.as_posix(), [], {}))  # a picture may have a row per caption
         known.captions = clean_captions([*known.captions, *captions])
         known.labels.update(labels)
 
@@ -200,13 +196,9 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise UserError(
-                    f"{path}, line {number} is not JSON ({error}); mend it or delete it"
-                ) from None
+                raise UserError(f"{path}, line {number} is not JSON ({error}); mend it or delete it") from None
             if not isinstance(row, dict):
-                raise UserError(
-                    f'{path}, line {number} is not an object; write {{"file_name": ..., "text": ...}}'
-                )
+                raise UserError(f'{path}, line {number} is not an object; write {{"file_name": ..., "text": ...}}')
             yield f"{path}, line {number}", row
 
 
@@ -215,9 +207,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in (reader := csv.DictReader(lines)):
             where = f"{path}, line {reader.line_num}"
             if None in row or None in row.values():
-                raise UserError(
-                    f"{where} does not have the {len(reader.fieldnames or ())} columns of the header"
-                )
+                raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} columns of the header")
             captions = row.get("captions", "")
             if captions.lstrip().startswith("["):  # a list, as JSON in the cell
                 try:

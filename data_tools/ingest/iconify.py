@@ -39,9 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "package", type=Path, metavar="PACKAGE", help=".tgz of an @iconify-json package, or icons.json"
     )
-    parser.add_argument(
-        "--size", type=positive, default=64, metavar="N", help="height and width (default: 64)"
-    )
+    parser.add_argument("--size", type=positive, default=64, metavar="N", help="height and width (default: 64)")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--names", type=Path, metavar="FILE", help="draw only these, one name a line")
     choice.add_argument(
@@ -97,9 +95,7 @@ def _choose(icons: IconSet, args: argparse.Namespace) -> list[str]:
     names = set(icons.visible)
     if args.names is not None:
         try:
-            wanted = {
-                line.strip() for line in args.names.read_text(encoding="utf-8").splitlines() if line.strip()
-            }
+            wanted = {line.strip() for line in args.names.read_text(encoding="utf-8").splitlines() if line.strip()}
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the names in {args.names}: {error}") from None
         if unknown := sorted(wanted - icons.icons.keys()):
@@ -248,11 +244,7 @@ def _read_package(path: Path) -> dict[str, bytes]:
     with tarfile.open(path, "r:*") as tar:
         for info in tar:
             folder, _, name = info.name.removeprefix("./").rpartition("/")
-            if (
-                info.isreg()
-                and folder.count("/") == 0
-                and name in ("icons.json", "info.json", "package.json")
-            ):
+            if info.isreg() and folder.count("/") == 0 and name in ("icons.json", "info.json", "package.json"):
                 file = tar.extractfile(info)
                 assert file is not None, "a regular member has content"
                 files[name] = file.read()
