@@ -1,0 +1,348 @@
+"""Latent shards hold what the autoencoder says of each picture, and their manifest tells the truth about them."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_tools.images import decode_rgb
+from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
+from finetune.latents import LatentSpace, sample_latents
+from finetune.models import autoencoder
+from finetune.models.autoencoder import encode_moments, encoder_sha256, load_autoencoder
+from tests.data_tools.conftest import Result, encoded, smooth_picture
+
+Cli = Callable[..., Result]
+
+
+def all_moments(shards: ShardSet) -> np.ndarray:
+    ((bucket, ids),) = shards.buckets.items()
+    encoder = shards.manifest.encoder
+    assert encoder is not None
+    shape = (2 * encoder.channels, *(side // encoder.downsample for side in bucket))
+    out = np.empty((len(ids), *shape), np.float16)
+    shards.read_latents(ids, out)
+    return out
+
+
+def moments_of(vae: object, image: Image.Image) -> np.ndarray:
+    x = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 127.5 - 1
+    return encode_moments(vae, x)[0].numpy()  # type: ignore[arg-type]
+
+
+def rejects(root: Path) -> dict[str, str]:
+    rows = map(json.loads, (root / "rejects.jsonl").read_text().splitlines())
+    return {row["file"]: row["reason"] for row in rows}
+
+
+def test_latents_are_the_autoencoders(cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path) -> None:
+    result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", "--batch", 4)
+    assert result.code == 0, result.err
+    assert verify(tmp_path / "out") == []
+    images, latents = ShardSet.open(image_shards), ShardSet.open(tmp_path / "out", "latents")
+    assert latents.bucket_sizes == {(32, 32): 6}
+    vae = load_autoencoder(vae_folder)
+    stored = all_moments(latents)
+    for sample_id in range(6):
+        assert latents.key(sample_id) == images.key(sample_id)
+        want = moments_of(vae, decode_rgb(images.read_member(sample_id, "png")))
+        np.testing.assert_allclose(stored[sample_id], want, rtol=2e-3, atol=1e-3)
+        record = images.read_json(sample_id)
+        assert latents.read_json(sample_id) == {**record, "original_size": [32, 32], "crop": [0, 0, 32, 32]}
+    encoder = latents.manifest.encoder
+    assert encoder is not None
+    assert encoder.sha256 == encoder_sha256(vae)
+    assert Path(encoder.locate(tmp_path / "out")).resolve() == vae_folder.resolve()
+
+
+def test_manifest_statistics_are_those_of_fresh_draws(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out")
+    shards = ShardSet.open(tmp_path / "out")
+    encoder, stats = shards.manifest.encoder, shards.manifest.latents
+    assert encoder is not None
+    assert stats is not None
+    moments = torch.from_numpy(all_moments(shards)).repeat(200, 1, 1, 1)
+    generator = torch.Generator().manual_seed(0)
+    eps = torch.randn(len(moments), 4, 16, 16, generator=generator)
+    z = sample_latents(moments, eps, LatentSpace(encoder.scale, encoder.shift))
+    draws = z[:, 0].numel()
+    bound = 4 * max(stats.channel_std) / draws**0.5  # four standard errors
+    np.testing.assert_allclose(z.mean(dim=(0, 2, 3)), stats.channel_mean, atol=bound)
+    np.testing.assert_allclose(z.std(dim=(0, 2, 3)), stats.channel_std, atol=bound)
+    assert abs(float(z.mean()) - stats.mean) < bound
+    assert abs(float(z.std()) - stats.std) < bound
+
+
+def test_same_bytes_whatever_the_number_of_threads(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path
+) -> None:
+    for out, workers in (("a", 1), ("b", 4), ("c", 4)):
+        cli(
+            "encode",
+            image_shards,
+            "--vae",
+            vae_folder,
+            "--out",
+            tmp_path / out,
+            "--workers",
+            workers,
+            "--shard-samples",
+            4,
+        )
+    for path in (tmp_path / "a").iterdir():
+        for other in ("b", "c"):
+            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), path.name
+
+
+def test_resize_and_crop(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = smooth_picture(1, 40, 80)
+    (tmp_path / "in" / "wide.png").write_bytes(encoded(image))
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "images")
+    cli("encode", tmp_path / "images", "--vae", vae_folder, "--out", tmp_path / "out", "--size", 16)
+    shards = ShardSet.open(tmp_path / "out")
+    record = shards.read_json(0)
+    assert (record["original_size"], record["crop"]) == ([40, 80], [0, 8, 16, 16])
+    cut = image.resize((32, 16), Image.Resampling.LANCZOS).crop((8, 0, 24, 16))
+    want = moments_of(load_autoencoder(vae_folder), cut)
+    np.testing.assert_allclose(all_moments(shards)[0], want, rtol=2e-3, atol=1e-3)
+
+
+def test_sizes_noted_at_ingest_are_carried_on(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "wide.png").write_bytes(encoded(smooth_picture(1, 64, 128)))
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "images", "--size", 32)
+    assert ShardSet.open(tmp_path / "images").read_json(0)["crop"] == [0, 16, 32, 32]
+    for size, left in ((32, 16), (16, 8), (64, 32)):
+        cli("encode", tmp_path / "images", "--vae", vae_folder, "--out", tmp_path / str(size), "--size", size)
+        record = ShardSet.open(tmp_path / str(size)).read_json(0)
+        assert (record["original_size"], record["crop"]) == ([64, 128], [0, left, size, size])
+
+
+def test_aspect_buckets(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    shapes = [(40, 40), (30, 60), (60, 30), (40, 44), (31, 60), (20, 90)]
+    for number, (height, width) in enumerate(shapes):
+        (tmp_path / "in" / f"{number}.png").write_bytes(encoded(smooth_picture(number, height, width)))
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "images")
+    result = cli(
+        "encode",
+        tmp_path / "images",
+        "--vae",
+        vae_folder,
+        "--out",
+        tmp_path / "out",
+        "--size",
+        32,
+        "--aspect-buckets",
+        "--bucket-step",
+        8,
+        "--batch",
+        2,
+    )
+    assert result.code == 0, result.err
+    assert verify(tmp_path / "out") == []
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.bucket_sizes == {(24, 40): 3, (32, 32): 2, (40, 24): 1}
+    assert len(shards.manifest.shards) == 3
+    seen = {}
+    for sample_id in range(6):
+        record = shards.read_json(sample_id)
+        bucket = shards.bucket_of(shards.locate(sample_id)[0])
+        assert tuple(record["crop"][2:]) == bucket
+        seen[record["file"]] = bucket
+        assert record["original_size"] == list(shapes[int(record["file"][0])])
+    assert seen["1.png"] == seen["4.png"] == seen["5.png"] == (24, 40)
+
+
+@pytest.mark.parametrize("cut", [100, -200, -512])  # in the picture, in its header, before its header
+def test_foreign_tars(cli: Cli, vae_folder: Path, tmp_path: Path, cut: int) -> None:
+    """As img2dataset leaves them, the last one cut short by a download that broke off."""
+    (tmp_path / "tars").mkdir()
+    for shard in range(2):
+        with tarfile.open(tmp_path / "tars" / f"{shard:05d}.tar", "w") as tar:
+            for number in range(3):
+                name = f"./{shard}/00{number} é" if number else f"{number:09d}"
+                meta = {
+                    "caption": "from json",
+                    "original_height": 100,
+                    "original_width": 90,
+                    "exif": "{}",
+                    "class": 2,
+                }
+                members = {
+                    "JPG": encoded(smooth_picture(number, 32, 32), "JPEG"),
+                    "txt": b"from  txt\n",
+                    "json": json_bytes(meta) if number == 1 else None,
+                }
+                for member, data in members.items():
+                    if data is not None:
+                        info = tarfile.TarInfo(f"{name}.{member}")
+                        info.size = len(data)
+                        tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(tmp_path / "tars" / "00001.tar") as tar:
+        places = {info.name: info.offset_data for info in tar}
+    os.truncate(tmp_path / "tars" / "00001.tar", places["./1/002 é.JPG"] + cut)
+
+    result = cli("encode", tmp_path / "tars", "--vae", vae_folder, "--out", tmp_path / "out")
+    assert (result.code, "several sizes; give --size" in result.err) == (2, True)
+    result = cli("encode", tmp_path / "tars", "--vae", vae_folder, "--out", tmp_path / "out", "--size", 16)
+    assert result.code == 0, result.err
+    assert verify(tmp_path / "out") == []
+    shards = ShardSet.open(tmp_path / "out")
+    # What came before the cut; the last sample may have lost members, so it is left out.
+    assert len(shards) == (5 if cut > 0 else 4)
+    assert list(rejects(tmp_path / "out")) == ["00001.tar"]
+    keys = [shards.key(i) for i in range(len(shards))]
+    assert len(set(keys)) == len(keys)
+    assert keys[0] == "00000_000000000"
+    row = shards.read_json(1)
+    assert row == {
+        "captions": ["from json"],
+        "original_size": [100, 90],
+        "crop": [0, 0, 16, 16],
+        "original_height": 100,
+        "original_width": 90,
+        "class": 2,
+    }
+    assert shards.read_json(0)["captions"] == ["from txt"]
+
+
+def test_corrupt_pictures_are_set_aside(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "images", "images") as writer:
+        for number in range(5):
+            data = encoded(smooth_picture(number, 16, 16))
+            record = json_bytes({"captions": ["a"]}) if number != 3 else b"{"
+            writer.write(f"s{number}", {"png": data[:90] if number == 1 else data, "json": record}, (16, 16))
+        writer.finish()
+    result = cli("encode", tmp_path / "images", "--vae", vae_folder, "--out", tmp_path / "out", "--batch", 2)
+    assert result.code == 0
+    assert "3 latents" in result.out
+    assert "2 set aside, listed in" in result.out
+    shards = ShardSet.open(tmp_path / "out")
+    assert [shards.key(i) for i in range(3)] == ["s0", "s2", "s4"]
+    reasons = rejects(tmp_path / "out")
+    assert set(reasons) == {"s1", "s3"}
+    assert "json is not JSON" in reasons["s3"]
+
+
+def test_overflow_is_redone_in_float32(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overflowing(vae: object, images_B3HW: torch.Tensor) -> torch.Tensor:
+        moments = encode_moments(vae, images_B3HW)  # type: ignore[arg-type]
+        if vae.dtype != torch.float32:  # type: ignore[attr-defined]
+            moments[1::2] = torch.inf
+        return moments
+
+    monkeypatch.setattr(autoencoder, "encode_moments", overflowing)
+    result = cli(
+        "encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", "--dtype", "bfloat16", "--batch", 2
+    )
+    assert "3 pictures overflowed in bfloat16 and were redone in float32" in result.out
+    assert verify(tmp_path / "out") == []
+    shards, images = ShardSet.open(tmp_path / "out"), ShardSet.open(image_shards)
+    vae = load_autoencoder(vae_folder)
+    for sample_id in (1, 3, 5):
+        want = moments_of(vae, decode_rgb(images.read_member(sample_id, "png"))).astype(np.float16)
+        np.testing.assert_allclose(all_moments(shards)[sample_id], want, rtol=1e-3, atol=1e-4)
+
+
+def test_latents_that_are_never_finite_are_set_aside(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(vae: object, images_B3HW: torch.Tensor) -> torch.Tensor:
+        moments = encode_moments(vae, images_B3HW)  # type: ignore[arg-type]
+        moments[0, 0, 0, 0] = 1e6  # finite, but not in float16
+        return moments
+
+    monkeypatch.setattr(autoencoder, "encode_moments", broken)
+    result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", "--batch", 2)
+    assert result.code == 0
+    assert len(ShardSet.open(tmp_path / "out")) == 3
+    assert set(rejects(tmp_path / "out").values()) == {"latents are not finite, even in float32"}
+    result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "none", "--batch", 1)
+    assert (result.code, "none of 6 pictures" in result.err) == (2, True)
+    with pytest.raises(ShardError):
+        Manifest.load(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--size", "33"], "--size 33 does not divide by 2, the VAE's step; take 32"),
+        (["--aspect-buckets"], "--aspect-buckets needs --size"),
+        (["--aspect-buckets", "--size", "32"], "too small for --bucket-step 64"),
+        (["--aspect-buckets", "--size", "32", "--bucket-step", "3"], "--bucket-step 3 does not divide by 2"),
+        (["--device", "warp"], "--device warp can't be used here"),
+        (["--batch", "0"], "'0' is not a whole number"),
+        (["--vae", "/no/such/vae"], "no autoencoder at /no/such/vae"),
+    ],
+)
+def test_mistakes(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path, extra: list[str], says: str
+) -> None:
+    result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", *extra)
+    assert (result.code, says in result.err) == (2, True), result.err
+
+
+def test_sources_that_cannot_be_encoded(cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path) -> None:
+    cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "latents")
+    (tmp_path / "empty").mkdir()
+    (image_shards / "manifest.json").unlink()
+    for source, says in [
+        (tmp_path / "latents", "holds latents, images are needed"),
+        (tmp_path / "nowhere", "no folder"),
+        (tmp_path / "empty", "no shards in"),
+        (image_shards, "never finished"),
+    ]:
+        result = cli("encode", source, "--vae", vae_folder, "--out", tmp_path / "out")
+        assert (result.code, says in result.err) == (2, True), result.err
+
+
+def test_a_kill_leaves_nothing_that_loads(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "images", "images") as writer:
+        for number in range(160):
+            data = encoded(smooth_picture(number % 7, 16, 16))
+            writer.write(f"{number:04d}", {"png": data, "json": json_bytes({"captions": ["a"]})}, (16, 16))
+        writer.finish()
+    common = ["--vae", str(vae_folder), "--batch", "4", "--shard-samples", "8"]
+    command = [sys.executable, "-m", "data_tools", "encode", str(tmp_path / "images"), *common]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "out" / "00003.tar").exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    with pytest.raises(ShardError, match="never finished"):
+        ShardSet.open(tmp_path / "out")
+    result = cli("encode", tmp_path / "images", *common, "--out", tmp_path / "out")
+    assert (result.code, "is not empty" in result.err) == (2, True)
+    assert cli("encode", tmp_path / "images", *common, "--out", tmp_path / "out", "--overwrite").code == 0
+    assert verify(tmp_path / "out") == []
+    assert cli("encode", tmp_path / "images", *common, "--out", tmp_path / "whole").code == 0
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -1,0 +1,219 @@
+"""Folders of pictures: every form of caption, original bytes, damage set aside."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools.images import decode_rgb
+from finetune.data import shards as shards_module
+from finetune.data.shards import ShardError, ShardSet, verify
+from tests.data_tools.conftest import Result, encoded, smooth_picture
+
+Cli = Callable[..., Result]
+
+
+def records(root: Path) -> dict[str, dict[str, Any]]:
+    shards = ShardSet.open(root, "images")
+    rows = [shards.read_json(i) for i in range(len(shards))]
+    return {row["file"]: row for row in rows}
+
+
+def rejects(root: Path) -> dict[str, str]:
+    rows = map(json.loads, (root / "rejects.jsonl").read_text().splitlines())
+    return {row["file"]: row["reason"] for row in rows}
+
+
+def test_sidecars_and_original_bytes(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    assert result.code == 0
+    assert "6 pictures in" in result.out
+    shards = ShardSet.open(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+    assert shards.bucket_sizes == {(32, 32): 6}
+    for sample_id in range(6):
+        row = shards.read_json(sample_id)
+        assert row["captions"] == [f"picture {Path(row['file']).stem[1:]}"]
+        assert row["original_size"] == [32, 32]
+        assert shards.read_member(sample_id, "png") == (photos / row["file"]).read_bytes()
+    assert list(records(tmp_path / "out")) == sorted(records(tmp_path / "out"))
+
+
+METADATA = {
+    "jsonl": (
+        "metadata.jsonl",
+        '{"file_name": "a.png", "text": "one  cat", "class": 3}\n\n{"file_name": "sub/b.png", '
+        '"captions": ["two", "deux", "two"]}\n{"file_name": "a.png", "caption": "a cat"}\n',
+    ),
+    "csv": (
+        "metadata.csv",
+        'file_name,text,class,captions\na.png,"one  cat",3,\nsub/b.png,,,"[""two"", ""deux""]"\na.png,a cat,3,\n',
+    ),
+}
+
+
+@pytest.mark.parametrize("form", sorted(METADATA))
+def test_metadata_files(cli: Cli, tmp_path: Path, form: str) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png", "c.png"):
+        (tmp_path / "in" / name).write_bytes(encoded(smooth_picture(0, 8, 8)))
+    (tmp_path / "in" / "a.txt").write_text("the sidecar gives way")
+    name, text = METADATA[form]
+    (tmp_path / "in" / name).write_text("\ufeff" + text, encoding="utf-8")
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert "1 pictures have no caption, the first is c.png" in result.out
+    rows = records(tmp_path / "out")
+    assert rows["a.png"]["captions"] == ["one cat", "a cat"]
+    assert str(rows["a.png"]["class"]) == "3"
+    assert rows["sub/b.png"]["captions"] == ["two", "deux"]
+    assert rows["c.png"]["captions"] == []
+
+
+def test_metadata_in_a_subfolder_names_pictures_beside_it(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "sub" / "a.png").write_bytes(encoded(smooth_picture(0, 8, 8)))
+    (tmp_path / "in" / "sub" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "a"}\n{"file_name": "gone.png", "text": "b"}'
+    )
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert records(tmp_path / "out")["sub/a.png"]["captions"] == ["a"]
+    assert rejects(tmp_path / "out") == {"sub/gone.png": "named in sub/metadata.jsonl, but no such picture"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file_name"', "metadata.jsonl, line 2 is not JSON"),
+        ("metadata.jsonl", '{"name": "a.png"}', "line 1 has no file_name"),
+        ("metadata.jsonl", '["a.png"]', "line 1 is not an object"),
+        ("metadata.csv", "name,text\na.png,cat\n", "line 2 has no file_name"),
+        ("metadata.csv", "file_name,text\na.png,a cat, sitting\n", "line 2 does not have the 2 columns"),
+    ],
+)
+def test_broken_metadata_is_named_by_line(cli: Cli, tmp_path: Path, name: str, text: str, says: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(encoded(smooth_picture(0, 8, 8)))
+    (tmp_path / "in" / name).write_text(text)
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert says in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_corrupt_pictures_are_set_aside(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    (photos / "p0.png").write_bytes((photos / "p0.png").read_bytes()[:120])
+    (photos / "zz.jpg").write_bytes(b"this is no picture")
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    assert result.code == 0
+    assert "5 pictures" in result.out
+    assert "2 set aside" in result.out
+    assert set(rejects(tmp_path / "out")) == {"p0.png", "zz.jpg"}
+    assert rejects(tmp_path / "out")["zz.jpg"] == "not a picture in a known format"
+    assert "p0.png" not in records(tmp_path / "out")
+    assert verify(tmp_path / "out") == []
+
+
+def test_nothing_left_is_an_error(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert (result.code, "no pictures in" in result.err) == (2, True)
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert (result.code, "a.png: empty file" in result.err) == (2, True)
+    with pytest.raises(ShardError):
+        ShardSet.open(tmp_path / "out")
+
+
+def test_size_and_format(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = smooth_picture(3, 30, 60)
+    (tmp_path / "in" / "a.bmp").write_bytes(encoded(image, "BMP"))
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "kept")
+    shards = ShardSet.open(tmp_path / "kept")  # a format that shards don't hold becomes png, losslessly
+    np.testing.assert_array_equal(np.asarray(decode_rgb(shards.read_member(0, "png"))), np.asarray(image))
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "sized", "--size", 16)
+    shards = ShardSet.open(tmp_path / "sized")
+    want = image.resize((32, 16), Image.Resampling.LANCZOS).crop((8, 0, 24, 16))
+    np.testing.assert_array_equal(np.asarray(decode_rgb(shards.read_member(0, "png"))), np.asarray(want))
+    record = shards.read_json(0)
+    assert (record["original_size"], record["crop"]) == ([30, 60], [0, 8, 16, 16])
+    assert shards.bucket_sizes == {(16, 16): 1}
+    cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "webp", "--size", 16, "--format", "webp")
+    assert decode_rgb(ShardSet.open(tmp_path / "webp").read_member(0, "webp")).size == (16, 16)
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "x", "--size", 16, "--format", "keep")
+    assert (result.code, "contradict" in result.err) == (2, True)
+
+
+def test_pictures_of_several_sizes_have_no_bucket(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    (photos / "wide.jpg").write_bytes(encoded(smooth_picture(9, 16, 48), "JPEG"))
+    cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    shards = ShardSet.open(tmp_path / "out")
+    assert {shard.bucket for shard in shards.manifest.shards} == {None}
+    assert set(shards.manifest.members) == {"png", "jpg", "json"}
+    assert verify(tmp_path / "out") == []
+
+
+def test_same_folder_same_bytes(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    for out in ("a", "b"):
+        cli("ingest", "folder", photos, "--out", tmp_path / out, "--shard-samples", 4)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "00001.tar" in names
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_the_output_folder_is_respected(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.md").write_text("mine")
+    result = cli("ingest", "folder", photos, "--out", out)
+    assert (result.code, "is not empty (notes.md)" in result.err) == (2, True)
+    assert cli("ingest", "folder", photos, "--out", out, "--overwrite").code == 0
+    result = cli("ingest", "folder", photos, "--out", out)
+    assert (result.code, "already holds a finished set of 6 samples" in result.err) == (2, True)
+    (photos / "p0.png").unlink()
+    assert cli("ingest", "folder", photos, "--out", out, "--overwrite").code == 0
+    assert len(ShardSet.open(out)) == 5
+    assert (out / "notes.md").read_text() == "mine"
+    with (out / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        result = cli("ingest", "folder", photos, "--out", out, "--overwrite")
+        assert (result.code, "in use by another process" in result.err) == (2, True)
+    assert len(ShardSet.open(out)) == 5
+    result = cli("ingest", "folder", photos, "--out", photos / "p2.txt")
+    assert result.code == 2
+
+
+def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shards_module.os, "fsync", full)
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "no space left on device while writing" in result.err
+    with pytest.raises(ShardError, match="never finished"):
+        ShardSet.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("extra", "says"),
+    [
+        (["--quality", "0"], "--quality 0 is outside"),
+        (["--background", "nocolour"], "no colour 'nocolour'"),
+        (["--size", "-3"], "'-3' is not a whole number"),
+        (["--format", "gif"], "invalid choice"),
+    ],
+)
+def test_wrong_arguments(cli: Cli, photos: Path, tmp_path: Path, extra: list[str], says: str) -> None:
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out", *extra)
+    assert (result.code, says in result.err) == (2, True)
+    assert cli("ingest", "folder", photos / "nowhere", "--out", tmp_path / "out").code == 2

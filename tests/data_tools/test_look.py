@@ -1,0 +1,153 @@
+"""verify, inspect and preview tell what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.data.shards import ShardSet, ShardWriter, json_bytes
+from finetune.models.autoencoder import decode, load_autoencoder
+from tests.data_tools.conftest import Result, encoded, smooth_picture
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture
+def latents(cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path) -> Path:
+    cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "latents")
+    return tmp_path / "latents"
+
+
+def test_verify(cli: Cli, latents: Path) -> None:
+    result = cli("verify", latents)
+    assert (result.code, result.out.count("\n")) == (0, 1)
+    assert "6 latents, 1 shards" in result.out
+    os.truncate(latents / "00000.tar", 5000)
+    result = cli("verify", latents)
+    assert result.code == 1
+    assert "00000.tar: 5000 bytes, the manifest says" in result.out
+    assert cli("verify", latents / "nowhere").code == 2
+
+
+def test_verify_decodes_pictures(cli: Cli, tmp_path: Path) -> None:
+    """Pictures that were damaged before they came into the shards: every checksum is right."""
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        for number in range(3):
+            data = encoded(smooth_picture(number, 16, 16))
+            writer.write(f"s{number}", {"png": data[:99] if number == 1 else data, "txt": b"a"}, (16, 16))
+        writer.finish()
+    result = cli("verify", tmp_path / "set")
+    assert result.code == 1
+    assert "00000.tar: sample s1: png: can't be decoded" in result.out
+    assert cli("verify", tmp_path / "set", "--no-decode").code == 0
+
+
+def test_inspect_latents(cli: Cli, latents: Path) -> None:
+    facts = json.loads(cli("inspect", latents, "--json").out)
+    manifest = ShardSet.open(latents).manifest
+    assert manifest.latents is not None
+    assert (facts["kind"], facts["samples"], facts["shards"], facts["bytes"]) == ("latents", 6, 1, manifest.bytes)
+    assert facts["buckets"] == {"32x32": {"samples": 6, "shards": 1}}
+    assert facts["latents"]["channel_std"] == manifest.latents.channel_std
+    assert facts["captions"] == {
+        "samples_read": 6,
+        "missing": 0,
+        "per_sample": 1.0,
+        "words": {"min": 2, "median": 2, "p95": 2, "max": 2},
+        "first": ["picture 1", "picture 3", "picture 5", "picture 0", "picture 2"],
+    }
+    table = cli("inspect", latents, "--captions", 1).out
+    for part in ("6 samples in 1 shards", "4 channels, 1/2 size, scale 0.18215", "picture 1", "latent.npy, json"):
+        assert part in table
+    assert "picture 3" not in table
+
+
+def test_inspect_counts_captions(cli: Cli, tmp_path: Path) -> None:
+    captions = [[], ["one two three"], ["one", "one two"]]
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        for number, texts in enumerate(captions):
+            record = json_bytes({"captions": texts})
+            writer.write(f"s{number}", {"png": encoded(smooth_picture(0, 8, 8)), "json": record}, None)
+        writer.write("s3", {"png": encoded(smooth_picture(0, 9, 8)), "txt": b"one two three four\n"}, None)
+        writer.finish()
+    facts = json.loads(cli("inspect", tmp_path / "set", "--json").out)
+    assert facts["buckets"] == {"mixed": {"samples": 4, "shards": 1}}
+    assert facts["captions"]["missing"] == 1
+    assert facts["captions"]["per_sample"] == pytest.approx(4 / 3)
+    assert facts["captions"]["words"] == {"min": 1, "median": 2.5, "p95": pytest.approx(3.85), "max": 4}
+    assert facts["captions"]["first"] == ["one two three", "one", "one two three four"]
+
+
+def test_preview_of_pictures(cli: Cli, image_shards: Path, tmp_path: Path) -> None:
+    result = cli("preview", image_shards, "--out", tmp_path / "new" / "sheet.png", "--count", 6, "--columns", 4)
+    assert result.code == 0, result.err
+    sheet = np.asarray(Image.open(tmp_path / "new" / "sheet.png"))
+    assert sheet.shape == (2 + 2 * 34, 2 + 4 * 34, 3)
+    shards = ShardSet.open(image_shards)
+    for place in range(6):
+        row, column = divmod(place, 4)
+        tile = sheet[2 + row * 34 :, 2 + column * 34 :][:32, :32]
+        number = int(Path(shards.read_json(place)["file"]).stem[1:])
+        np.testing.assert_array_equal(tile, np.asarray(smooth_picture(number, 32, 32)))
+
+
+def test_preview_of_latents_is_their_decoding(cli: Cli, latents: Path, vae_folder: Path, tmp_path: Path) -> None:
+    result = cli("preview", latents, "--out", tmp_path / "sheet.png", "--count", 3)  # samples 0, 2 (of 2.5), 5
+    assert result.code == 0, result.err
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    assert sheet.shape == (2 + 34, 2 + 3 * 34, 3)
+    moments = np.empty((3, 8, 16, 16), np.float16)
+    ShardSet.open(latents).read_latents([0, 2, 5], moments)
+    images = decode(load_autoencoder(vae_folder), torch.from_numpy(moments[:, :4]).float())
+    for place in range(3):
+        tile = sheet[2:34, 2 + place * 34 :][:, :32]
+        want = ((images[place] + 1) * 127.5).permute(1, 2, 0).numpy()
+        np.testing.assert_allclose(tile, want, atol=0.51)
+
+
+def test_preview_refuses_another_vae(cli: Cli, latents: Path, vae_folder: Path, tmp_path: Path) -> None:
+    vae = load_autoencoder(vae_folder)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1.5)
+    vae.save_pretrained(tmp_path / "other")
+    result = cli("preview", latents, "--vae", tmp_path / "other", "--out", tmp_path / "sheet.png")
+    assert (result.code, "error: wrong VAE" in result.err) == (2, True)
+    assert not (tmp_path / "sheet.png").exists()
+    result = cli("preview", latents, "--out", tmp_path / "sheet.txt")
+    assert (result.code, "should end in .png" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["ingest"],
+        ["ingest", "folder"],
+        ["ingest", "iconify"],
+        ["encode"],
+        ["verify"],
+        ["inspect"],
+        ["preview"],
+    ],
+)
+def test_every_command_explains_itself(cli: Cli, command: list[str]) -> None:
+    result = cli(*command, "--help")
+    assert result.code == 0
+    if command != ["ingest"]:
+        assert "examples:\n  data-tools " + " ".join(command) in result.out
+    assert cli(*command, "--no-such-option").code == 2
+
+
+def test_help_does_not_load_torch() -> None:
+    code = "import sys; from data_tools.cli import build_parser; build_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
