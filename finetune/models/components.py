@@ -108,11 +108,10 @@ def load_components(
     if lora is not None:
         merge_lora({"unet": parts.unet, "text_encoder": parts.text_encoder}, read_lora(lora))
     _require_text_to_image(parts)
-    parts.unet.to(device=device, dtype=dtype)
-    parts.text_encoder.to(device=device, dtype=dtype)
-    parts.vae.to(device=device, dtype=torch.float32)
-    for module in (parts.unet, parts.text_encoder, parts.vae):
-        module.requires_grad_(False).eval()
+    for module, wanted in ((parts.unet, dtype), (parts.text_encoder, dtype), (parts.vae, torch.float32)):
+        module.to(device).requires_grad_(False).eval()
+        if module.dtype != wanted:  # diffusers warns of any cast, one to the same dtype too
+            module.to(wanted)
     return parts
 
 
