@@ -75,14 +75,20 @@ def main(argv: Sequence[str]) -> int:
 
 
 def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
-    """An `AutoencoderKL` with initial weights drawn from `seed` alone."""
+    """An `AutoencoderKL` with initial weights drawn from `seed` alone.
+
+    Convolutions keep the variance of what comes in (std = 1 / sqrt(fan-in); LeCun et al. 1998, "Efficient
+    BackProp", section 4.6) and residual branches start at zero (Goyal et al. 2017, arXiv 1706.02677, section
+    5.1). From torch's and diffusers' own initial weights a short run ends several dB of PSNR lower.
+    """
     import torch
     from diffusers import AutoencoderKL
+    from diffusers.models.resnet import ResnetBlock2D
 
     from finetune import rng
 
     levels = len(model.block_out_channels)
-    with torch.random.fork_rng(devices=[]):  # torch's layers initialise themselves from the global generator
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # layers draw from torch's global generator
         torch.manual_seed(rng.fold(seed, "first stage weights"))
         vae = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
@@ -94,8 +100,15 @@ def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
             mid_block_add_attention=model.mid_block_add_attention,
             force_upcast=False,
         )
-        with torch.no_grad():
-            vae.quant_conv.bias[model.latent_channels :] += model.initial_logvar
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.normal_(std=module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    module.bias.zero_()
+        for module in vae.modules():
+            if isinstance(module, ResnetBlock2D):
+                module.conv2.weight.zero_()
+        vae.quant_conv.bias[model.latent_channels :] = model.initial_logvar
     return vae
 
 

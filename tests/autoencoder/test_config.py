@@ -19,7 +19,7 @@ def test_defaults_are_stable_diffusions_first_stage() -> None:
 def test_the_command_line_wins_over_the_experiment_and_that_over_the_model() -> None:
     config, composed = schema.load(["experiment=emoji", "train.steps=7", "model.norm_num_groups=4"])
     assert config.train.steps == composed.train.steps == 7
-    assert config.model.block_out_channels == [16, 32, 32]
+    assert config.model.block_out_channels == [16, 16, 32]
     assert config.model.norm_num_groups == 4
     assert config.data.shards == "data_tools/emoji/fluent-emoji"
 

@@ -34,6 +34,9 @@ def test_kl_is_that_of_torch_distributions() -> None:
 @pytest.mark.parametrize("kl_weight", [1e-6, 0.3])
 def test_a_step_equals_one_written_with_the_public_api(kl_weight: float) -> None:
     vae = build(TINY, seed=3)
+    with torch.no_grad():  # residual branches start at zero: move them, so that every gradient matters
+        for i, parameter in enumerate(vae.parameters()):
+            parameter += 0.05 * rng.normal(0, "move", torch.tensor([i]), tuple(parameter.shape))[0]
     reference = copy.deepcopy(vae)
     image, eps = pictures(2), rng.normal(0, "eps", torch.arange(2), (4, 8, 8))
 
@@ -87,6 +90,17 @@ def test_weights_depend_on_the_seed_alone() -> None:
     again, other = build(TINY, seed=3), build(TINY, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.encoder.conv_in.weight, other.encoder.conv_in.weight)
+
+
+def test_at_the_start_signals_keep_their_size() -> None:
+    """Variance-preserving weights: neither latents nor reconstructions vanish or blow up, at any depth."""
+    deep = AutoencoderConfig(block_out_channels=[16, 16, 16, 16], layers_per_block=3, norm_num_groups=4)
+    vae, image = build(deep, seed=0), pictures(4, 32)
+    with torch.no_grad():
+        mean = vae.encode(image).latent_dist.mean
+        recon = vae.decode(torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))).sample
+    assert 0.2 < mean.std().item() < 2.0
+    assert 0.2 < recon.std().item() < 2.0
 
 
 def test_initial_logvar_sets_the_posterior_at_the_start() -> None:
