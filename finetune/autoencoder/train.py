@@ -240,7 +240,7 @@ def _loop(
             pictures.fill_cache(lambda: bar.update())
     vae.train()
     with (
-        tqdm(total=steps * batch, initial=step * batch, desc="training", unit="img", smoothing=0.1) as bar,
+        tqdm(total=steps * batch, initial=step * batch, desc="training", unit="img", mininterval=0.5) as bar,
         (run / "metrics.jsonl").open("a", encoding="utf-8") as log,
     ):
         last_time, last_step = time.perf_counter(), step
