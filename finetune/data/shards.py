@@ -168,9 +168,7 @@ class Manifest:
         order = ("version", "kind", "members", "encoder", "latents")
         lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order]
         lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
-        rows = ",\n".join(
-            "    " + json.dumps(shard) for shard in shards
-        )  # a line a shard: 10,000 stay legible
+        rows = ",\n".join("    " + json.dumps(shard) for shard in shards)  # a line a shard: 10,000 stay legible
         lines += [f'  "shards": [\n{rows}\n  ]']
         write_atomic(Path(root) / MANIFEST, ("{\n" + "\n".join(lines) + "\n}\n").encode())
 
@@ -198,9 +196,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     shards = []
     for row in data["shards"]:
         bucket = None if row["bucket"] is None else (int(row["bucket"][0]), int(row["bucket"][1]))
-        shard = ShardInfo(
-            str(row["name"]), bucket, int(row["samples"]), int(row["bytes"]), str(row["sha256"])
-        )
+        shard = ShardInfo(str(row["name"]), bucket, int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
         if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
             raise ValueError(f"shard name {shard.name!r} is not that of a tar in this folder")
         if shard.samples < 0 or shard.bytes < 0 or (bucket is not None and min(bucket) < 1):
@@ -605,21 +601,35 @@ class ShardSet:
         column = self._columns.get(LATENT)
         if column is None:
             raise ShardError(f"{self.root} has no {LATENT}; run `data-tools encode` on it first")
+        if len(out) == 0:
+            return
         want_header = _npy_header(out.shape[1:], "<f2")
         header = bytearray(len(want_header))
-        total = len(want_header) + out.nbytes // max(len(out), 1)
-        for row_out, sample_id in zip(out, sample_ids, strict=True):
-            tar, row = self._tar_of(int(sample_id))
-            offset, size = tar.index[row, column].tolist()
-            whole = size == total and os.preadv(tar.fd, [header, row_out.data], offset) == total
-            if whole and header == want_header:
-                continue
-            # An interrupted read, a header written by another program, or a wrong array: find out slowly.
-            row_out[...] = self._parse_latent(tar, row, column, int(sample_id), out.shape[1:])
+        row_bytes = out.nbytes // len(out)
+        total = len(want_header) + row_bytes
+        out_bytes = out.data.cast("B")
+        # Shard by shard and row by row: each shard is looked up once, and its bytes are read in their order.
+        ids = np.asarray(sample_ids, np.int64)
+        order = np.argsort(ids, kind="stable")
+        for end in (order[0], order[-1]):
+            self.locate(int(ids[end]))  # raises if there is no such sample
+        shards = np.searchsorted(self._starts, ids[order], side="right") - 1
+        for places in np.split(order, np.flatnonzero(np.diff(shards)) + 1):
+            tar, first_row = self._tar_of(int(ids[places[0]]))
+            rows = ids[places] - ids[places[0]] + first_row
+            spans = tar.index[rows, column].tolist()
+            for place, row, (offset, size) in zip(places.tolist(), rows.tolist(), spans, strict=True):
+                target = out_bytes[place * row_bytes : (place + 1) * row_bytes]
+                try:
+                    whole = size == total and os.preadv(tar.fd, (header, target), offset) == total
+                except OSError:
+                    whole = False
+                if whole and header == want_header:
+                    continue
+                # An interrupted read, a header written by another program, or a wrong array: find out slowly.
+                out[place] = self._parse_latent(tar, row, column, int(ids[place]), out.shape[1:])
 
-    def _parse_latent(
-        self, tar: _Tar, row: int, column: int, sample_id: int, shape: tuple[int, ...]
-    ) -> np.ndarray:
+    def _parse_latent(self, tar: _Tar, row: int, column: int, sample_id: int, shape: tuple[int, ...]) -> np.ndarray:
         if tar.index[row, column, 0] < 0:
             self._fail(tar, sample_id, f"has no {LATENT}")
         array = parse_npy(self._pread(tar, row, column, sample_id))

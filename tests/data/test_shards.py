@@ -421,6 +421,16 @@ def test_a_bad_member_is_named(tmp_path: Path, member: str, data: bytes, says: s
     assert says in problems[0].what
 
 
+@pytest.mark.parametrize("offset", [-512, 3, 1 << 40, 1 << 62])
+def test_a_wrong_index_never_gives_a_wrong_latent(root: Path, offset: int) -> None:
+    index = np.load(root / "00000.index.npy")
+    index[0, 0, 0] = offset
+    np.save(root / "00000.index.npy", index)
+    with pytest.raises(ShardError, match=r"00000\.tar: sample 0 "):
+        ShardSet.open(root).read_latents([0], np.zeros((1, 8, *(side // 8 for side in BUCKETS[1])), np.float16))
+    assert "00000.index.npy" in {problem.file for problem in verify(root)}
+
+
 def test_missing_and_stray_files_are_named(root: Path) -> None:
     (root / "00001.tar").unlink()
     (root / "00002.index.npy").unlink()
