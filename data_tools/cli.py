@@ -1,4 +1,7 @@
-"""The `data-tools` command (also `python -m data_tools`)."""
+"""Prepare data sets: pictures to image shards, image shards to latent shards, and a look at either.
+
+The `data-tools` command, also `python -m data_tools`.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,11 @@ examples:
   data-tools verify latents/photos
   data-tools preview latents/photos --out sheet.png
 """
+_INGEST_EXAMPLES = """\
+examples:
+  data-tools ingest folder photos --out shards/photos
+  data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
+"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -34,7 +42,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser("data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES, formatter_class=shape)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    ingest = commands.add_parser("ingest", help="make image shards from pictures and captions")
+    summary = "Make image shards from pictures and captions"
+    ingest = commands.add_parser(
+        "ingest", help=summary, description=summary + ".", epilog=_INGEST_EXAMPLES, formatter_class=shape
+    )
     sources = ingest.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
     for group, name, module in (
         (sources, "folder", folder),
