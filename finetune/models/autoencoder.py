@@ -42,9 +42,7 @@ def load_autoencoder(
     if path.is_dir():
         subfolder = next((sub for sub in (None, "vae") if (path / (sub or "") / "config.json").is_file()), "")
         if subfolder == "":
-            raise UserError(
-                f"{name} has neither config.json nor vae/config.json; give a diffusers autoencoder"
-            )
+            raise UserError(f"{name} has neither config.json nor vae/config.json; give a diffusers autoencoder")
         vae = _from_pretrained(str(path), subfolder, dtype)
     elif path.exists():
         raise UserError(f"{name} is a file; give the folder of a diffusers autoencoder or pipeline")
@@ -56,9 +54,7 @@ def load_autoencoder(
     else:
         raise UserError(f"no autoencoder at {name}; check the path")
     if getattr(vae.config, "latents_mean", None) is not None:
-        raise UserError(
-            f"{name} normalises latents channel by channel, which shards can't say; use another VAE"
-        )
+        raise UserError(f"{name} normalises latents channel by channel, which shards can't say; use another VAE")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -99,9 +95,7 @@ def downsample_factor(vae: AutoencoderKL) -> int:
     return int(2 ** (len(vae.config["block_out_channels"]) - 1))
 
 
-def encoder_info(
-    vae: AutoencoderKL, source: str | os.PathLike[str], root: str | os.PathLike[str]
-) -> EncoderInfo:
+def encoder_info(vae: AutoencoderKL, source: str | os.PathLike[str], root: str | os.PathLike[str]) -> EncoderInfo:
     """What a manifest in `root` says of the autoencoder that was loaded from `source`."""
     said = str(source)
     path = Path(source).expanduser()
@@ -124,9 +118,7 @@ def encoder_info(
 def encode_moments(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
     """Pictures in [-1, 1] to the moments [B, 2C, h, w] of q(z|x), float32: mean, then standard deviation."""
     posterior = vae.encode(images_B3HW.to(vae.device, vae.dtype)).latent_dist
-    std_BCHW = torch.exp(
-        0.5 * posterior.logvar.float()
-    )  # not posterior.std, which exp has rounded to vae.dtype
+    std_BCHW = torch.exp(0.5 * posterior.logvar.float())  # not posterior.std, which exp has rounded to vae.dtype
     return torch.cat([posterior.mean.float(), std_BCHW], dim=1)
 
 
