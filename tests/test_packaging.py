@@ -66,9 +66,7 @@ def test_lock_pins_every_dependency_once_and_within_bounds() -> None:
     from packaging.utils import canonicalize_name
     from packaging.version import Version
 
-    lines = [
-        line for line in (ROOT / "requirements.lock").read_text().splitlines() if line[:1] not in ("#", "")
-    ]
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line[:1] not in ("#", "")]
     pins = {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
     assert len(pins) == len(lines)
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
