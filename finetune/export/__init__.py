@@ -32,9 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: a mistake in the arguments, or a run that cannot be exported so.
     """
-    parser = Parser(
-        prog="finetune export", description="Write a run's result for other tools.", epilog=_EXAMPLES
-    )
+    parser = Parser(prog="finetune export", description="Write a run's result for other tools.", epilog=_EXAMPLES)
     add_source_arguments(parser, "RUN", "a run's folder (for diffusers also a model: folder or hub id)")
     parser.add_argument("--format", required=True, metavar="|".join(FORMATS), help="what to write")
     parser.add_argument("--out", required=True, metavar="DIR", help="a folder that is new or empty")

@@ -36,12 +36,8 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
         default="ema",
         help="a run's averaged weights, or the last step's (default: ema)",
     )
-    parser.add_argument(
-        "--checkpoint", type=step, metavar="STEP", help="a run's checkpoint (default: the latest)"
-    )
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)"
-    )
+    parser.add_argument("--checkpoint", type=step, metavar="STEP", help="a run's checkpoint (default: the latest)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
 
 
 def step(text: str) -> int:

@@ -35,8 +35,7 @@ def check_out(out: str | Path, *, overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end; after an exception nothing has
-    changed."""
+    """A temporary folder beside `out` that takes its place at the end, or goes with an exception."""
     out = out.absolute()
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -38,6 +38,9 @@ def export_pipeline(
         )
     # The pipeline divides by what the VAE's configuration says; the run was trained with what its shards say.
     parts.vae.register_to_config(scaling_factor=parts.latents.scale)
+    # Without height and width, the pipeline draws at this size.
+    height, width = (pixels // parts.downsample for pixels in parts.default_size)
+    parts.unet.register_to_config(sample_size=height if height == width else (height, width))
     pipeline = StableDiffusionPipeline(
         vae=parts.vae.to(dtype),
         text_encoder=parts.text_encoder,

@@ -49,6 +49,7 @@ class Components:
     source: str
     step: int | None = None  # of the checkpoint; None for a model that is no run
     guidance: float | None = None  # of the run's own sample grids
+    size: tuple[int, int] | None = None  # height and width in pixels of the run's own sample grids
     lora: Lora | None = None
     notices: tuple[str, ...] = ()  # what the user should be told
 
@@ -59,8 +60,9 @@ class Components:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels of what the U-Net was made for; 64 by 64 latents where it does not
-        say."""
+        """Height and width in pixels that the run was trained at, else that the U-Net was made for."""
+        if self.size is not None:
+            return self.size
         cells = self.unet.config.sample_size or 64
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return height * self.downsample, width * self.downsample
@@ -121,8 +123,7 @@ def is_run(folder: str | Path) -> bool:
 
 
 def complete_checkpoints(run: str | Path) -> dict[int, Path]:
-    """A run's complete checkpoints by step, in rising order; a checkpoint is complete once its `trainer.json`
-    is."""
+    """A run's complete checkpoints by rising step: those with a `trainer.json`, which is written last."""
     found = {}
     for path in (Path(run) / "checkpoints").glob("step-*"):
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -191,9 +192,7 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         if (checkpoint.weights / part / "config.json").is_file():
             return checkpoint.weights / part, None
         if base is None:
-            raise UserError(
-                f"{checkpoint.weights} holds no {part} and {run / 'config.yaml'} names no base model"
-            )
+            raise UserError(f"{checkpoint.weights} holds no {part} and {run / 'config.yaml'} names no base model")
         return base, revision
 
     place, unet_revision = origin("unet")
@@ -207,7 +206,10 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
     if lora is not None:
         merge_lora({"unet": unet, "text_encoder": text_encoder}, lora)
-    vae, latents = _autoencoder(model.get("vae"), base, revision, _section(config, "data").get("shards"))
+    shards = _section(config, "data").get("shards")
+    manifest = _manifest(shards)
+    vae, latents = _autoencoder(model.get("vae"), base, revision, shards, manifest)
+    settings = _section(config, "sample")
     prediction = str(_section(config, "objective").get("prediction", "epsilon"))
     return Components(
         unet=unet,
@@ -218,7 +220,8 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         latents=latents,
         source=str(run),
         step=checkpoint.step,
-        guidance=_section(config, "sample").get("guidance"),
+        guidance=settings.get("guidance"),
+        size=_size(settings, manifest),
         lora=lora,
         notices=checkpoint.notices,
     )
@@ -253,22 +256,34 @@ def _as_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
     return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
 
 
+def _manifest(shards: Any) -> Manifest | None:
+    """What a run's shards say, where they are still there."""
+    root = shards[0] if isinstance(shards, list) and shards else shards
+    there = isinstance(root, str) and (Path(root) / "manifest.json").is_file()
+    return Manifest.load(root) if there else None
+
+
+def _size(settings: Mapping[str, Any], manifest: Manifest | None) -> tuple[int, int] | None:
+    """Of a run's own sample grids: as configured, else the largest bucket's."""
+    buckets = [shard.bucket for shard in manifest.shards if shard.bucket] if manifest is not None else []
+    height, width = max(buckets, key=lambda size: size[0] * size[1], default=(None, None))
+    height, width = settings.get("height") or height, settings.get("width") or width
+    return (height, width) if height and width else None
+
+
 def _autoencoder(
-    vae: str | None, base: str | None, revision: str | None, shards: Any
+    vae: str | None, base: str | None, revision: str | None, shards: Any, manifest: Manifest | None
 ) -> tuple[AutoencoderKL, LatentSpace]:
     """The decoder of a run and the latent space of its training: that of its shards, if they are there."""
-    encoder = None
-    root = shards[0] if isinstance(shards, list) and shards else shards
-    if isinstance(root, str) and (Path(root) / "manifest.json").is_file():
-        encoder = Manifest.load(root).encoder
+    encoder = manifest.encoder if manifest is not None else None
     source: str | Path | None = vae or base
     if source is None:
         if encoder is None:
             raise UserError(
-                f"no autoencoder: model.vae is null, there is no base model, and the shards at {root} "
+                f"no autoencoder: model.vae is null, there is no base model, and the shards at {shards} "
                 "are gone or name none; put them back or set model.vae in the run's config.yaml"
             )
-        source = encoder.locate(root)
+        source = encoder.locate(shards[0] if isinstance(shards, list) else shards)
     module = load_autoencoder(fetch(source, "vae", None if vae else revision))
     return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
 
@@ -293,9 +308,7 @@ def _read_config(run: Path) -> dict[str, Any]:
 def _require_text_to_image(parts: Components) -> None:
     """Refuse parts that do not fit, and U-Nets that must be told more than a caption."""
     unet, vae = parts.unet.config, parts.vae.config
-    needs = [
-        name for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim") if unet.get(name)
-    ]
+    needs = [name for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim") if unet.get(name)]
     if needs or unet["in_channels"] != unet["out_channels"]:
         more = needs[0] if needs else f"{unet['in_channels']} input channels"
         raise UserError(

@@ -130,16 +130,20 @@ def test_older_readers_find_their_files(full, tmp_path):
     assert index["tokenizer"] == ["transformers", "CLIPTokenizer"]
 
 
-def test_the_pipeline_scales_as_the_run_was_trained(full, tmp_path, monkeypatch):
+def test_the_pipeline_scales_latents_and_sizes_pictures_as_the_run_was_trained(full, tmp_path, monkeypatch):
     def scaled(*arguments, **settings):
         parts = load_components(*arguments, **settings)
         parts.latents = type(parts.latents)(scale=0.125, shift=scaled.shift)
+        parts.size = (40, 64)
         return parts
 
     monkeypatch.setattr(pipeline, "load_components", scaled)
     scaled.shift = 0.0
     export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "model")])
     assert json.loads((tmp_path / "model" / "vae" / "config.json").read_text())["scaling_factor"] == 0.125
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "model")
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red apple", num_inference_steps=1).images[0].size == (64, 40)
     scaled.shift = 0.5
     with pytest.raises(UserError, match="shifts latents by 0.5"):
         export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "other")])

@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from finetune import UserError
-from finetune.data.shards import EncoderInfo, Manifest
+from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, save_lora
 from finetune.models.components import (
     complete_checkpoints,
@@ -91,9 +91,8 @@ def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
     shards.mkdir()
     fakes.vae().save_pretrained(tmp_path / "vae")
     encoder = EncoderInfo("../vae", "0" * 64, 0.25, 0.1, "float32", (-1.0, 1.0), 4, 4)
-    Manifest(version=1, kind="latents", members=["latent.npy"], shards=[], encoder=encoder, latents=None).save(
-        shards
-    )
+    infos = [ShardInfo(f"{i}.tar", size, 1, 1, "0" * 64) for i, size in enumerate([(32, 32), (40, 64), (48, 48)])]
+    Manifest("latents", ["latent.npy"], infos, encoder).save(shards)
     copied = tmp_path / "run"
     copied.mkdir()
     for name in ("checkpoints", "tokenizer"):
@@ -102,6 +101,10 @@ def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
     parts = load_components(copied)
     assert (parts.latents.scale, parts.latents.shift) == (0.25, 0.1)
     assert same(parts.vae, fakes.vae())
+    assert parts.default_size == (40, 64)  # the largest bucket's
+    made = fakes.config(data={"shards": str(shards)}, sample={"height": 48})
+    (copied / "config.yaml").write_text(yaml.safe_dump(made))
+    assert load_components(copied).default_size == (48, 64)
     (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
     with pytest.raises(UserError, match="no autoencoder: model.vae is null"):
         load_components(copied)
