@@ -57,7 +57,4 @@ def entry() -> NoReturn:
 def _help() -> str:
     width = max(map(len, COMMANDS))
     lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
-    return (
-        "usage: finetune COMMAND ...\n\nFine-tune latent diffusion models.\n\n"
-        f"commands:\n{lines}\n\n{_EXAMPLES}"
-    )
+    return f"usage: finetune COMMAND ...\n\nFine-tune latent diffusion models.\n\ncommands:\n{lines}\n\n{_EXAMPLES}"

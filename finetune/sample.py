@@ -104,9 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "guidance": f"{guidance:g}",
         "scheduler": arguments.scheduler,
         "size": f"{width}x{height}",
-        "source": parts.source
-        if parts.step is None
-        else f"{parts.source} step {parts.step} {arguments.weights}",
+        "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
         **({"lora": arguments.lora} if arguments.lora else {}),
     }
     columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
@@ -135,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="finetune sample", description="Draw pictures from captions.", epilog=_EXAMPLES)
     add_source_arguments(parser, "RUN_OR_MODEL", "a run's folder, a diffusers pipeline's folder, or a hub id")
-    parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated"
-    )
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with a caption on each line")
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to lead away from")
     parser.add_argument("--out", required=True, metavar="FILE.png|DIR", help="where the pictures go")
@@ -153,13 +149,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCALE",
         help=f"classifier-free guidance, 1 is none (default: the run's sample.guidance, else {GUIDANCE})",
     )
-    parser.add_argument(
-        "--scheduler", choices=_SCHEDULERS, default="ddim", help="the sampler (default: ddim)"
-    )
+    parser.add_argument("--scheduler", choices=_SCHEDULERS, default="ddim", help="the sampler (default: ddim)")
     parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
-    parser.add_argument(
-        "--batch-size", type=count, metavar="N", help="pictures drawn at once (default: by size)"
-    )
+    parser.add_argument("--batch-size", type=count, metavar="N", help="pictures drawn at once (default: by size)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add_weights_arguments(parser)
     return parser
@@ -188,9 +180,7 @@ def _out(text: str) -> Path:
     out = Path(text).expanduser()
     folder = out.is_dir() or not out.suffix or text.endswith(("/", os.sep))
     if not folder and out.suffix.lower() != ".png":
-        raise UserError(
-            f"--out {text}: pictures are written as PNG; give a name that ends in .png, or a folder"
-        )
+        raise UserError(f"--out {text}: pictures are written as PNG; give a name that ends in .png, or a folder")
     try:
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -208,9 +198,7 @@ def _device(name: str) -> Any:
     except RuntimeError as error:
         raise UserError(f"--device {name}: unknown; take auto, cpu or cuda") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices for torch"
-        )
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices for torch")
     return device
 
 

@@ -239,9 +239,7 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
 
 def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
     """Pictures in [-1, 1] to 8-bit RGB, rounded as diffusers does."""
-    bytes_BHW3 = (
-        (images_B3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
-    )
+    bytes_BHW3 = (images_B3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(pixels.contiguous().cpu().numpy()) for pixels in bytes_BHW3]
 
 

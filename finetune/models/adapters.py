@@ -63,9 +63,7 @@ def add_lora(
         UserError: no module has one of these names, or rank, alpha or dropout is out of range.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise UserError(
-            f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}"
-        )
+        raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}")
     names = [name for name, _ in module.named_modules()]
     for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):

@@ -223,9 +223,7 @@ def _locate(source: str | Path, subfolder: str, files: tuple[str, ...], revision
 def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:
     ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
     _replace(folder / "vocab.json", json.dumps(ordered, ensure_ascii=False))
-    _replace(
-        folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)])
-    )
+    _replace(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]))
 
 
 def _replace(path: Path, text: str) -> None:

@@ -52,9 +52,7 @@ def build_unet(config: Mapping[str, Any], *, seed: int = 0) -> UNet2DConditionMo
     known = set(UNet2DConditionModel._get_init_keys(UNet2DConditionModel))
     unknown = sorted(set(arguments) - known)
     if unknown:
-        raise UserError(
-            f"unknown U-Net argument {unknown[0]!r}; see diffusers' UNet2DConditionModel for the names"
-        )
+        raise UserError(f"unknown U-Net argument {unknown[0]!r}; see diffusers' UNet2DConditionModel for the names")
     # Modules draw their weights from torch's global generator: borrow it and put it back.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

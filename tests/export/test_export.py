@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from finetune import UserError, cli, export, sample
@@ -207,3 +208,16 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
             export.main(argv)
         assert line in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_an_error_of_the_system(tmp_path):
+    """safetensors wraps it; `run_cli` knows the system's number."""
+
+    def fill():
+        with folder.whole_folder(tmp_path / "out"):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        fill()
+    assert caught.value.errno == errno.ENOSPC
+    assert list(tmp_path.iterdir()) == []
