@@ -86,20 +86,26 @@ class World:
         return tensor
 
 
-def start(device: str, *, needs_group: bool) -> World:
+def start(device: str, *, uses_deepspeed: bool) -> World:
     """Join the other processes, and refuse to run unless every layer sees the same number of them.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
-        needs_group: make a process group even for one process, as DeepSpeed wants.
+        uses_deepspeed: the run's strategy is a ZeRO stage. It needs a process group even for one process.
 
     Raises:
-        UserError: no such device; launched by something that says nothing of ranks; layers disagree.
+        UserError: no such device; a launch that says nothing of ranks, or asks for DeepSpeed where the strategy
+            doesn't; layers that disagree.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"train.device={device} is not known: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and not uses_deepspeed:
+        raise UserError(
+            "accelerate was launched with DeepSpeed, which strategy=ddp would ignore: add strategy=zero2 (or zero1, "
+            "zero3), or launch with launchers/accelerate/one_machine.yaml"
+        )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that we were told to leave alone
@@ -119,7 +125,7 @@ def start(device: str, *, needs_group: bool) -> World:
             )
         torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    if size > 1 or needs_group:
+    if (size > 1 or uses_deepspeed) and not dist.is_initialized():
         if not launched:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(_free_port())

@@ -68,7 +68,7 @@ def run(config: Config, composed: DictConfig) -> int:
         import torch
 
         torch.set_num_threads(config.train.threads)
-    world = distributed.start(config.train.device, needs_group=config.strategy.kind == "zero")
+    world = distributed.start(config.train.device, uses_deepspeed=config.strategy.kind == "zero")
     folder: RunFolder | None = None
     try:
         box: list[RunFolder] = []  # the lock stays with rank 0

@@ -1,0 +1,409 @@
+"""The training step against a reference, and runs that survive: exact resume, however samples are spread."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from finetune import build, rng
+from finetune.config import Config, compose
+from finetune.data.loader import Data
+from finetune.distributed import World
+from finetune.loop import Parts
+from finetune.step import optimizer_step
+from tests.conftest import environment, launch, launch_command, metrics
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def parts_of(overrides: list[str], *more: str) -> tuple[Config, Parts]:
+    config, _ = compose("train", [*overrides, *more], Config)
+    build.check(config)
+    run = Path(config.run.dir)
+    run.mkdir(parents=True, exist_ok=True)
+    return config, build.build(config, ALONE, run)
+
+
+def step_of(config: Config, parts: Parts, loader_settings: dict[str, int] | None = None) -> float:
+    """One optimizer step; the sum of losses."""
+    settings = {"rank": 0, "world_size": 1} | (loader_settings or {})
+    loader = parts.data.loader(seed=config.seed, micro_batch=parts.micro_batch, **settings)
+    batches = iter(loader)
+    result = optimizer_step(
+        parts.strategy,
+        parts.model.conditioner,
+        batches,
+        micro_batches=parts.accumulation,
+        global_batch=config.train.global_batch,
+        lr=1e-3,
+        caption_dropout=config.task.caption_dropout,
+        seed=config.seed,
+        average=None,
+        images_seen=config.train.global_batch,
+    )
+    batches.close()
+    loader.close()
+    return float(result.loss_sum)
+
+
+def gradients_of(config: Config, parts: Parts) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the first step, as the optimizer is given them."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(lr: float) -> object:
+        seen.update({name: p.grad.clone() for name, p in parts.strategy.parameters.items()})
+        return type("Stats", (), {"grad_norm": torch.zeros(())})
+
+    parts.strategy.step = keep
+    return step_of(config, parts) / config.train.global_batch, seen
+
+
+def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
+    """Loss and every gradient, against diffusers' scheduler and U-Net and torch's mse_loss and autograd."""
+    config, parts = parts_of(
+        overrides,
+        f"model.pretrained={pipeline}",
+        "model.unet={}",
+        "model.train_text_encoder=true",
+        "train.micro_batch=4",
+        "task.caption_dropout=0.5",
+    )
+    loss, gradients = gradients_of(config, parts)
+
+    unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
+    text = CLIPTextModel.from_pretrained(pipeline, subfolder="text_encoder", torch_dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(pipeline, subfolder="tokenizer")
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    data: Data = parts.data
+    clock = torch.arange(8)
+    rows = data.order.batch(0).rows
+    ids = data.buckets[0][1][rows]
+    moments = torch.stack(
+        [torch.from_numpy(load_npy(data.shards.read(int(i))["latent.npy"])).float() for i in ids]
+    )
+    mean, std = moments.chunk(2, dim=1)
+    z = (mean + std * rng.normal(0, "posterior", clock, (4, 8, 8))) * 0.5  # the fixture's scaling factor
+    noise = rng.normal(0, "noise", clock, (4, 8, 8))
+    timesteps = rng.integers(0, "timestep", clock, 1000)
+    which = rng.uniform(0, "caption", clock)
+    dropped = rng.uniform(0, "caption-dropout", clock) < 0.5
+    assert 0 < dropped.sum() < 8
+    captions = [
+        "" if drop else json.loads(data.shards.read(int(i))["json"])["captions"][int(u * 2)]
+        for i, u, drop in zip(ids, which, dropped, strict=True)
+    ]
+    tokens = tokenizer(captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+    context = text(tokens.input_ids)[0]
+    predicted = unet(scheduler.add_noise(z, noise, timesteps), timesteps, context).sample
+    reference = torch.nn.functional.mse_loss(predicted, noise)
+    reference.backward()
+
+    assert loss == pytest.approx(reference.item(), rel=1e-5)
+    named = {f"unet.{n}": p for n, p in unet.named_parameters()}
+    named |= {f"text_encoder.{n}": p for n, p in text.named_parameters()}
+    assert named.keys() == gradients.keys()
+    for name, parameter in named.items():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-5, atol=1e-5 * reference.item())
+
+
+def load_npy(data: bytes):
+    import io
+
+    import numpy as np
+
+    return np.load(io.BytesIO(data))
+
+
+def test_accumulation_and_ranks_do_not_change_order_or_gradients(overrides):
+    """1x8 equals 4x2 equals 8x1, and eight ranks of one sample together equal one rank of eight."""
+    reference = None
+    for micro in (8, 4, 2, 1):
+        config, parts = parts_of(overrides, f"train.micro_batch={micro}", f"run.dir={overrides[2][8:]}{micro}")
+        loss, gradients = gradients_of(config, parts)
+        if reference is None:
+            reference = loss, gradients
+        assert loss == pytest.approx(reference[0], rel=1e-6)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, reference[1][name], rtol=1e-4, atol=1e-6)
+
+    whole = [next(iter(parts.data.loader(seed=0, micro_batch=8)))]
+    for world, micro in ((2, 4), (4, 1), (8, 1)):
+        pieces = []
+        for rank in range(world):
+            loader = parts.data.loader(seed=0, rank=rank, world_size=world, micro_batch=micro)
+            batches = iter(loader)
+            pieces += [next(batches) for _ in range(8 // world // micro)]
+            loader.close()
+        assert torch.equal(torch.cat([b.sample_ids for b in pieces]), whole[0].sample_ids)
+        assert torch.equal(torch.cat([b.clock for b in pieces]), whole[0].clock)
+        assert [caption for b in pieces for caption in b.captions] == whole[0].captions
+
+
+def test_latents_seen_have_the_mean_and_std_of_the_manifest(overrides, monkeypatch):
+    from finetune import objective
+
+    seen = []
+    original = objective.sample_latents
+    monkeypatch.setattr(
+        objective, "sample_latents", lambda *args: seen.append(original(*args)) or seen[-1]
+    )
+    config, parts = parts_of(overrides, "train.global_batch=80")
+    step_of(config, parts)
+    z = torch.cat(seen).double()
+    stats = parts.data.shards.manifest.latents
+    assert len(z) == 80
+    assert z.std().item() == pytest.approx(stats.std, rel=0.05)
+    assert z.mean().item() == pytest.approx(stats.mean, abs=0.1 * stats.std)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_follows_fp32(overrides, command, precision):
+    losses = {}
+    for kind in ("fp32", precision):
+        run = f"{overrides[2]}-{kind}"
+        assert command("train", *overrides, run, f"train.precision={kind}", "train.steps=6") == (0, "")
+        losses[kind] = [line["loss"] for line in metrics(Path(run[8:]))]
+    assert losses[precision] != losses["fp32"]
+    assert losses[precision] == pytest.approx(losses["fp32"], rel=0.03)
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(overrides):
+    plain = gradients_of(*parts_of(overrides))
+    config, parts = parts_of(overrides, "model.gradient_checkpointing=true")
+    assert any(getattr(m, "gradient_checkpointing", False) for m in parts.model.unet.modules())
+    loss, gradients = gradients_of(config, parts)
+    assert loss == pytest.approx(plain[0], rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[1][name], rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_is_skipped(overrides):
+    config, parts = parts_of(overrides)
+    before = [shard.master.clone() for shard in parts.strategy.shards]
+    first = next(iter(parts.strategy.parameters.values()))
+    first.register_hook(lambda gradient: gradient * float("nan"))
+    step_of(config, parts)
+    assert all(torch.equal(a, s.master) for a, s in zip(before, parts.strategy.shards, strict=True))
+    assert parts.strategy.steps_taken == 0
+
+
+# --- resume ---------------------------------------------------------------------------------------
+
+
+def same_files(one: Path, other: Path) -> None:
+    names = sorted(str(p.relative_to(one)) for p in one.rglob("*.safetensors"))
+    assert names
+    assert names == sorted(str(p.relative_to(other)) for p in other.rglob("*.safetensors"))
+    for name in names:
+        left, right = load_file(one / name), load_file(other / name)
+        assert left.keys() == right.keys()
+        for key, tensor in left.items():
+            assert torch.equal(tensor, right[key]), (name, key)
+
+
+def kill_at(line: int, processes: int, run: Path, overrides: list[str], log: Path) -> None:
+    """Start a run and SIGKILL all of its processes once its log has `line` lines."""
+    with log.open("a") as out:
+        child = subprocess.Popen(
+            launch_command(processes, overrides), env=environment(), stdout=out, stderr=out
+        )
+    file = run / "metrics.jsonl"
+    while child.poll() is None:
+        if file.exists() and file.read_bytes().count(b"\n") >= line:
+            break
+        time.sleep(0.005)
+    assert child.poll() is None, log.read_text()
+    # torchrun gives its workers sessions of their own: a launcher's death alone would leave them running.
+    for process in [psutil.Process(child.pid), *psutil.Process(child.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    child.wait()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_restarted_ends_bit_identical(overrides, tmp_path, processes):
+    """SIGKILL at random steps, then the same command: weights, EMA, moments and log of the undisturbed run."""
+    settings = [*overrides, "train.steps=12", "checkpoint.every=5", "checkpoint.keep=9", "train.micro_batch=2"]
+    settings += ["validation.every=6", "sample.every=12", "sample.steps=2"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    done = launch(processes, [*settings, f"run.dir={calm}"])
+    assert done.returncode == 0, done.stderr
+    chance = random.Random(processes)
+    for line in sorted(chance.sample(range(1, 11), 2)):
+        kill_at(line, processes, rough, [*settings, f"run.dir={rough}"], tmp_path / "log")
+    done = launch(processes, [*settings, f"run.dir={rough}"])
+    assert done.returncode == 0, done.stderr
+    assert metrics(rough) == metrics(calm)
+    assert len([line for line in metrics(calm) if "loss" in line]) == 12
+    for step in (5, 10, 12):
+        name = Path("checkpoints") / f"step-{step:08d}"
+        same_files(calm / name, rough / name)
+    picture = Path("samples") / "step-00000012.png"
+    assert (calm / picture).read_bytes() == (rough / picture).read_bytes()
+
+
+def test_a_broken_checkpoint_is_passed_over_and_the_run_still_ends_the_same(overrides, tmp_path, command):
+    settings = [*overrides, "train.steps=6", "checkpoint.every=2", "checkpoint.keep=9"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    assert command("train", *settings, f"run.dir={calm}")[0] == 0
+    shutil.copytree(calm, rough)
+    shutil.rmtree(rough / "checkpoints/step-00000006")
+    victim = rough / "checkpoints/step-00000004/ema/unet/diffusion_pytorch_model.safetensors"
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.warns(UserWarning, match="passing over the broken checkpoint .*step-00000004.*checksum"):
+        assert command("train", *settings, f"run.dir={rough}")[0] == 0
+    same_files(calm / "checkpoints/step-00000006", rough / "checkpoints/step-00000006")
+    assert metrics(calm) == metrics(rough)
+
+
+def test_checkpoints_are_pruned_and_leave_nothing_half_written(overrides, tmp_path, command):
+    assert command("train", *overrides, "train.steps=5", "checkpoint.every=1", "checkpoint.keep=2")[0] == 0
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000005"]
+
+
+def test_a_kill_while_saving_leaves_the_checkpoints_before(overrides, tmp_path, command, monkeypatch):
+    from finetune import checkpoint
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_checksums", die)
+        with pytest.raises(Killed):
+            command("train", *overrides, "checkpoint.every=2")
+    folder = tmp_path / "run" / "checkpoints"
+    assert os.listdir(folder) == [".tmp-step-00000002"]
+    assert command("train", *overrides)[0] == 0
+    assert sorted(os.listdir(folder)) == ["step-00000002", "step-00000004"]
+
+
+def test_lora_resumes_exactly_and_trains_the_adapter_alone(pipeline, overrides, tmp_path, command):
+    settings = [*overrides, f"model.pretrained={pipeline}", "model.unet={}", "adapter=lora", "adapter.rank=2"]
+    settings += ["adapter.dropout=0.1", "model.train_text_encoder=true", "adapter.alpha=3", "train.steps=6"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    assert command("train", *settings, f"run.dir={calm}")[0] == 0
+    assert command("train", *settings, f"run.dir={rough}", "train.steps=4")[0] == 0
+    assert command("train", *settings, f"run.dir={rough}")[0] == 0
+    same_files(calm / "checkpoints/step-00000006", rough / "checkpoints/step-00000006")
+    weights = load_file(calm / "checkpoints/step-00000006/weights/pytorch_lora_weights.safetensors")
+    assert all(".lora_" in key for key in weights)
+    assert {key.split(".")[0] for key in weights} == {"unet", "text_encoder"}
+    assert any(tensor.abs().max() > 0 for key, tensor in weights.items() if ".lora_B." in key)
+
+
+def test_a_finished_run_says_so_and_more_steps_go_on(overrides, tmp_path, command, capsys):
+    assert command("train", *overrides)[0] == 0
+    before = metrics(tmp_path / "run")
+    assert command("train", *overrides)[0] == 0
+    assert metrics(tmp_path / "run") == before
+    assert command("train", *overrides, "train.steps=6")[0] == 0
+    assert metrics(tmp_path / "run")[: len(before)] == before
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["trian.steps=3"], "unknown override 'trian.steps': did you mean 'train.steps'?"),
+        (["strategy=zero4"], "choose one of ddp, zero1, zero2, zero3, zero3_offload"),
+        (["train.steps=many"], "train.steps"),
+        (["train.steps=0"], "train.steps=0 must be greater than 0"),
+        (["data.shards=/nowhere"], "no folder of shards at /nowhere"),
+        (["train.global_batch=500"], "no bucket holds one global batch"),
+        (["train.micro_batch=3"], "train.micro_batch=3 does not divide"),
+        (["sample.every=1", "sample.prompts=[]"], "sample.prompts is empty"),
+        (["sample.every=1", "sample.height=30"], "height 30 is no multiple of 8"),
+        (["adapter=lora"], "adapter=lora adapts a pretrained model"),
+        (["train.precision=int8"], "train.precision=int8 is not known: choose one of fp32, bf16, fp16"),
+        (["model.pretrained=/nowhere/at/all"], "/nowhere/at/all"),
+        (["model.unet.in_channels=9"], "takes 9 channels, the shards hold latents of 4"),
+        (["train.device=cuda"], "torch sees no GPU"),
+        (["--stpes", "3"], "unknown option --stpes"),
+    ],
+)
+def test_mistakes_get_one_line(overrides, command: Command, more, says):
+    code, line = command("train", *overrides, *more)
+    assert code == 2
+    assert says in line
+
+
+def test_shards_are_mandatory(command: Command):
+    code, line = command("train", "experiment=smoke")
+    assert (code, "give data.shards=" in line) == (2, True)
+
+
+def test_another_autoencoder_than_the_shards_is_refused(pipeline, overrides, tmp_path, command: Command):
+    from diffusers import AutoencoderKL
+
+    vae = AutoencoderKL.from_pretrained(pipeline, subfolder="vae")
+    with torch.no_grad():
+        next(vae.encoder.parameters()).mul_(2)
+    vae.save_pretrained(tmp_path / "other")
+    code, line = command("train", *overrides, f"model.vae={tmp_path / 'other'}")
+    assert code == 2
+    assert "wrong VAE" in line
+
+
+def test_a_run_folder_in_use_is_refused(overrides, tmp_path, command: Command):
+    from finetune.checkpoint import RunFolder
+
+    folder = RunFolder(tmp_path / "run")
+    code, line = command("train", *overrides)
+    assert code == 2
+    assert f"in use by process {os.getpid()}" in line
+    folder.close()
+    assert command("train", *overrides)[0] == 0
+
+
+def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command):
+    assert command("train", *overrides)[0] == 0
+    code, line = command("train", *overrides, "train.global_batch=4")
+    assert code == 2
+    assert "train.global_batch was 8 and is 4 now" in line
+    code, line = command("train", *overrides, "checkpoint.resume=never")
+    assert code == 2
+    assert "choose another run.dir" in line
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(overrides, tmp_path, command: Command, monkeypatch):
+    from finetune import checkpoint
+
+    original = checkpoint._save
+
+    def full(path: Path, whole: dict[str, torch.Tensor]) -> None:
+        if "step-00000004" in str(path):
+            raise OSError(28, "No space left on device", str(path))
+        original(path, whole)
+
+    monkeypatch.setattr(checkpoint, "_save", full)
+    code, line = command("train", *overrides)
+    assert code == 2
+    assert "cannot save" in line
+    assert "no space left on device" in line
+    assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000002"]
