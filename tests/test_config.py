@@ -1,0 +1,231 @@
+"""The schema and `conf/`: every choice composes, every mistake gets one line that says what to do."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from finetune import UserError, build
+from finetune.autoencoder import config as autoencoder
+from finetune.config import Config, compose, conf_dir, groups
+
+CHOICES = [f"{group}={choice}" for group, choices in groups().items() for choice in choices]
+FIRST_STAGE = sorted((conf_dir() / "autoencoder").glob("*/*.yaml"))  # it has groups of its own
+
+
+def composed(*overrides: str) -> Config:
+    return compose("train", ["data.shards=x", *overrides], Config)[0]
+
+
+# --- choices --------------------------------------------------------------------------------------
+
+
+def test_the_groups_are_those_that_scripts_rely_on() -> None:
+    assert groups().keys() == {
+        "model", "adapter", "task", "objective", "optim", "data", "strategy", "tracker", "experiment",
+    }  # fmt: skip
+    assert groups()["adapter"] == ["full", "lora"]
+    assert groups()["strategy"] == ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
+    assert "smoke" in groups()["experiment"]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_composes_and_is_in_range(choice: str) -> None:
+    made = composed(choice)
+    if choice == "adapter=lora":  # it needs a pretrained model
+        made = composed(choice, "model.pretrained=somewhere")
+    build.check(made)
+
+
+def test_every_file_is_a_choice_that_some_test_composes() -> None:
+    files = {path.relative_to(conf_dir()) for path in conf_dir().rglob("*.yaml")}
+    ours = {Path(*choice.split("=")).with_suffix(".yaml") for choice in CHOICES}
+    roots = {Path("train.yaml"), Path("autoencoder", "autoencoder.yaml")}
+    assert files - roots == ours | {path.relative_to(conf_dir()) for path in FIRST_STAGE}
+
+
+@pytest.mark.parametrize("path", FIRST_STAGE, ids=lambda path: f"{path.parent.name}={path.stem}")
+def test_the_first_stages_choices_compose_by_its_own_load(path: Path) -> None:
+    assert autoencoder.load([f"{path.parent.name}={path.stem}", "data.shards=x"])[0].data.shards == "x"
+
+
+def test_choices_hold_no_defaults() -> None:
+    """A group's choice says what it changes; a value equal to the schema's default belongs to the schema."""
+    schema = OmegaConf.structured(Config)
+    for group in groups():
+        if group in ("experiment", "model"):
+            continue
+        section = OmegaConf.to_container(schema[group])
+        for path in (conf_dir() / group).glob("*.yaml"):
+            chosen = OmegaConf.load(path)
+            assert set(chosen) <= set(section), path
+
+
+def test_strategies_are_what_they_are_called() -> None:
+    for stage in (1, 2, 3):
+        made = composed(f"strategy=zero{stage}").strategy
+        assert (made.kind, made.stage, made.offload_optimizer) == ("zero", stage, False)
+    made = composed("strategy=zero3_offload").strategy
+    assert (made.stage, made.offload_optimizer, made.offload_parameters) == (3, True, True)
+    assert composed().strategy.kind == "ddp"
+
+
+def test_any_argument_of_the_unet_may_be_given() -> None:
+    made = composed("experiment=smoke", "model.unet.dropout=0.1", "model.unet.layers_per_block=2")
+    assert made.model.unet["dropout"] == 0.1 and made.model.unet["layers_per_block"] == 2
+
+
+def test_the_command_line_wins_over_an_experiment_and_that_over_the_schema() -> None:
+    assert composed().train.steps == 1000
+    assert composed("experiment=smoke").train.steps == 20
+    assert composed("experiment=smoke", "train.steps=7").train.steps == 7
+    assert composed("train.steps=7", "experiment=smoke").train.steps == 7
+    assert composed("experiment=sd15_lora", "adapter=full").adapter.kind == "full"
+
+
+def test_keys_that_scripts_rely_on() -> None:
+    schema = OmegaConf.structured(Config)
+    for key in (
+        "run.dir", "data.shards", "train.steps", "train.global_batch", "train.micro_batch",
+        "checkpoint.every", "checkpoint.resume", "sample.every", "sample.prompts",
+    ):  # fmt: skip
+        section, name = key.split(".")
+        assert name in list(schema[section]), key
+    assert composed().seed == 0
+    assert composed().checkpoint.resume == "auto"
+
+
+def test_runs_of_a_name_live_in_its_folder() -> None:
+    assert composed("run.name=mine").run.dir == "runs/mine"
+    assert composed("experiment=smoke").run.dir == "runs/smoke"
+    assert composed("run.name=mine", "run.dir=/elsewhere").run.dir == "/elsewhere"
+
+
+def test_the_smoke_experiment_is_twenty_steps_of_a_tiny_model() -> None:
+    made = composed("experiment=smoke")
+    assert made.train.steps == 20 and made.model.pretrained is None
+    assert made.model.unet["in_channels"] == made.model.unet["out_channels"] == 4
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model.unet=tiny", "model.unet"),
+        ("trian.steps=3", "unknown override 'trian.steps': did you mean 'train.steps'?"),
+        ("steps=3", "unknown override 'steps': did you mean 'train.steps'?"),
+        ("+train.stepz=3", "did you mean 'train.steps'?"),
+        ("stratgy=ddp", "unknown override 'stratgy': did you mean 'strategy'?"),
+        ("zzz=1", "unknown override 'zzz': `finetune train --help` lists the keys"),
+        ("strategy=zero4", "strategy=zero4 is not known: did you mean zero3? choose one of ddp, zero1,"),
+        ("experiment=smok", "did you mean smoke?"),
+        ("adapter=dora", "adapter=dora is not known: did you mean lora? choose one of full, lora"),
+        ("train.steps=many", "Value 'many' of type 'str' could not be converted to Integer; key train.steps"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=null", "train.steps"),
+        ("optim.lr=fast", "optim.lr"),
+        ("ema.enabled=maybe", "ema.enabled"),
+        ("sample.prompts=cat", "sample.prompts"),
+        ("train=3", "key train"),
+        ("data.shards=???", "no value for data.shards: give data.shards=..."),
+        ("train.steps=1,2", "'train.steps=1,2' names several values: a run takes one"),
+        ("train.steps=range(1,4)", "names several values"),
+        ("optim.lr=choice(1,2)", "names several values"),
+        ("sample.prompts=[a", "cannot read the override 'sample.prompts=[a'"),
+        ("this is none", "cannot read the override 'this is none'"),
+        ("run.dir=${nowhere}", "Interpolation key 'nowhere' not found; key run.dir"),
+        ("~train.steps", "train.steps"),
+    ],
+)
+def test_a_mistake_gets_one_line(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        composed(override)
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_missing_value_is_named() -> None:
+    with pytest.raises(UserError, match=r"^no value for data.shards: give data.shards=\.\.\.$"):
+        compose("train", [], Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.steps=0", "train.steps=0 must be greater than 0"),
+        ("train.micro_batch=-1", "train.micro_batch=-1"),
+        ("optim.lr=nan", "optim.lr=nan must be greater than 0"),
+        ("checkpoint.every=0", "checkpoint.every=0"),
+        ("validation.samples=-1", "validation.samples=-1 must not be negative"),
+        ("task.caption_dropout=1.5", "0 to 1"),
+        ("optim.schedule=linear", "choose one of constant, cosine"),
+        ("objective.prediction=x0", "objective.prediction=x0 is not known"),
+        ("sample.prompts=[]", "sample.prompts is empty"),
+        ("adapter=lora", "adapter=lora adapts a pretrained model"),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_read(override: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build.check(composed(override))
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_composing_twice_leaves_nothing_behind() -> None:
+    assert composed("experiment=smoke", "seed=5") == composed("experiment=smoke", "seed=5")
+    assert composed().seed == 0
+    assert autoencoder.load(["data.shards=x"])[0].seed == 0
+    assert composed("seed=2").seed == 2
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_print_is_yaml_that_round_trips(capsys: pytest.CaptureFixture[str]) -> None:
+    from finetune.train import main
+
+    settings = ["experiment=smoke", "data.shards='some where/ü'", "sample.prompts=['a, b: c', 'it\\'s']", "seed=3"]
+    assert main([*settings, "--print"]) == 0
+    printed = OmegaConf.create(capsys.readouterr().out)
+    typed, resolved = compose("train", settings, Config)
+    assert OmegaConf.to_container(printed) == OmegaConf.to_container(resolved)
+    again = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), printed))
+    assert again == typed
+    assert typed.sample.prompts == ["a, b: c", "it's"]
+
+
+def leaves(section: DictConfig, prefix: str = "") -> Iterator[str]:
+    for name in section:
+        node = None if OmegaConf.is_missing(section, name) else section[name]
+        if isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict:
+            yield from leaves(node, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def test_help_names_groups_and_keys_without_importing_torch() -> None:
+    script = (
+        "import sys; from finetune.cli import main; code = main(['train', '--help']); "
+        "heavy = {'torch', 'diffusers', 'transformers', 'deepspeed', 'wandb'} & sys.modules.keys(); "
+        "assert not heavy, heavy; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for group, choices in groups().items():
+        assert re.search(rf"^  {group} +{', '.join(choices)}$", done.stdout, re.MULTILINE), group
+    keys = list(leaves(OmegaConf.structured(Config)))
+    assert len(keys) > 50
+    for key in keys:
+        assert re.search(rf"^  {re.escape(key)}=", done.stdout, re.MULTILINE), key
+    for line in ("train.global_batch=16", "data.shards=???", "checkpoint.resume=auto", "seed=0", "--print"):
+        assert re.search(rf"^  {re.escape(line)}( |$)", done.stdout, re.MULTILINE), line
+    assert "examples:" in done.stdout
