@@ -1,0 +1,247 @@
+"""Lines of metrics that survive kills, W&B that stays one run, and a loss that is no number."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from finetune import UserError
+from finetune.distributed import World
+from finetune.tracking import Tracker, wandb_mode
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def tracker_of(run: Path, first_step: int = 0, global_batch: int = 4, world: World = ALONE) -> Tracker:
+    return Tracker(
+        run, world, config={}, name="test", project="test", wandb_mode=None,
+        first_step=first_step, total_steps=10, global_batch=global_batch,
+    )  # fmt: skip
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalar(value: float) -> torch.Tensor:
+    return torch.tensor(value)
+
+
+# --- lines ----------------------------------------------------------------------------------------
+
+
+def test_a_line_is_the_mean_of_its_steps(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    for loss_sum, norm, wait in ((4.0, 1.0, 0.25), (8.0, 2.0, 0.5), (0.0, 3.0, 0.75)):
+        tracker.step(scalar(loss_sum), scalar(norm), wait)
+    tracker.log(3, 1e-3)
+    tracker.step(scalar(2.0), scalar(5.0), 1.0)
+    tracker.log(4, 2e-3)
+    tracker.close()
+    first, second = lines_of(tmp_path)
+    assert first["loss"] == pytest.approx((1 + 2 + 0) / 3)
+    assert (first["step"], first["images_seen"], first["lr"], first["grad_norm"]) == (3, 12, 1e-3, 3.0)
+    assert first["data_wait_s"] == pytest.approx(0.5)
+    assert first["images_per_s"] > 0
+    assert (second["step"], second["loss"], second["grad_norm"], second["data_wait_s"]) == (4, 0.5, 5.0, 1.0)
+
+
+def test_no_steps_make_no_line(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    tracker.log(0, 1e-3)
+    tracker.close()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_losses_are_summed_over_ranks_and_rank_0_writes(tmp_path: Path) -> None:
+    class Two(World):
+        def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mul_(2)  # the other rank has the same
+
+    for rank in (0, 1):
+        run = tmp_path / str(rank)
+        run.mkdir()
+        tracker = tracker_of(run, world=Two(rank, 2, rank, torch.device("cpu")))
+        tracker.step(scalar(3.0), scalar(1.0), 0.0)
+        tracker.log(1, 1e-3)
+        tracker.image(1, Image.new("RGB", (4, 4)), "x")
+        tracker.close()
+    assert lines_of(tmp_path / "0")[0]["loss"] == pytest.approx(2 * 3.0 / 4)
+    assert list((tmp_path / "1").iterdir()) == []
+
+
+def test_work_that_is_no_training_is_not_in_images_per_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("finetune.tracking.time.perf_counter", lambda: now[0])
+    tracker = tracker_of(tmp_path)
+    tracker.step(scalar(1.0), scalar(1.0), 0.0)
+    now[0] += 2
+    with tracker.paused():
+        now[0] += 50
+    tracker.step(scalar(1.0), scalar(1.0), 0.0)
+    now[0] += 2
+    tracker.log(2, 1e-3)
+    tracker.close()
+    assert lines_of(tmp_path)[0]["images_per_s"] == pytest.approx(2 * 4 / 4)
+
+
+def test_lines_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) -> None:
+    kept = [json.dumps({"step": n, "loss": 0.5}) for n in (1, 2, 3, 4)]
+    torn = kept[3][:9]
+    validation = json.dumps({"step": 2, "validation/loss": 0.5})
+    (tmp_path / "metrics.jsonl").write_text("\n".join([*kept[:2], validation, *kept[2:], "[]", "7", torn]))
+    tracker = tracker_of(tmp_path, first_step=2)
+    tracker.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == "\n".join([*kept[:2], validation, ""])
+    tracker_of(tmp_path, first_step=0).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
+    """What a machine that lost its power may leave at the end of a file."""
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + bytes(512))
+    tracker_of(tmp_path, first_step=5).close()
+    assert lines_of(tmp_path) == [{"step": 1}]
+
+
+def test_numbers_that_json_has_not_become_null(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    tracker.write({"step": 1, "a": math.nan, "b": math.inf, "c": 1.5, "d": 2})
+    tracker.step(scalar(1.0), scalar(math.inf), 0.0)
+    tracker.step(scalar(math.nan), scalar(math.nan), 0.0)
+    tracker.log(2, 1e-3)  # one loss is finite: the step that was not is skipped
+    tracker.close()
+    first, second = lines_of(tmp_path)
+    assert first == {"step": 1, "a": None, "b": None, "c": 1.5, "d": 2}
+    assert (second["loss"], second["grad_norm"]) == (None, None)
+
+
+def test_a_loss_that_is_no_number_any_more_ends_the_run(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    for value in (math.nan, math.inf):
+        tracker.step(scalar(value), scalar(math.nan), 0.0)
+    with pytest.raises(UserError, match=r"not a finite number at step 2: lower optim.lr or use .*fp32") as caught:
+        tracker.log(2, 1e-3)
+    tracker.close()
+    assert "\n" not in str(caught.value)
+    assert lines_of(tmp_path)[0]["loss"] is None
+
+
+def test_pictures_are_whole_files_named_by_step(tmp_path: Path) -> None:
+    tracker = tracker_of(tmp_path)
+    for step in (20, 1000):
+        tracker.image(step, Image.new("RGB", (5, 3), "red"), "caption")
+    tracker.close()
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == [
+        "step-00000020.png",
+        "step-00001000.png",
+    ]
+    assert Image.open(tmp_path / "samples" / "step-00000020.png").getpixel((4, 2)) == (255, 0, 0)
+
+
+# --- in a run -------------------------------------------------------------------------------------
+
+
+def test_a_run_whose_loss_explodes_says_so_in_one_line(
+    overrides: list[str], tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import diffusion
+
+    calls = [0]
+    original = diffusion.per_sample_mse
+
+    def explode(*args: torch.Tensor) -> torch.Tensor:
+        calls[0] += 1
+        return original(*args) * (math.nan if calls[0] > 3 else 1.0)
+
+    monkeypatch.setattr(diffusion, "per_sample_mse", explode)
+    code, line = command("train", *overrides, "train.steps=6")
+    assert code == 2
+    assert "the loss is not a finite number at step 4" in line
+    assert [entry["loss"] is None for entry in lines_of(tmp_path / "run")] == [False, False, False, True]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_wandb_offline_is_one_run_over_a_restart(
+    overrides: list[str], tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real W&B, no network: lines, pictures, and the same run id after a restart."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    settings = [*overrides, "tracker=wandb", "tracker.every=1", "sample.every=2", "sample.steps=2", "train.steps=2"]
+    assert command("train", *settings) == (0, "")
+    identity = (run / "wandb-id").read_text().strip()
+    assert command("train", *settings, "train.steps=4") == (0, "")
+    assert (run / "wandb-id").read_text().strip() == identity
+    runs = sorted(path.name for path in (run / "wandb").glob("offline-run-*"))
+    assert len(runs) == 2
+    assert all(name.endswith(f"-{identity}") for name in runs)
+    files = [next((run / "wandb" / name).glob("run-*.wandb")) for name in runs]
+    assert all(path.stat().st_size > 0 for path in files)
+    keys = ("loss", "grad_norm", "lr", "images_per_s", "data_wait_s")
+    for content in (path.read_bytes() for path in files):
+        assert all(key.encode() in content for key in (*keys, "step", "samples"))
+    lines = lines_of(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(isinstance(line[key], float) for line in lines for key in keys)
+    media = [path.name for path in run.glob("wandb/offline-run-*/files/media/images/*.png")]
+    assert len(media) == 2
+
+
+# --- where W&B goes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert wandb_mode("auto") == "offline"
+    assert wandb_mode("online") == "online"
+    assert wandb_mode("offline") == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "k")
+    assert wandb_mode("auto") == "online"
+    assert wandb_mode("offline") == "offline"
+
+
+def test_a_netrc_entry_is_a_login(logged_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    netrc = logged_out / ".netrc"
+    netrc.write_text("machine api.wandb.ai login user password k\n")
+    netrc.chmod(0o600)
+    assert wandb_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
+    assert wandb_mode("auto") == "offline"  # logged in elsewhere
+    netrc.write_text("machine wandb.example.org login user password k\n")
+    assert wandb_mode("auto") == "online"
+    netrc.write_text("this is no netrc file\n")
+    assert wandb_mode("auto") == "offline"
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_the_environment_decides_for_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("online", "offline", "disabled"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        assert wandb_mode("auto") == mode
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="tracker.mode=onlin is not known: choose auto, online or offline"):
+        wandb_mode("onlin")
