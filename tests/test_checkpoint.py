@@ -1,0 +1,327 @@
+"""Checkpoints: where things lie, that damage is seen, and that others read the files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextModel
+
+from finetune import UserError, build
+from finetune.checkpoint import Checkpoints, Layout, Progress, RunFolder, find_fault, require_same
+from finetune.config import Config, compose
+from finetune.distributed import World
+from finetune.loop import Parts
+from finetune.models.adapters import LORA_FILE
+
+Command = Callable[..., tuple[int, str]]
+ALONE = World(0, 1, 0, torch.device("cpu"))
+
+
+def parts_of(overrides: list[str], *more: str) -> Parts:
+    config = compose("train", [*overrides, *more], Config)[0]
+    build.check(config)
+    run = Path(config.run.dir)
+    run.mkdir(parents=True, exist_ok=True)
+    return build.build(config, ALONE, run)
+
+
+def progress_at(step: int, **more: Any) -> Progress:
+    return Progress(step=step, images_seen=8 * step, steps_taken=step, **more)
+
+
+def disturb(parts: Parts) -> None:
+    """Make weights, average and moments what no fresh run has."""
+    generator = torch.Generator().manual_seed(1)
+    assert parts.average is not None
+    tensors = [shard.master for shard in parts.strategy.shards] + parts.average.tensors
+    tensors += parts.strategy.moments("exp_avg") + parts.strategy.moments("exp_avg_sq")
+    for tensor in tensors:
+        tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    parts.strategy.set_steps_taken(7)
+
+
+@pytest.fixture(scope="module")
+def intact(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint to copy and damage."""
+    run = tmp_path_factory.mktemp("intact")
+    parts = parts_of(["experiment=smoke", f"data.shards={latents}", f"run.dir={run}", "sample.every=0"])
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    return parts.checkpoints.folder / "step-00000004"
+
+
+@pytest.fixture
+def saved(overrides: list[str]) -> tuple[Parts, Path]:
+    """A run's parts and the checkpoint that they were saved in."""
+    parts = parts_of(overrides)
+    disturb(parts)
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    return parts, parts.checkpoints.folder / "step-00000004"
+
+
+# --- names ----------------------------------------------------------------------------------------
+
+
+def test_full_weights_lie_in_the_diffusers_layout() -> None:
+    layout = Layout({})
+    unet, text = "unet/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
+    assert layout.locate("unet.conv_in.weight") == (unet, "conv_in.weight")
+    assert layout.locate("text_encoder.final_layer_norm.bias") == (text, "text_model.final_layer_norm.bias")
+    assert layout.locate("text_encoder.text_model.final_layer_norm.bias") == (
+        text,
+        "text_model.final_layer_norm.bias",
+    )
+
+
+def test_adapters_lie_in_the_file_that_diffusers_loads() -> None:
+    layout = Layout({}, lora_alpha=8.0)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert layout.locate(f"unet.{name}.lora_A.default.weight") == (LORA_FILE, f"unet.{name}.lora_A.weight")
+    assert layout.locate("text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.default.weight") == (
+        LORA_FILE,
+        "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight",
+    )
+
+
+def test_a_checkpoint_holds_what_the_contract_says(saved: tuple[Parts, Path]) -> None:
+    _, path = saved
+    models = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    assert {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} == {
+        "trainer.json",
+        *(f"{kind}/{model}/config.json" for kind in ("weights", "ema") for model in models),
+        *(f"{kind}/{model}/{file}" for kind in ("weights", "ema") for model, file in models.items()),
+        "optimizer/exp_avg.safetensors",
+        "optimizer/exp_avg_sq.safetensors",
+    }
+    for file in path.rglob("*.safetensors"):
+        assert {tensor.dtype for tensor in load_file(file).values()} == {torch.float32}
+
+
+# --- others read it -------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_and_transformers_load_the_weights(saved: tuple[Parts, Path]) -> None:
+    parts, path = saved
+    assert parts.average is not None
+    by_name = dict(zip([shard.name for shard in parts.strategy.shards], parts.average.tensors, strict=True))
+    live = dict(zip(by_name, [shard.master for shard in parts.strategy.shards], strict=True))
+    for kind, wanted in (("weights", live), ("ema", by_name)):
+        unet, info = UNet2DConditionModel.from_pretrained(path / kind / "unet", output_loading_info=True)
+        assert not any(info.values()), info
+        text, info = CLIPTextModel.from_pretrained(path / kind / "text_encoder", output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"], info
+        found = {f"unet.{n}": p for n, p in unet.named_parameters()}
+        found |= {f"text_encoder.{n}": p for n, p in text.named_parameters()}
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+        assert dict(unet.config)["block_out_channels"] == [16, 32]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_diffusers_loads_an_adapter_with_its_scale(pipeline: Path, overrides: list[str]) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    base = [f"model.pretrained={pipeline}", "model.unet={}", "adapter=lora", "adapter.rank=2", "adapter.alpha=6"]
+    parts = parts_of(overrides, *base)
+    disturb(parts)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    folder = parts.checkpoints.folder / "step-00000001" / "weights"
+    reference = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    reference.load_lora_weights(folder, weight_name=LORA_FILE)
+    z, context = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        wanted = parts.model.unet.eval()(z, 10, context).sample
+        found = reference.unet(z, 10, context).sample
+        plain = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")(z, 10, context).sample
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(plain, wanted, atol=1e-2)
+
+
+# --- saving and restoring -------------------------------------------------------------------------
+
+
+def test_restoring_puts_everything_back(saved: tuple[Parts, Path], overrides: list[str]) -> None:
+    parts, path = saved
+    fresh = parts_of(overrides)
+    assert fresh.average is not None and parts.average is not None
+    fresh.checkpoints.restore(path, fresh.strategy, fresh.average)
+    for one, other in zip(parts.strategy.shards, fresh.strategy.shards, strict=True):
+        assert one.name == other.name and torch.equal(one.master, other.master)
+    pairs = [(parts.average.tensors, fresh.average.tensors)]
+    pairs += [(parts.strategy.moments(kind), fresh.strategy.moments(kind)) for kind in ("exp_avg", "exp_avg_sq")]
+    for left, right in pairs:
+        assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+    assert fresh.strategy.steps_taken == 4  # what the record says
+    live = dict(fresh.model.named_parameters())
+    for shard in fresh.strategy.shards:  # the restored tensors are the ones that a forward pass uses
+        name = shard.name.replace("text_encoder.", "conditioner.encoder.", 1)
+        assert torch.equal(live[name], shard.master)
+
+
+def test_an_average_that_is_switched_on_later_starts_at_the_weights(
+    saved: tuple[Parts, Path], overrides: list[str]
+) -> None:
+    parts, path = saved
+    parts.checkpoints.save(progress_at(6), parts.strategy, None)
+    path = path.with_name("step-00000006")
+    assert not (path / "ema").exists()
+    fresh = parts_of(overrides)
+    assert fresh.average is not None
+    fresh.checkpoints.restore(path, fresh.strategy, fresh.average)
+    for shard, tensor in zip(fresh.strategy.shards, fresh.average.tensors, strict=True):
+        assert torch.equal(shard.master, tensor) and shard.master.data_ptr() != tensor.data_ptr()
+
+
+def test_what_a_checkpoint_says_of_its_run(saved: tuple[Parts, Path]) -> None:
+    parts, _ = saved
+    said = progress_at(5, loss_scale={"scale": 512.0}, depends_on={"seed": 3, "adapter.targets": ["to_q"]})
+    parts.checkpoints.save(said, parts.strategy, None)
+    assert parts.checkpoints.read(parts.checkpoints.folder / "step-00000005") == said
+
+
+def test_the_newest_whole_checkpoint_is_chosen(saved: tuple[Parts, Path]) -> None:
+    parts, first = saved
+    assert parts.checkpoints.latest() == first
+    for step in (10, 9):
+        shutil.copytree(first, first.with_name(f"step-{step:08d}"))
+    shutil.copytree(first, first.with_name(".tmp-step-00000011"))
+    (first.with_name("step-00000012") / "weights").mkdir(parents=True)  # no trainer.json
+    assert parts.checkpoints.latest() == first.with_name("step-00000010")
+    (first.with_name("step-00000010") / "optimizer" / "exp_avg.safetensors").unlink()
+    with pytest.warns(UserWarning, match="step-00000010: optimizer/exp_avg.safetensors is missing"):
+        assert parts.checkpoints.latest() == first.with_name("step-00000009")
+
+
+def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path, Layout({}), keep=1).latest() is None
+
+
+def test_saving_again_replaces(saved: tuple[Parts, Path]) -> None:
+    parts, path = saved
+    (path / "trainer.json").write_text("broken")
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    assert find_fault(path) is None
+    assert os.listdir(path.parent) == [path.name]
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+UNET = "weights/unet/diffusion_pytorch_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda path: None, None),
+        (lambda path: flip(path / UNET), f"{UNET} does not have its checksum"),
+        (lambda path: os.truncate(path / UNET, 100), f"{UNET} does not have its checksum"),
+        (lambda path: (path / UNET).unlink(), f"{UNET} is missing"),
+        (lambda path: flip(path / "weights/unet/config.json"), "weights/unet/config.json does not have"),
+        (lambda path: shutil.rmtree(path / "ema"), "ema/text_encoder/config.json is missing"),
+        (lambda path: os.truncate(path / "trainer.json", 50), "trainer.json cannot be read"),
+        (lambda path: (path / "trainer.json").unlink(), "trainer.json cannot be read"),
+        (lambda path: (path / "trainer.json").write_text("[]"), "trainer.json cannot be read"),
+        (lambda path: rewrite(path / "trainer.json", lambda r: r.update(format=99)), "format 99, this"),
+        (lambda path: rewrite(path / "trainer.json", lambda r: r.pop("files")), "trainer.json cannot be read"),
+        (lambda path: shutil.rmtree(path), "trainer.json cannot be read"),
+    ],
+)  # fmt: skip
+def test_damage_is_found(intact: Path, tmp_path: Path, damage: Callable[[Path], object], says: str | None) -> None:
+    path = tmp_path / "checkpoints" / intact.name
+    shutil.copytree(intact, path)
+    damage(path)
+    fault = find_fault(path)
+    assert (fault is None) if says is None else (fault is not None and says in fault)
+    checkpoints = Checkpoints(tmp_path, Layout({}), keep=1)
+    if says is None:
+        assert checkpoints.named(str(path)) == checkpoints.latest() == path
+    else:
+        with pytest.raises(UserError, match=f"checkpoint.resume=.*{path.name} is no whole checkpoint"):
+            checkpoints.named(str(path))
+
+
+# --- what a run depends on ------------------------------------------------------------------------
+
+
+def test_a_change_is_named_with_both_values() -> None:
+    path = Path("run/checkpoints/step-00000004")
+    require_same({"seed": 1, "gone": 2}, {"seed": 1, "new": 3}, path)
+    with pytest.raises(UserError) as caught:
+        require_same({"seed": 1, "train.global_batch": 8}, {"seed": 2, "train.global_batch": 4}, path)
+    assert str(caught.value) == (
+        "cannot go on from run/checkpoints/step-00000004: seed was 1 and is 2 now; "
+        "put it back or choose another run.dir"
+    )
+
+
+def test_what_depends_on_compares_survives_json(overrides: list[str]) -> None:
+    """Tuples or numpy numbers would differ from what the file gives back, and no run would go on."""
+    config = compose("train", [*overrides, "adapter=lora", "model.pretrained=x"], Config)[0]
+    now = build.depends_on(config)
+    assert json.loads(json.dumps(now)) == now
+
+
+def test_a_run_goes_on_only_as_itself(overrides: list[str], command: Command) -> None:
+    assert command("train", *overrides, "train.steps=2")[0] == 0
+    for change, says in (
+        ("seed=1", "seed was 0 and is 1 now"),
+        ("validation.samples=3", "validation.samples was 8 and is 3 now"),
+        ("data.shuffle=false", "data.shuffle was True and is False now"),
+        ("model.unet.layers_per_block=2", "of another adapter or model"),
+    ):
+        code, line = command("train", *overrides, change)
+        assert (code, says in line) == (2, True), line
+
+
+def test_another_adapter_is_refused(pipeline: Path, overrides: list[str], command: Command) -> None:
+    base = [*overrides, f"model.pretrained={pipeline}", "model.unet={}", "train.steps=2"]
+    lora = [*base, "adapter=lora", "adapter.rank=2"]
+    assert command("train", *lora)[0] == 0
+    for change, says in (
+        (base, "adapter.kind was 'lora' and is 'full' now"),
+        ([*lora, "adapter.rank=4"], "adapter.rank was 2 and is 4 now"),
+        ([*lora, "adapter.targets=[to_q]"], "adapter.targets was"),
+        ([*lora, "model.train_text_encoder=true"], "of another adapter or model"),
+    ):
+        code, line = command("train", *change, "train.steps=4")
+        assert (code, says in line) == (2, True), line
+
+
+def test_restoring_another_model_says_what_is_missing(saved: tuple[Parts, Path], overrides: list[str]) -> None:
+    _, path = saved
+    other = parts_of(overrides, "model.unet.layers_per_block=2")
+    with pytest.raises(UserError, match=r"holds no .*: it is of another adapter or model$"):
+        other.checkpoints.restore(path, other.strategy, other.average)
+
+
+# --- the folder -----------------------------------------------------------------------------------
+
+
+def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
+    held = RunFolder(tmp_path / "a" / "run")
+    with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on .*choose another run.dir"):
+        RunFolder(tmp_path / "a" / "run")
+    held.close()
+    RunFolder(tmp_path / "a" / "run").close()
