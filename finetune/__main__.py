@@ -1,6 +1,6 @@
 """`python -m finetune`: the same as `finetune`."""
 
-import importlib
+from finetune.cli import entry
 
 if __name__ == "__main__":
-    importlib.import_module("finetune.cli").entry()  # by name: entry points don't import each other
+    entry()

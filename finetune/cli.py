@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from finetune import UserError, __version__, run_cli
 
-# Subcommand: (module whose `main(argv)` runs it, what it does).
 COMMANDS = {
-    "train": ("finetune.train", "fine-tune a model, or train one from scratch"),
-    "sample": ("finetune.sample", "draw pictures from captions"),
-    "export": ("finetune.export", "write a run's result for other tools"),
-    "autoencoder": ("finetune.autoencoder.train", "train the first stage on pictures"),
+    "train": "fine-tune a model, or train one from scratch",
+    "sample": "draw pictures from captions",
+    "export": "write a run's result for other tools",
+    "autoencoder": "train the first stage on pictures",
 }
 
 _EXAMPLES = """examples:
@@ -46,7 +44,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `{near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}"
         what = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {what} `{name}`: {hint}")
-    return int(importlib.import_module(COMMANDS[name][0]).main(rest) or 0)
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    match name:
+        case "train":
+            from finetune import train
+
+            return train.main(arguments)
+        case "sample":
+            from finetune import sample
+
+            return sample.main(arguments)
+        case "export":
+            from finetune import export
+
+            return export.main(arguments)
+        case "autoencoder":
+            from finetune.autoencoder import train as autoencoder
+
+            return autoencoder.main(arguments)
+    raise AssertionError(name)
 
 
 def entry() -> NoReturn:
@@ -56,5 +75,5 @@ def entry() -> NoReturn:
 
 def _help() -> str:
     width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     return f"usage: finetune COMMAND ...\n\nFine-tune latent diffusion models.\n\ncommands:\n{lines}\n\n{_EXAMPLES}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import math
 import os
 import socket
@@ -103,8 +104,8 @@ def start(device: str, *, uses_deepspeed: bool) -> World:
         raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and not uses_deepspeed:
         raise UserError(
-            "accelerate was launched with DeepSpeed, which strategy=ddp would ignore: add strategy=zero2 (or zero1, "
-            "zero3), or launch with launchers/accelerate/one_machine.yaml"
+            "accelerate was launched with DeepSpeed, which strategy=ddp would ignore: add strategy=zero2 (or "
+            "zero1, zero3), or launch with launchers/accelerate/one_machine.yaml"
         )
     on_gpu = device != "cpu" and torch.cuda.is_available()
     if not on_gpu:
@@ -508,9 +509,10 @@ class ZeRO(Strategy):
             "zero_force_ds_cpu_optimizer": False,  # its extension would be compiled at the first start
             "steps_per_print": 1 << 62,
         }
-        self.engine, _, _, _ = deepspeed.initialize(
-            model=module, optimizer=_make_adamw(groups, adamw), config=config, dist_init_required=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its extensions was built
+            self.engine, _, _, _ = deepspeed.initialize(
+                model=module, optimizer=_make_adamw(groups, adamw), config=config, dist_init_required=False
+            )
         require_agreement(
             {
                 "torch.distributed": (world.rank, world.size),

@@ -8,20 +8,11 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from finetune import UserError
-from finetune.export.arguments import (
-    Parser,
-    add_source_arguments,
-    add_weights_arguments,
-    count,
-    quiet_libraries,
-    torch_dtype,
-)
-
-if TYPE_CHECKING:
-    from PIL import Image
+from finetune.export.arguments import add_source_arguments, add_weights_arguments, count, torch_dtype
+from finetune.terminal import Parser, quiet_libraries
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
 _SCHEDULERS = ("ddim", "euler", "dpm++", "ddpm")  # as in finetune.sampling, which is slow to import
@@ -111,16 +102,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     written = []
     if out.suffix:
         picture = images[0] if len(images) == 1 else sampling.grid(images, columns)
-        _save(picture, out, {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings})
+        sampling.save_png(picture, out, {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings})
         written.append(out)
     else:
         for index, (image, prompt, seed) in enumerate(zip(images, repeated, seeds, strict=True)):
             path = out / f"{index:04d}{_slug(prompt)}.png"
-            _save(image, path, {"prompt": prompt, "seed": str(seed), **settings})
+            sampling.save_png(image, path, {"prompt": prompt, "seed": str(seed), **settings})
             written.append(path)
         if len(images) > 1:
             sheet = sampling.grid(images, columns)
-            _save(
+            sampling.save_png(
                 sheet,
                 out / "grid.png",
                 {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings},
@@ -212,14 +203,3 @@ def _square(number: int) -> int:
 def _slug(prompt: str) -> str:
     words = re.sub(r"[^\w]+", "-", prompt.lower(), flags=re.ASCII).strip("-")[:40].strip("-")
     return f"-{words}" if words else ""
-
-
-def _save(image: Image.Image, path: Path, texts: dict[str, str]) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in texts.items():
-        info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)

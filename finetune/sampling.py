@@ -11,7 +11,9 @@ eval mode.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +25,7 @@ from diffusers import (
     EulerDiscreteScheduler,
 )
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from finetune import UserError
@@ -259,6 +262,16 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
         row, column = divmod(index, columns)
         sheet.paste(image, (column * (width + gap), row * (height + gap)))
     return sheet
+
+
+def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
+    """Save a picture, whole or not at all, with `texts` in its text chunks."""
+    info = PngInfo()
+    for key, value in (texts or {}).items():
+        info.add_text(key, value)
+    temporary = path.with_name(f".{path.name}.tmp")
+    image.save(temporary, format="PNG", pnginfo=info)
+    os.replace(temporary, path)
 
 
 def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -155,17 +155,12 @@ def test_a_mistake_exits_with_2_and_one_line(argv, line):
 
 
 def test_a_subcommand_gets_its_arguments_and_gives_its_exit_code(monkeypatch):
-    seen = []
-
-    class Module:
-        @staticmethod
-        def main(argv):
-            seen.append(argv)
-            return 3
-
-    monkeypatch.setattr(cli.importlib, "import_module", lambda name: seen.append(name) or Module)
-    assert cli.main(["train", "run.dir=x", "--help"]) == 3
-    assert seen == ["finetune.train", ["run.dir=x", "--help"]]
+    modules = ("finetune.train", "finetune.sample", "finetune.export", "finetune.autoencoder.train")
+    for command, module in zip(cli.COMMANDS, modules, strict=True):
+        seen = []
+        monkeypatch.setattr(f"{module}.main", lambda argv, seen=seen: seen.append(argv) or 3)
+        assert cli.main([command, "run.dir=x", "--help"]) == 3
+        assert seen == [["run.dir=x", "--help"]]
 
 
 def test_version(capsys):

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune import UserError
-from finetune.export.arguments import (
-    Parser,
-    add_source_arguments,
-    add_weights_arguments,
-    quiet_libraries,
-    torch_dtype,
-)
+from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
+from finetune.terminal import Parser, quiet_libraries
 
 FORMATS = ("diffusers", "lora")
 PLANNED = ("single-file", "kohya")

@@ -3,23 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import logging
-from typing import Any, NoReturn
-
-from finetune import UserError
+from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
-
-
-class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose mistakes are one line, and whose examples keep their line breaks."""
-
-    def __init__(self, **arguments: Any) -> None:
-        shape = argparse.RawDescriptionHelpFormatter
-        super().__init__(**arguments, formatter_class=shape, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
@@ -58,16 +44,3 @@ def torch_dtype(name: str) -> Any:
     import torch
 
     return getattr(torch, name)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' bars and advice off the terminal; what goes wrong still comes as an exception."""
-    # accelerate imports DeepSpeed, which says on stdout that there is no GPU. It sets its logger's level
-    # itself.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
-    import diffusers
-    import transformers
-
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
