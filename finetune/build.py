@@ -18,7 +18,7 @@ from torch import nn
 from finetune import UserError, diffusion, lr
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
-from finetune.config import Config
+from finetune.config import Config, require, require_choice
 from finetune.data.loader import Data, hold_out, read_batch
 from finetune.data.order import Order
 from finetune.data.shards import MANIFEST, ShardSet
@@ -51,18 +51,17 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, its value and what it may be.
     """
-    choices = {
-        "adapter.kind": (config.adapter.kind, ("full", "lora")),
-        "task.name": (config.task.name, ("text_to_image",)),
-        "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
-        "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
-        "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
-        "train.precision": (config.train.precision, ("fp32", "bf16", "fp16")),
-        "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
-    }
-    for key, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise UserError(f"{key}={value} is not known: choose one of {', '.join(allowed)}")
+    require_choice(
+        {
+            "adapter.kind": (config.adapter.kind, ("full", "lora")),
+            "task.name": (config.task.name, ("text_to_image",)),
+            "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
+            "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
+            "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
+            "train.precision": (config.train.precision, ("fp32", "bf16", "fp16")),
+            "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
+        }
+    )
     positive = {
         "train.steps": config.train.steps,
         "train.global_batch": config.train.global_batch,
@@ -76,9 +75,7 @@ def check(config: Config) -> None:
         "data.readers": config.data.readers,
         "data.prefetch": config.data.prefetch,
     }
-    for key, number in positive.items():
-        if not number > 0:
-            raise UserError(f"{key}={number} must be greater than 0")
+    require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
         "optim.warmup_images": config.optim.warmup_images,
         "optim.weight_decay": config.optim.weight_decay,
@@ -87,9 +84,7 @@ def check(config: Config) -> None:
         "validation.every": config.validation.every,
         "validation.samples": config.validation.samples,
     }
-    for key, number in not_negative.items():
-        if number < 0:
-            raise UserError(f"{key}={number} must not be negative")
+    require(not_negative, lambda value: value >= 0, "must not be negative")
     if not 0 <= config.task.caption_dropout <= 1:
         raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
     if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:

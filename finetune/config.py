@@ -1,13 +1,15 @@
 """The schema of a training run: typed dataclasses with their defaults, composed by Hydra.
 
-Defaults live here; `conf/` holds choices. `compose` turns overrides into a `Config` and every mistake into
-one line. Components never see these classes: `build.py` hands them plain values.
+Defaults live here; `conf/` holds choices. `compose` turns overrides into a `Config`, or into another command's
+schema from its own folder of choices, and every mistake into one line. Components never see these classes:
+`build.py` hands them plain values.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune import UserError
 
 T = TypeVar("T")
+N = TypeVar("N")
 
 
 @dataclass
@@ -99,7 +102,6 @@ class OptimConfig:
     """AdamW. The learning rate is a function of images seen."""
 
     lr: float = 1e-4
-    text_encoder_lr: float | None = None  # null: lr
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -108,6 +110,13 @@ class OptimConfig:
     schedule: str = "constant"  # constant | cosine
     warmup_images: int = 0
     final_lr_ratio: float = 0.0  # cosine ends at lr times this
+
+
+@dataclass
+class JointOptimConfig(OptimConfig):
+    """Of the U-Net, and of the text encoder where that is trained."""
+
+    text_encoder_lr: float | None = None  # null: lr
 
 
 @dataclass
@@ -137,11 +146,9 @@ class StrategyConfig:
 
 @dataclass
 class LoopConfig:
-    """`micro_batch` is one rank's forward pass; null: the rank's whole share of `global_batch`."""
-
     steps: int = 1000
     global_batch: int = 16
-    micro_batch: int | None = None
+    micro_batch: int | None = None  # samples in one rank's forward pass; null: its whole share of global_batch
     precision: str = "bf16"  # fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads a rank; null: torch's choice
@@ -162,7 +169,7 @@ class SampleConfig:
     steps: int = 25
     guidance: float = 5.0
     height: int | None = None  # pixels; null: the largest bucket's
-    width: int | None = None
+    width: int | None = None  # pixels; null: the largest bucket's
 
 
 @dataclass
@@ -188,7 +195,7 @@ class Config:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     task: TaskConfig = field(default_factory=TaskConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: JointOptimConfig = field(default_factory=JointOptimConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
@@ -206,8 +213,8 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else package.parent / "conf"
 
 
-def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> tuple[T, DictConfig]:
-    """Compose `conf/<config_name>.yaml` with Hydra overrides, typed by `schema`.
+def compose(config_name: str, overrides: Sequence[str], schema: type[T], folder: str = "") -> tuple[T, DictConfig]:
+    """Compose `conf/<folder>/<config_name>.yaml` with Hydra overrides, typed by `schema`.
 
     Returns:
         The typed config and the same, resolved, as a `DictConfig` for saving.
@@ -218,36 +225,86 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T]) -> tupl
     """
     ConfigStore.instance().store(name=f"{config_name}_schema", node=schema)
     GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf_dir()), version_base="1.3", job_name=config_name):
-        _check_keys(config_name, overrides, schema)
+    choices = groups(config_name, folder)
+    with initialize_config_dir(str(conf_dir() / folder), version_base="1.3", job_name=config_name):
+        checked = _check_keys(config_name, overrides, schema, choices)
         try:
-            composed = hydra_compose(config_name, list(overrides))
+            composed = hydra_compose(config_name, checked)
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
                 raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
             OmegaConf.resolve(composed)
             typed = OmegaConf.to_object(composed)
         except MissingConfigException as error:
-            raise UserError(_missing_choice(error, overrides)) from None
+            raise UserError(_missing_choice(error, choices)) from None
         except (HydraException, OmegaConfBaseException) as error:
             raise UserError(_first_lines(error)) from None
     assert isinstance(typed, schema)
     return typed, composed
 
 
-def groups() -> dict[str, list[str]]:
-    """Config groups and their choices, as in `conf/`."""
-    return {
-        folder.name: sorted(path.stem for path in folder.glob("*.yaml"))
-        for folder in sorted(conf_dir().iterdir())
-        if folder.is_dir() and any(folder.glob("*.yaml"))
-    }
+def groups(config_name: str = "train", folder: str = "") -> dict[str, list[str]]:
+    """Config groups of a root file and their choices: those that its defaults list names."""
+    root = conf_dir() / folder
+    listed = OmegaConf.load(root / f"{config_name}.yaml").defaults
+    names = [str(name) for entry in listed if isinstance(entry, DictConfig) for name in entry]
+    return {name: sorted(path.stem for path in (root / name).glob("*.yaml")) for name in names}
 
 
-def _check_keys(config_name: str, overrides: Sequence[str], schema: type) -> None:
-    """Refuse an override that names nothing, with the nearest name that does."""
-    known = set(_keys(OmegaConf.structured(schema)))
-    names = known | set(groups())
+def describe(config_name: str, schema: type, folder: str = "") -> str:
+    """For `--help`: config groups with their choices, and each key with its default."""
+    choices = groups(config_name, folder)
+    width = max(map(len, choices))
+    lines = ["config groups (GROUP=CHOICE):"]
+    lines += [f"  {name:<{width}}  {', '.join(names)}" for name, names in choices.items()]
+    lines += ["", "keys and their defaults (KEY=VALUE; ??? must be given):"]
+    lines += [f"  {key}={default}" for key, default in defaults(schema)]
+    return "\n".join(lines)
+
+
+def defaults(schema: type) -> list[tuple[str, str]]:
+    """(dotted key, default as it is written on the command line) of every value."""
+    return [(key, _written(value)) for key, value in _nodes(OmegaConf.structured(schema)) if not _is_section(value)]
+
+
+def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str) -> None:
+    """Refuse values out of range.
+
+    Args:
+        values: by config key.
+        rule: ends the line, as in "train.steps=0 must be at least 1".
+
+    Raises:
+        UserError: names the first key that `holds` is false for.
+    """
+    for key, value in values.items():
+        if not holds(value):
+            raise UserError(f"{key}={value} {rule}")
+
+
+def require_choice(values: Mapping[str, tuple[str, Sequence[str]]]) -> None:
+    """Refuse names that are not known: `values` holds the name and the known ones by config key.
+
+    Raises:
+        UserError: names the first such key and what it may be.
+    """
+    for key, (value, known) in values.items():
+        if value not in known:
+            raise UserError(f"{key}={value} is not known: choose one of {', '.join(known)}")
+
+
+def _check_keys(
+    config_name: str, overrides: Sequence[str], schema: type, choices: Mapping[str, list[str]]
+) -> list[str]:
+    """Refuse an override that names nothing, with the nearest name that does.
+
+    Returns:
+        The overrides, where those of free-form keys (`model.unet.*`) may add what is not there yet.
+    """
+    nodes = dict(_nodes(OmegaConf.structured(schema)))
+    names = {*nodes, *choices}
+    free = [key for key, node in nodes.items() if isinstance(node, DictConfig) and not _is_section(node)]
+    checked = []
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -256,7 +313,8 @@ def _check_keys(config_name: str, overrides: Sequence[str], schema: type) -> Non
         key = override.key_or_group
         if override.is_sweep_override():
             raise UserError(f"'{text}' names several values: a run takes one")
-        free_form = any(key.startswith(f"{name}.") for name in ("model.unet",))
+        free_form = any(key == name or key.startswith(f"{name}.") for name in free)
+        checked.append(f"++{text}" if free_form and text.startswith(key) else text)
         if key in names or free_form or key.startswith("hydra"):
             continue
         nearest = difflib.get_close_matches(key, names, n=1) or [
@@ -264,19 +322,34 @@ def _check_keys(config_name: str, overrides: Sequence[str], schema: type) -> Non
         ]
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"`finetune {config_name} --help` lists the keys"
         raise UserError(f"unknown override '{key}': {hint}")
+    return checked
 
 
-def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything, sections included."""
     for name in map(str, config):
-        yield f"{prefix}{name}"
-        node = None if OmegaConf.is_missing(config, name) else config[name]
-        if isinstance(node, DictConfig):
-            yield from _keys(node, f"{prefix}{name}.")
+        node = "???" if OmegaConf.is_missing(config, name) else config._get_node(name)
+        yield f"{prefix}{name}", node
+        if _is_section(node):
+            yield from _nodes(node, f"{prefix}{name}.")
 
 
-def _missing_choice(error: MissingConfigException, overrides: Sequence[str]) -> str:
+def _is_section(node: Any) -> bool:
+    """Whether a node is a dataclass of the schema, not a value (free-form dictionaries are values)."""
+    return isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
+
+
+def _written(value: Any) -> str:
+    """A default as an override says it: `null`, `true`, `[1,2]`."""
+    if isinstance(value, str):
+        return value
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value._value()
+    return plain if isinstance(plain, str) else json.dumps(plain, separators=(",", ":")).replace('"', "")
+
+
+def _missing_choice(error: MissingConfigException, known: Mapping[str, list[str]]) -> str:
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-    if choices := groups().get(group):
+    if choices := known.get(group):
         nearest = difflib.get_close_matches(choice, choices, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         return f"{group}={choice} is not known: {hint}choose one of {', '.join(choices)}"

@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, run_cli
-from finetune.config import Config, compose, groups
+from finetune.config import Config, compose, describe
+from finetune.terminal import quiet_libraries
 
-EXAMPLES = """\
-finetune train [KEY=VALUE ...]     fine-tune on latent shards; the same command goes on where a run was stopped
+USAGE = """\
+usage: finetune train [--print] [KEY=VALUE ...]
+
+Fine-tune a latent diffusion model on latent shards, or train one from scratch.
+The same command goes on where an earlier one stopped.
 
 examples:
   finetune train experiment=smoke data.shards=LATENTS run.dir=runs/smoke
   finetune train experiment=sd15_lora model.pretrained=PATH_OR_HUB_ID data.shards=LATENTS run.dir=runs/mine
-  accelerate launch --config_file launchers/accelerate/zero2.yaml -m finetune.train strategy=zero2 ...
+  accelerate launch --config_file launchers/accelerate/one_machine.yaml -m finetune.train strategy=zero2 ...
 
 options:
   -h, --help    this text
@@ -31,7 +34,7 @@ options:
 
 def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
-        print(help_text())
+        print(f"{USAGE}\n{describe('train', Config)}")
         return 0
     overrides = [word for word in argv if word != "--print"]
     try:
@@ -49,21 +52,14 @@ def main(argv: list[str]) -> int:
         raise UserError(f"[rank {rank}] {error}" if rank > 0 else str(error)) from None
 
 
-def help_text() -> str:
-    """Usage, config groups with their choices, and all keys with their defaults."""
-    lines = [EXAMPLES, "config groups (GROUP=CHOICE):"]
-    lines += [f"  {name:<10} {', '.join(choices)}" for name, choices in groups().items() if "/" not in name]
-    keys = OmegaConf.to_yaml(OmegaConf.structured(Config))
-    return "\n".join(lines) + "\n\nkeys and defaults (KEY.SUBKEY=VALUE):\n  " + keys.strip().replace("\n", "\n  ")
-
-
 def run(config: Config, composed: DictConfig) -> int:
     """Train one configuration, from the start or from its last checkpoint."""
     from finetune import build, distributed, loop, tracking
     from finetune.checkpoint import RunFolder
+    from finetune.data.shards import write_atomic
 
     build.check(config)
-    _quiet()
+    quiet_libraries()
     if config.train.threads is not None:
         import torch
 
@@ -77,7 +73,7 @@ def run(config: Config, composed: DictConfig) -> int:
         path = Path(config.run.dir)
         parts = build.build(config, world, path)
         progress = loop.resume(config, world, parts, build.depends_on(config))
-        world.on_main(lambda: _save_config(path, composed))
+        world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(
             path,
             world,
@@ -104,19 +100,6 @@ def run(config: Config, composed: DictConfig) -> int:
         if folder is not None:
             folder.close()
         distributed.stop()
-
-
-def _save_config(run: Path, composed: DictConfig) -> None:
-    temporary = run / ".config.yaml.tmp"
-    temporary.write_text(OmegaConf.to_yaml(composed))
-    os.replace(temporary, run / "config.yaml")
-
-
-def _quiet() -> None:
-    """Keep the libraries' chatter off the user's terminal; our own warnings stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
 
 
 if __name__ == "__main__":

@@ -54,17 +54,16 @@ def main(argv: Sequence[str]) -> int:
         UserError: a mistake in the overrides, the shards or the run folder.
     """
     from finetune.autoencoder import config as schema
+    from finetune.config import describe
+    from finetune.terminal import quiet_libraries
 
     if any(argument in ("-h", "--help") for argument in argv):
-        print(USAGE)
-        for group, names in schema.choices().items():
-            print(f"  {group + '=':<28}{' | '.join(names)}")
-        for key, value in schema.defaults():
-            print(f"  {key + '=':<28}{'null' if value is None else value}")
+        print(f"{USAGE}\n{describe(schema.NAME, schema.Config, schema.FOLDER)}")
         return 0
     if options := [argument for argument in argv if argument.startswith("-")]:
         raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
     config, composed = schema.load(argv)
+    quiet_libraries()
 
     from omegaconf import OmegaConf
 
