@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.images import PictureError, aspect_table, decode_rgb, fit, nearest_bucket, parse_colour
-from data_tools.ingest.common import positive
+from data_tools.ingest.common import add_shard_arguments, positive
 from data_tools.output import SOURCE, Rejects, claimed_folder
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from finetune import UserError
@@ -80,19 +80,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the VAE (default: float32)")
     add_device_argument(parser)
     parser.add_argument(
-        "--background", default="white", metavar="COLOUR", help="behind transparent pixels (default: white)"
-    )
-    parser.add_argument(
         "--workers", type=positive, default=min(8, os.cpu_count() or 1), metavar="N", help="decoding threads"
     )
-    parser.add_argument(
-        "--shard-samples",
-        type=positive,
-        default=10_000,
-        metavar="N",
-        help="samples in a shard (default: 10000)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that LATENTS already holds")
+    add_shard_arguments(parser, "LATENTS")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

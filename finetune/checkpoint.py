@@ -172,25 +172,12 @@ class Checkpoints:
             write(partial(_naming_disk_errors, put, whole))
             del whole
 
-        def publish() -> None:
-            record = {"format": FORMAT, **asdict(progress), "files": _checksums(temporary)}
-            (temporary / "trainer.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
-            _sync(temporary)
-            if final.exists():  # a checkpoint that was found broken, written anew
-                shutil.rmtree(final)
-            os.replace(temporary, final)
-            _sync_folder(self.folder)
-            self._prune()
+        def finish() -> None:
+            write_record(temporary, asdict(progress))
+            publish(temporary, final)
+            prune(self.run, self.keep)
 
-        write(publish)
-
-    def _prune(self) -> None:
-        complete = list(complete_checkpoints(self.run).values())
-        for old in complete[: max(0, len(complete) - self.keep)] if self.keep > 0 else []:
-            # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
-            doomed = old.with_name(f"{_TEMPORARY}{old.name}")
-            os.replace(old, doomed)
-            shutil.rmtree(doomed)
+        write(finish)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are whole; broken ones are named in a warning and passed over."""
@@ -215,7 +202,7 @@ class Checkpoints:
     def read(self, path: Path) -> Progress:
         """What a checkpoint says of its run."""
         record = json.loads((path / "trainer.json").read_text())
-        return Progress(**{name: record[name] for name in Progress.__dataclass_fields__})
+        return Progress(**{name: record[name] for name in Progress.__dataclass_fields__ if name in record})
 
     def restore(self, path: Path, strategy: Strategy, average: Average | None) -> None:
         """Put everything back, under any strategy and number of ranks; collective.
@@ -244,6 +231,38 @@ class Checkpoints:
 
     def _key(self, name: str) -> str:
         return self.layout.locate(name)[1]
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the trainer.json that completes a checkpoint: `record` and the checksum of every other file."""
+    whole = {"format": FORMAT, **record, "files": _checksums(folder)}
+    (folder / "trainer.json").write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of `final`, which may exist; its bytes reach the disk before its name.
+
+    A kill between the two renames leaves no folder at `final`, never half of one.
+    """
+    for path in temporary.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    aside = final.with_name(f"{_TEMPORARY}old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(run: Path, keep: int) -> None:
+    """Remove all but a run's last `keep` checkpoints."""
+    for old in list(complete_checkpoints(run).values())[:-keep]:
+        # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
+        doomed = old.with_name(f"{_TEMPORARY}{old.name}")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
 
 
 def find_fault(path: Path) -> str | None:
@@ -317,15 +336,9 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

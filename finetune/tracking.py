@@ -22,7 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune import UserError
+from finetune.data.shards import write_atomic
 from finetune.distributed import World
+from finetune.sampling import save_png
 
 
 class Tracker:
@@ -78,9 +80,7 @@ class Tracker:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue  # the line that a kill cut short
-        temporary = self.metrics.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.metrics)
+        write_atomic(self.metrics, "".join(kept).encode())
 
     def _start_wandb(self, config: dict[str, Any], name: str, project: str, mode: str) -> None:
         import wandb
@@ -165,9 +165,7 @@ class Tracker:
         folder = self.run / "samples"
         folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
-        temporary = folder / f".{path.name}.tmp"
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        save_png(picture, path)
         if self.wandb is not None:
             import wandb
 

@@ -13,10 +13,15 @@ RESERVED = ("captions", "file", "original_size", "crop")
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...], default: str) -> None:
-    """--out, --format, --quality, --background, --shard-samples, --overwrite."""
+    """--out, --format, --quality, and those of `add_shard_arguments`."""
     parser.add_argument("--out", type=Path, required=True, metavar="SHARDS", help="folder for the image shards")
     parser.add_argument("--format", choices=formats, help=f"format of the pictures in the shards ({default})")
     parser.add_argument("--quality", type=int, default=95, help="of webp and jpg, 1 to 100 (default: 95)")
+    add_shard_arguments(parser, "SHARDS")
+
+
+def add_shard_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """--background, --shard-samples, --overwrite of a command that writes shards to the folder `out`."""
     parser.add_argument(
         "--background", default="white", metavar="COLOUR", help="behind transparent pixels (default: white)"
     )
@@ -27,7 +32,7 @@ def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ..
         metavar="N",
         help="samples in a shard (default: 10000)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace shards that SHARDS already holds")
+    parser.add_argument("--overwrite", action="store_true", help=f"replace shards that {out} already holds")
 
 
 def positive(text: str) -> int:

@@ -10,9 +10,7 @@ A folder is written under a temporary name and renamed when all of it is on the 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -26,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import UserError
-from finetune.checkpoint import FORMAT, find_fault
+from finetune.checkpoint import find_fault, prune, publish, write_record
+from finetune.distributed import MOMENTS
+from finetune.models.components import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:
@@ -41,23 +40,6 @@ def write_vae(folder: Path, vae: AutoencoderKL, weights: Mapping[str, Tensor]) -
     folder.mkdir(parents=True)
     vae.save_config(folder)
     _save_tensors(folder / WEIGHTS_NAME, weights)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    """Put a finished folder in place of `final`, which may exist; its bytes reach the disk before its name.
-
-    A kill between the two renames leaves no folder at `final`, never half of one.
-    """
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    aside = final.with_name(f".old-{final.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
-        os.replace(final, aside)
-    os.replace(temporary, final)
-    _sync(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def save(
@@ -88,15 +70,7 @@ def save(
         for part in MOMENTS:
             moments = {name: optimizer.state[parameter][part] for name, parameter in parameters.items()}
             _save_tensors(temporary / "optimizer" / f"{part}.safetensors", moments)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        record = {
-            "format": FORMAT,
-            "step": step,
-            "images_seen": images_seen,
-            "depends_on": dict(depends_on),
-            "files": {path.relative_to(temporary).as_posix(): _sha256(path) for path in files},
-        }
-        (temporary / "trainer.json").write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+        write_record(temporary, {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)})
         publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -104,11 +78,7 @@ def save(
             f"cannot save {final}: {error}; the checkpoints before it are untouched: "
             "make room and start the same command again"
         ) from None
-    for old in _complete(run)[:-keep]:
-        # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
-        doomed = old.with_name(f".old-{old.name}")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+    prune(run, keep)
     return final
 
 
@@ -119,7 +89,7 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """
     for leftover in (run / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in reversed(_complete(run)):
+    for folder in reversed(complete_checkpoints(run).values()):
         fault = find_fault(folder)
         if fault is None:
             return folder, json.loads((folder / "trainer.json").read_text())
@@ -154,24 +124,6 @@ def restore(
             tensor.copy_(saved[name])
 
 
-def _complete(run: Path) -> list[Path]:
-    """Checkpoint folders that have their record, oldest first."""
-    return sorted(record.parent for record in (run / "checkpoints").glob("step-*/trainer.json"))
-
-
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     whole = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, path, metadata={"format": "pt"})
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -152,6 +152,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     from finetune.autoencoder.pictures import Pictures
     from finetune.checkpoint import RunFolder, require_same
     from finetune.data.order import Order
+    from finetune.data.shards import write_atomic
 
     run = Path(config.run.dir)
     device = _device(config.train.device)
@@ -200,7 +201,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             raise UserError(
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
-        _write_text(run / "config.yaml", yaml)
+        write_atomic(run / "config.yaml", yaml.encode())
         metrics = run / "metrics.jsonl"
         _keep_metrics(metrics, step)
         print(
@@ -337,6 +338,7 @@ def _finish(
 
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.measure import latent_std, psnr, reconstruct
+    from finetune.checkpoint import publish
 
     size = config.train.global_batch
     share = min(1.0, config.scale.pictures / sum(map(len, pictures.train_ids)))
@@ -354,7 +356,7 @@ def _finish(
         temporary = run / ".tmp-vae"
         shutil.rmtree(temporary, ignore_errors=True)
         checkpoint.write_vae(temporary, vae, dict(vae.named_parameters()))
-        checkpoint.publish(temporary, run / "vae")
+        publish(temporary, run / "vae")
         decibels = [
             value
             for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size)
@@ -410,6 +412,7 @@ def _save_grid(
 ) -> Path | None:
     """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
     from finetune.autoencoder.measure import comparison, reconstruct
+    from finetune.sampling import save_png
 
     tops: list[np.ndarray] = []
     bottoms: list[np.ndarray] = []
@@ -423,9 +426,7 @@ def _save_grid(
     if not tops:
         return None
     path = run / "samples" / f"step-{step:08d}.png"
-    temporary = path.with_name(f".{path.name}.tmp")
-    comparison(tops, bottoms).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    save_png(comparison(tops, bottoms), path)
     return path
 
 
@@ -448,6 +449,8 @@ def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _keep_metrics(path: Path, step: int) -> None:
     """Drop what was logged after the checkpoint that the run goes on from: it will be logged again."""
+    from finetune.data.shards import write_atomic
+
     if not path.exists():
         return
     kept = []
@@ -458,13 +461,7 @@ def _keep_metrics(path: Path, step: int) -> None:
             continue  # the line that was being written when the run was killed
         if record.get("step", 0) <= step and "loss" in record:
             kept.append(line + "\n")
-    _write_text(path, "".join(kept))
-
-
-def _write_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomic(path, "".join(kept).encode())
 
 
 def _device(name: str) -> torch.device:

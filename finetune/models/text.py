@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from finetune import UserError
+from finetune.data.shards import write_atomic
 from finetune.models.sources import fetch, first_line
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -200,7 +201,7 @@ def save_text_encoder(text_encoder: CLIPTextModel, folder: str | Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     # Loading by dtype "auto" follows these entries.
     config |= {"architectures": ["CLIPTextModel"], "dtype": str(text_encoder.dtype).removeprefix("torch.")}
-    _replace(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     tensors = {
         name if name.startswith("text_model.") else f"text_model.{name}": tensor.contiguous()
         for name, tensor in text_encoder.state_dict().items()
@@ -222,11 +223,6 @@ def _locate(source: str | Path, subfolder: str, files: tuple[str, ...], revision
 
 def _write_vocabulary(folder: Path, vocabulary: dict[str, int], merges: Sequence[tuple[str, ...]]) -> None:
     ordered = dict(sorted(vocabulary.items(), key=lambda item: item[1]))
-    _replace(folder / "vocab.json", json.dumps(ordered, ensure_ascii=False))
-    _replace(folder / "merges.txt", "".join(["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    lines = ["#version: 0.2\n", *(f"{left} {right}\n" for left, right in merges)]
+    write_atomic(folder / "vocab.json", json.dumps(ordered, ensure_ascii=False).encode())
+    write_atomic(folder / "merges.txt", "".join(lines).encode())
