@@ -31,6 +31,7 @@ from finetune.models.autoencoder import encoder_sha256, load_autoencoder
 from finetune.models.components import scheduler_config
 from finetune.models.text import (
     build_text_encoder,
+    encode_text,
     load_text,
     load_tokenizer,
     save_tokenizer,
@@ -259,7 +260,12 @@ def build(config: Config, world: World, run: Path) -> Parts:
     )
     model = LatentDiffusion(
         unet,
-        TextConditioner(partial(tokenize, tokenizer), text_encoder, trained=train_text),
+        TextConditioner(
+            partial(tokenize, tokenizer),
+            partial(encode_text, text_encoder, pad_id=tokenizer.pad_token_id),
+            text_encoder,
+            trained=train_text,
+        ),
         alphas_cumprod_T=diffusion.alphas_cumprod(betas_T).to(world.device),
         space=data.space,
         prediction=config.objective.prediction,

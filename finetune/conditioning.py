@@ -26,13 +26,22 @@ class TextConditioner(nn.Module):
 
     Args:
         tokenize: captions to token ids, int64 [B, L].
-        encoder: a `CLIPTextModel`.
+        encode: token ids to context [B, L, D] by `encoder`, as at sampling.
+        encoder: a `CLIPTextModel`, held here for its parameters.
         trained: False freezes the encoder and runs it without a graph, in eval mode.
     """
 
-    def __init__(self, tokenize: Callable[[Sequence[str]], Tensor], encoder: nn.Module, *, trained: bool) -> None:
+    def __init__(
+        self,
+        tokenize: Callable[[Sequence[str]], Tensor],
+        encode: Callable[[Tensor], Tensor],
+        encoder: nn.Module,
+        *,
+        trained: bool,
+    ) -> None:
         super().__init__()
         self.tokenize = tokenize
+        self.encode = encode
         self.encoder = encoder
         self.trained = trained
 
@@ -42,4 +51,4 @@ class TextConditioner(nn.Module):
     def forward(self, token_ids_BL: Tensor) -> Tensor:
         """Context [B, L, D]."""
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            return self.encoder(token_ids_BL).last_hidden_state
+            return self.encode(token_ids_BL)

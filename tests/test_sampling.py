@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +12,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from finetune import UserError, sampling
+from finetune import UserError, build, sampling
+from finetune.config import Config, compose
+from finetune.distributed import World
 from finetune.latents import LatentSpace
 from finetune.models.components import load_components
 from tests import fakes
@@ -205,3 +209,24 @@ def test_grid_places_pictures_row_by_row():
     assert sampling.grid([Image.new("RGB", (6, 4))], columns=9).size == (6, 4)
     with pytest.raises(UserError, match="needs pictures"):
         sampling.grid([], columns=2)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_run_trains_on_the_context_that_it_samples_with(pipeline, overrides, tmp_path, masked):
+    """Also for encoders that are told which tokens are padding (`use_attention_mask`)."""
+    folder = tmp_path / "model"
+    shutil.copytree(pipeline, folder)
+    for name, changes in (
+        ("text_encoder/config.json", {"use_attention_mask": masked}),
+        ("tokenizer/tokenizer_config.json", {"pad_token": "!"}),
+    ):
+        settings = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(settings | changes))
+    config, _ = compose("train", [*overrides, f"model.pretrained={folder}", "model.unet={}"], Config)
+    conditioner = build.build(config, World(0, 1, 0, torch.device("cpu")), tmp_path).model.conditioner
+    captions = ["a red cat", "", "a gold bus on a table"]
+    ids = conditioner.tokenize(captions)
+    trained = conditioner(ids)
+    parts = load_components(folder)
+    assert torch.equal(trained, sampling.text_encoding(parts.tokenizer, parts.text_encoder)(captions))
+    assert torch.equal(trained, parts.text_encoder(ids)[0]) is not masked
