@@ -191,12 +191,10 @@ def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | 
     Raises:
         UserError: another autoencoder made them, or a named one can't be loaded.
     """
-    encoder = data.shards.manifest.encoder
-    assert encoder is not None
     named = config.model.vae or config.model.pretrained
-    source = named or encoder.locate(data.shards.root)
+    source = named or data.encoder.locate(data.shards.root)
     try:
-        vae = load_autoencoder(source)
+        vae = load_autoencoder(source, revision=None if config.model.vae else config.model.revision)
     except UserError as error:
         if named is not None:
             raise
@@ -215,8 +213,6 @@ def build(config: Config, world: World, run: Path) -> Parts:
     notices: list[str] = []
     micro_batch, accumulation = batch_sizes(config, world)
     data = open_data(config)
-    encoder = data.shards.manifest.encoder
-    assert encoder is not None
     if any(data.order.left_out):
         notices.append(
             f"each epoch leaves out {sum(data.order.left_out)} of {sum(data.order.bucket_sizes)} samples: "
@@ -297,8 +293,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
 
 
 def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None:
-    encoder = data.shards.manifest.encoder
-    assert encoder is not None
+    encoder = data.encoder
     if unet.config.in_channels != encoder.channels:
         raise UserError(
             f"the U-Net takes {unet.config.in_channels} channels, the shards hold latents of {encoder.channels}: "

@@ -3,7 +3,7 @@
     RUN/checkpoints/step-00001000/
         weights/    ema/        what was trained, float32, in the diffusers layout
         optimizer/              exp_avg.safetensors, exp_avg_sq.safetensors: whole moments by parameter name
-        trainer.json            clock, what the run depends on, sha256 of each file; written last
+        trainer.json            clock, what the run depends on, latent space, sha256 of each file; written last
 
 Files hold whole float32 tensors by name and know nothing of ranks or strategies: any strategy can read them. A
 checkpoint is written under a temporary name and renamed; one that fails its checksums is passed over on resume.
@@ -42,13 +42,18 @@ _WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "mode
 
 @dataclass
 class Progress:
-    """Where a run stands. `depends_on`: what must not change when it goes on, by the name of its config key."""
+    """Where a run stands.
+
+    `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
+    and `encoder_sha256` of the latent space that it is trained in.
+    """
 
     step: int
     images_seen: int
     steps_taken: int
     loss_scale: dict[str, float] = field(default_factory=dict)
     depends_on: dict[str, Any] = field(default_factory=dict)
+    latents: dict[str, Any] = field(default_factory=dict)
 
 
 class RunFolder:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from diffusers import AutoencoderKL
@@ -45,6 +45,8 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     Raises:
         UserError: the run has checkpoints but was told not to resume; what it depends on has changed.
     """
+    encoder = parts.data.encoder
+    latents = {"scale": encoder.scale, "shift": encoder.shift, "encoder_sha256": encoder.sha256}
     wanted = config.checkpoint.resume
     if wanted == "auto" or wanted == "never":
         path = world.on_main(parts.checkpoints.latest)
@@ -55,13 +57,12 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     else:
         path = world.on_main(lambda: parts.checkpoints.named(wanted))
     if path is None:
-        return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on)
+        return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on, latents=latents)
     saved = parts.checkpoints.read(path)
     require_same(saved.depends_on, depends_on, path)
     parts.checkpoints.restore(path, parts.strategy, parts.average)
     parts.notices.append(f"going on from {path}")
-    saved.depends_on = depends_on
-    return saved
+    return replace(saved, depends_on=depends_on, latents=latents)
 
 
 def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress: Progress) -> None:
@@ -118,12 +119,12 @@ def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress
                 if due(config.sample.every):
                     _sample(config, world, parts, tracker, step)
                 if due(config.checkpoint.every):
-                    progress = Progress(
+                    progress = replace(
+                        progress,
                         step=step,
                         images_seen=images_seen,
                         steps_taken=strategy.steps_taken,
                         loss_scale=strategy.scaler_state(),
-                        depends_on=progress.depends_on,
                     )
                     parts.checkpoints.save(progress, strategy, parts.average)
     finally:
@@ -162,7 +163,7 @@ def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: 
             prompts,
             seed=config.sample.seed,
             size=(config.sample.height or height, config.sample.width or width),
-            downsample=parts.data.downsample,
+            downsample=parts.data.encoder.downsample,
             scheduler=parts.scheduler,
             steps=config.sample.steps,
             guidance=config.sample.guidance,

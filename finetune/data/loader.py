@@ -19,7 +19,7 @@ import torch
 from finetune import rng
 from finetune.batch import Batch
 from finetune.data.order import Order
-from finetune.data.shards import ShardSet
+from finetune.data.shards import EncoderInfo, ShardSet
 from finetune.latents import LatentSpace
 
 
@@ -154,11 +154,11 @@ class Data:
         return max(self.buckets, key=lambda bucket: len(bucket[1]))[0]
 
     @property
-    def downsample(self) -> int:
-        """Pixels per latent cell."""
+    def encoder(self) -> EncoderInfo:
+        """The autoencoder that made the latents."""
         encoder = self.shards.manifest.encoder
         assert encoder is not None
-        return encoder.downsample
+        return encoder
 
     def loader(self, **settings: Any) -> Loader:
         """A `Loader` over the training samples; `settings` are its keyword arguments."""

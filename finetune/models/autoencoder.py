@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from finetune import UserError
 from finetune.data.shards import EncoderInfo
+from finetune.models.sources import fetch, first_line
 
 PIXEL_RANGE = (-1.0, 1.0)
 
@@ -27,54 +26,38 @@ PIXEL_RANGE = (-1.0, 1.0)
 def load_autoencoder(
     source: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> AutoencoderKL:
     """Load an autoencoder, frozen and in eval mode.
 
     Args:
-        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, or a hub id.
+        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, or a hub id of either.
+        revision: branch, tag or commit, for a hub id.
 
     Raises:
         UserError: nothing there, or something that is not an `AutoencoderKL`.
     """
-    path, name = Path(source).expanduser(), str(source)
-    if path.is_dir():
-        subfolder = next((sub for sub in (None, "vae") if (path / (sub or "") / "config.json").is_file()), "")
-        if subfolder == "":
-            raise UserError(f"{name} has neither config.json nor vae/config.json; give a diffusers autoencoder")
-        vae = _from_pretrained(str(path), subfolder, dtype)
-    elif path.exists():
-        raise UserError(f"{name} is a file; give the folder of a diffusers autoencoder or pipeline")
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        try:
-            vae = _from_pretrained(name, "vae", dtype)
-        except _NoSuchFileError:
-            vae = _from_pretrained(name, None, dtype)
-    else:
-        raise UserError(f"no autoencoder at {name}; check the path")
-    if getattr(vae.config, "latents_mean", None) is not None:
-        raise UserError(f"{name} normalises latents channel by channel, which shards can't say; use another VAE")
-    return vae.to(device).eval().requires_grad_(False)
-
-
-class _NoSuchFileError(UserError):
-    """The hub was reached and has no such file: another subfolder is worth a try."""
-
-
-def _from_pretrained(source: str, subfolder: str | None, dtype: torch.dtype) -> AutoencoderKL:
     try:
-        config = AutoencoderKL.load_config(source, subfolder=subfolder)
-        class_name = config.get("_class_name", "AutoencoderKL")
+        folder = fetch(source if isinstance(source, Path) else str(source), "vae", revision)
+    except UserError as error:
+        why = str(error).removeprefix(f"{source}: ")
+        raise UserError(f"no autoencoder at {source}: {why}") from error
+    path = next((place for place in (folder, folder / "vae") if (place / "config.json").is_file()), None)
+    if path is None:
+        raise UserError(f"{source} has neither config.json nor vae/config.json; give a diffusers autoencoder")
+    try:
+        class_name = AutoencoderKL.load_config(path).get("_class_name", "AutoencoderKL")
         if class_name != "AutoencoderKL":
             raise UserError(f"{source} is a {class_name}, not an AutoencoderKL; give the folder of the VAE")
-        return AutoencoderKL.from_pretrained(source, subfolder=subfolder, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        what = str(error).strip().partition("\n")[0].rstrip(".")
-        if isinstance(error.__context__, LocalEntryNotFoundError):
-            raise UserError(f"no folder {source}, and the hub can't be reached; check the path") from None
-        kind = _NoSuchFileError if isinstance(error.__context__, EntryNotFoundError) else UserError
-        raise kind(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None
+        what = first_line(error).rstrip(".")
+        raise UserError(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None
+    if getattr(vae.config, "latents_mean", None) is not None:
+        raise UserError(f"{source} normalises latents channel by channel, which shards can't say; use another VAE")
+    return vae.to(device).eval().requires_grad_(False)
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:

@@ -23,7 +23,7 @@ from finetune import UserError
 from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
-from finetune.models.autoencoder import downsample_factor, load_autoencoder
+from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
 from finetune.models.sources import fetch, first_line, local_folder
 from finetune.models.text import load_text_encoder, load_tokenizer
 from finetune.models.unet import load_unet
@@ -208,7 +208,8 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         merge_lora({"unet": unet, "text_encoder": text_encoder}, lora)
     shards = _section(config, "data").get("shards")
     manifest = _manifest(shards)
-    vae, latents = _autoencoder(model.get("vae"), base, revision, shards, manifest)
+    trained_in = _trainer(checkpoint.folder).get("latents") or {}
+    vae, latents = _autoencoder(model.get("vae"), base, revision, shards, manifest, trained_in)
     settings = _section(config, "sample")
     prediction = str(_section(config, "objective").get("prediction", "epsilon"))
     return Components(
@@ -230,7 +231,7 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
 def _from_model(source: str | Path, revision: str | None) -> Components:
     tokenizer = load_tokenizer(source, revision)
     text_encoder = load_text_encoder(source, revision)
-    vae = load_autoencoder(fetch(source, "vae", revision))
+    vae = load_autoencoder(source, revision=revision)
     path = fetch(source, "scheduler", revision) / "scheduler" / "scheduler_config.json"
     try:
         scheduler = json.loads(path.read_text())
@@ -271,10 +272,31 @@ def _size(settings: Mapping[str, Any], manifest: Manifest | None) -> tuple[int, 
     return (height, width) if height and width else None
 
 
+def _trainer(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of its run."""
+    path = checkpoint / "trainer.json"
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {first_line(error)}; choose another checkpoint") from error
+    return record if isinstance(record, dict) else {}
+
+
 def _autoencoder(
-    vae: str | None, base: str | None, revision: str | None, shards: Any, manifest: Manifest | None
+    vae: str | None,
+    base: str | None,
+    revision: str | None,
+    shards: Any,
+    manifest: Manifest | None,
+    trained_in: Mapping[str, Any],
 ) -> tuple[AutoencoderKL, LatentSpace]:
-    """The decoder of a run and the latent space of its training: that of its shards, if they are there."""
+    """The decoder of a run and the latent space of its training.
+
+    That is what the checkpoint says (`trained_in`); where it says nothing, what its shards say, if they are there.
+
+    Raises:
+        UserError: there is no autoencoder, or one whose encoder did not make the run's latents.
+    """
     encoder = manifest.encoder if manifest is not None else None
     source: str | Path | None = vae or base
     if source is None:
@@ -284,7 +306,15 @@ def _autoencoder(
                 "are gone or name none; put them back or set model.vae in the run's config.yaml"
             )
         source = encoder.locate(shards[0] if isinstance(shards, list) else shards)
-    module = load_autoencoder(fetch(source, "vae", None if vae else revision))
+    module = load_autoencoder(source, revision=None if vae else revision)
+    if trained_in:
+        made_by, found = str(trained_in["encoder_sha256"]), encoder_sha256(module)
+        if made_by != found:
+            raise UserError(
+                f"wrong VAE: the run was trained on latents of another encoder ({made_by[:12]}) than that of "
+                f"{source} ({found[:12]}); set model.vae in the run's config.yaml to the one that made them"
+            )
+        return module, LatentSpace(float(trained_in["scale"]), float(trained_in["shift"]))
     return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
 
 

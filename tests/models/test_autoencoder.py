@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from finetune import UserError
+from finetune.models import autoencoder
 from finetune.models.autoencoder import (
     decode,
     encode_moments,
@@ -108,6 +109,16 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
             load_autoencoder(source)
         assert str(source) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_the_hub_does_not_have_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(source: str, part: str, revision: str | None) -> Path:
+        assert (source, part, revision) == ("typo/name", "vae", "v2")
+        raise UserError("typo/name: no such folder, and no such model on the Hugging Face Hub")
+
+    monkeypatch.setattr(autoencoder, "fetch", absent)
+    with pytest.raises(UserError, match=r"^no autoencoder at typo/name: no such folder, and no such model"):
+        load_autoencoder("typo/name", revision="v2")
 
 
 def test_channelwise_normalisation_is_refused(tmp_path: Path) -> None:

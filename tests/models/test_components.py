@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 import yaml
@@ -9,6 +12,7 @@ import yaml
 from finetune import UserError
 from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, save_lora
+from finetune.models.autoencoder import encoder_sha256
 from finetune.models.components import (
     complete_checkpoints,
     latest_checkpoint,
@@ -107,6 +111,33 @@ def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
     assert load_components(copied).default_size == (48, 64)
     (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
     with pytest.raises(UserError, match="no autoencoder: model.vae is null"):
+        load_components(copied)
+
+
+def test_the_latent_space_of_the_checkpoint_comes_before_the_shards(run, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    path = latest_checkpoint(copied) / "trainer.json"
+    made_by = {"scale": 0.25, "shift": 0.1, "encoder_sha256": encoder_sha256(fakes.vae())}
+    path.write_text(json.dumps({"format": 1, "step": 40, "latents": made_by}))
+    parts = load_components(copied)
+    assert (parts.latents.scale, parts.latents.shift) == (0.25, 0.1)
+    assert same(parts.vae, fakes.vae())
+
+    # A decoder trained further is the run's own; another encoder is not.
+    decoder = fakes.vae(1)
+    decoder.encoder, decoder.quant_conv = fakes.vae().encoder, fakes.vae().quant_conv
+    decoder.save_pretrained(tmp_path / "decoder")
+    (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config(model={"vae": str(tmp_path / "decoder")})))
+    assert same(load_components(copied).vae, decoder)
+    fakes.vae(1).save_pretrained(tmp_path / "other")
+    (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config(model={"vae": str(tmp_path / "other")})))
+    with pytest.raises(UserError, match=r"wrong VAE: .* latents of another encoder .*other") as caught:
+        load_components(copied)
+    assert "\n" not in str(caught.value)
+
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"trainer.json cannot be read"):
         load_components(copied)
 
 
