@@ -174,9 +174,16 @@ def _free_port() -> int:
         return sock.getsockname()[1]
 
 
+_LEFT: list[Any] = []  # process groups, kept to the end of the process
+
+
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
+        # Were DDP's reducer the group's last owner, it would wait for gloo's thread with the GIL held, which that
+        # thread may want for the last broadcast's tensors: seen once, after a whole run. Python's own reference
+        # lets go of the GIL.
+        _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 
