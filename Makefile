@@ -41,8 +41,9 @@ test: lint ## everything CI runs: lint, types, and the tests that are not slow
 test-full: lint ## every test, with the long matrices
 	$(PYTEST)
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff (its formatter too) and mypy
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 format: $(STAMP) ## ruff's formatter and its safe fixes
