@@ -23,6 +23,7 @@ from finetune.loop import Parts
 from finetune.models.adapters import LORA_FILE
 
 Command = Callable[..., tuple[int, str]]
+KNOWN = pytest.mark.xfail(reason="reported as a defect; take the mark away when it is mended", strict=False)
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
@@ -213,6 +214,18 @@ def test_saving_again_replaces(saved: tuple[Parts, Path]) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
+@KNOWN
+def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[Parts, Path]) -> None:
+    """With keep=1 a broken checkpoint of a later step counts as the newest, and the new whole one is pruned."""
+    parts, path = saved
+    broken = path.with_name("step-00000009")
+    shutil.copytree(path, broken)
+    flip(broken / "optimizer/exp_avg.safetensors")
+    checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=1)
+    checkpoints.save(progress_at(6), parts.strategy, parts.average)
+    assert find_fault(path.with_name("step-00000006")) is None
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 
@@ -316,6 +329,41 @@ def test_restoring_another_model_says_what_is_missing(saved: tuple[Parts, Path],
         other.checkpoints.restore(path, other.strategy, other.average)
 
 
+@KNOWN
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.unet.block_out_channels=[16,48]",  # RuntimeError: The size of tensor a (48) must match ...
+        "model.unet.attention_head_dim=4",  # goes on in silence with another network
+        "model.scheduler.beta_end=0.02",  # goes on in silence with other noise
+    ],
+)
+def test_another_network_or_schedule_is_refused(overrides: list[str], command: Command, change: str) -> None:
+    assert command("train", *overrides, "train.steps=2")[0] == 0
+    code, line = command("train", *overrides, change)
+    assert code == 2 and line
+
+
+@KNOWN
+def test_a_trained_text_encoder_is_not_dropped_in_silence(
+    pipeline: Path, overrides: list[str], command: Command
+) -> None:
+    base = [*overrides, f"model.pretrained={pipeline}", "model.unet={}"]
+    assert command("train", *base, "model.train_text_encoder=true", "train.steps=2")[0] == 0
+    assert command("train", *base, "model.train_text_encoder=false")[0] == 2
+
+
+@KNOWN
+def test_the_folder_of_another_commands_run_is_refused(
+    saved: tuple[Parts, Path], overrides: list[str], command: Command
+) -> None:
+    """`finetune autoencoder` writes the same format, without what this command needs."""
+    _, path = saved
+    rewrite(path / "trainer.json", lambda record: (record.pop("steps_taken"), record.pop("loss_scale")))
+    code, line = command("train", *overrides)
+    assert code == 2 and "run.dir" in line
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 
@@ -325,3 +373,11 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
         RunFolder(tmp_path / "a" / "run")
     held.close()
     RunFolder(tmp_path / "a" / "run").close()
+
+
+@KNOWN
+def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(UserError, match=r"run\.dir=.*file"):
+            RunFolder(path)
