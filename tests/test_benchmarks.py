@@ -1,0 +1,35 @@
+"""The benchmark scripts stay alive: at tiny size on the CPU they write complete result lines."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+FIELDS = {"work", "variant", "hardware", "versions", "date", "commit"}
+
+
+def lines(script: str, *arguments: str) -> list[dict]:
+    command = [sys.executable, "-m", f"benchmarks.{script}", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def test_train_step_compares_with_the_stock_loop(tmp_path):
+    out = tmp_path / "results.jsonl"
+    rows = lines("train_step", "--work", "tiny", "--seconds", "0.1", "--batch", "2", "--out", str(out))
+    assert [row["variant"] for row in rows] == ["stock", "ours", "ours_ema", "stock_again"]
+    assert all(row["images_per_s"] > 0 and row.keys() >= FIELDS for row in rows)
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows
+
+
+@pytest.mark.slow
+def test_gpu_parity_runs_on_the_cpu():
+    rows = {row["variant"]: row for row in lines("gpu_parity")}
+    assert rows["ddp-fp32"]["loss"] == 0
+    assert 0 < rows["ddp-bf16"]["loss"] < 0.03
