@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from finetune import UserError, diffusion, lr
+from finetune import UserError, diffusion, lr, tracking
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
@@ -52,6 +52,7 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, its value and what it may be.
     """
+    schedule = config.model.scheduler
     require_choice(
         {
             "adapter.kind": (config.adapter.kind, ("full", "lora")),
@@ -59,7 +60,8 @@ def check(config: Config) -> None:
             "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
             "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
             "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
-            "train.precision": (config.train.precision, ("fp32", "bf16", "fp16")),
+            "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
+            "tracker.mode": (config.tracker.mode, tracking.MODES),
             "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
         }
     )
@@ -75,6 +77,10 @@ def check(config: Config) -> None:
         "sample.steps": config.sample.steps,
         "data.readers": config.data.readers,
         "data.prefetch": config.data.prefetch,
+        "train.threads": 1 if config.train.threads is None else config.train.threads,
+        "optim.eps": config.optim.eps,
+        "ema.halflife_images": config.ema.halflife_images,
+        "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
@@ -84,8 +90,21 @@ def check(config: Config) -> None:
         "sample.every": config.sample.every,
         "validation.every": config.validation.every,
         "validation.samples": config.validation.samples,
+        "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
+        "optim.final_lr_ratio": config.optim.final_lr_ratio,
+        "ema.rampup_ratio": config.ema.rampup_ratio,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
+    betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}
+    require(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+    noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}
+    require(noise, lambda value: 0 < value < 1, "is a variance: between 0 and 1")
+    seeds = {"seed": config.seed, "sample.seed": config.sample.seed}
+    require(seeds, lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
+    if config.sample.steps > schedule.num_train_timesteps:
+        raise UserError(
+            f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
+        )
     if not 0 <= config.task.caption_dropout <= 1:
         raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
     if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
@@ -98,6 +117,13 @@ def check(config: Config) -> None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
         raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def precision(wanted: str, device: torch.device) -> str:
+    """`auto` becomes bf16 on a GPU that multiplies it, else fp32: on most CPUs bf16 is several times slower."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
 
 
 def batch_sizes(config: Config, world: World) -> tuple[int, int]:
@@ -121,8 +147,8 @@ def batch_sizes(config: Config, world: World) -> tuple[int, int]:
     return micro, share // micro
 
 
-def open_data(config: Config) -> Data:
-    """Open the shards and fix the order of their samples.
+def open_data(config: Config, held_out_batch: int) -> Data:
+    """Open the shards, fix the order of their samples, and read held-out ones in batches of `held_out_batch`.
 
     Raises:
         UserError: no latent shards there, or too few samples.
@@ -143,9 +169,10 @@ def open_data(config: Config) -> Data:
         shuffle=config.data.shuffle,
     )
     held_out = [
-        read_batch(shards, ids, size, ids.astype(np.int64), seed=0)
+        read_batch(shards, piece, size, piece.astype(np.int64), seed=0)
         for size, ids in zip(sizes, held_ids, strict=True)
-        if len(ids)
+        for piece in np.split(ids, range(held_out_batch, len(ids), held_out_batch))
+        if len(piece)
     ]
     space = LatentSpace(encoder.scale, encoder.shift)
     return Data(shards, order, list(zip(sizes, train_ids, strict=True)), held_out, space)
@@ -212,7 +239,9 @@ def build(config: Config, world: World, run: Path) -> Parts:
     """
     notices: list[str] = []
     micro_batch, accumulation = batch_sizes(config, world)
-    data = open_data(config)
+    data = open_data(config, micro_batch * world.size)
+    if config.validation.every and config.validation.samples and not data.held_out:
+        notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
     if any(data.order.left_out):
         notices.append(
             f"each epoch leaves out {sum(data.order.left_out)} of {sum(data.order.bucket_sizes)} samples: "
@@ -332,7 +361,7 @@ def _strategy(
     common: dict[str, Any] = {
         "adamw": adamw,
         "max_grad_norm": config.optim.max_grad_norm,
-        "precision": config.train.precision,
+        "precision": precision(config.train.precision, world.device),
     }
     if config.strategy.kind == "ddp":
         return DataParallel(world, model, groups, **common)
@@ -370,5 +399,9 @@ def depends_on(config: Config) -> dict[str, Any]:
         "adapter.kind": config.adapter.kind,
         **{f"adapter.{name}": value for name, value in adapter.items()},
         "model.pretrained": config.model.pretrained,
+        **{f"model.unet.{name}": value for name, value in config.model.unet.items()},
+        **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
+        "model.train_text_encoder": config.model.train_text_encoder,
+        **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
         "objective.prediction": config.objective.prediction,
     }

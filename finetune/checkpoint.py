@@ -62,13 +62,18 @@ class RunFolder:
     The lock is the kernel's: it goes with the process, however that ends.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds it, or no folder can be made there.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.path / ".lock").open("a+")  # held as long as the run
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("a+")  # held as long as the run
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path} cannot be a run's folder ({error.strerror}); choose another run.dir"
+            ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -180,7 +185,7 @@ class Checkpoints:
         def finish() -> None:
             write_record(temporary, asdict(progress))
             publish(temporary, final)
-            prune(self.run, self.keep)
+            prune(self.run, self.keep, progress.step)
 
         write(finish)
 
@@ -207,6 +212,10 @@ class Checkpoints:
     def read(self, path: Path) -> Progress:
         """What a checkpoint says of its run."""
         record = json.loads((path / "trainer.json").read_text())
+        if missing := {"step", "images_seen", "steps_taken"} - record.keys():
+            raise UserError(
+                f"{path} is no checkpoint of finetune train: it lacks {sorted(missing)[0]}; choose another run.dir"
+            )
         return Progress(**{name: record[name] for name in Progress.__dataclass_fields__ if name in record})
 
     def restore(self, path: Path, strategy: Strategy, average: Average | None) -> None:
@@ -249,9 +258,8 @@ def publish(temporary: Path, final: Path) -> None:
 
     A kill between the two renames leaves no folder at `final`, never half of one.
     """
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            _sync(path)
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
     aside = final.with_name(f"{_TEMPORARY}old-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
@@ -261,9 +269,15 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but a run's last `keep` checkpoints."""
-    for old in list(complete_checkpoints(run).values())[:-keep]:
+def prune(run: Path, keep: int, step: int) -> None:
+    """Remove all but the last `keep` of a run's checkpoints up to `step`, the one just saved.
+
+    Later ones go as well: the run went on from before them, because they were broken or by the user's wish, and is
+    on its way to make them anew.
+    """
+    complete = complete_checkpoints(run)
+    kept = [at for at in complete if at <= step][-keep:]
+    for old in (path for at, path in complete.items() if at not in kept):
         # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
         doomed = old.with_name(f"{_TEMPORARY}{old.name}")
         os.replace(old, doomed)
@@ -281,7 +295,7 @@ def find_fault(path: Path) -> str | None:
                 return f"{name} is missing"
             if _sha256(path / name) != digest:
                 return f"{name} does not have its checksum"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"trainer.json cannot be read ({error})"
     return None
 

@@ -19,6 +19,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -149,7 +150,7 @@ class LoopConfig:
     steps: int = 1000
     global_batch: int = 16
     micro_batch: int | None = None  # samples in one rank's forward pass; null: its whole share of global_batch
-    precision: str = "bf16"  # fp32 | bf16 | fp16
+    precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32 | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads a rank; null: torch's choice
 
@@ -234,10 +235,13 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T], folder:
             if missing:
                 raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
             OmegaConf.resolve(composed)
+            for key, node in list(_nodes(composed)):
+                if str(node).startswith("~/"):  # the shell expands it at the start of a word alone
+                    OmegaConf.update(composed, key, str(Path(str(node)).expanduser()))
             typed = OmegaConf.to_object(composed)
         except MissingConfigException as error:
             raise UserError(_missing_choice(error, choices)) from None
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(_first_lines(error)) from None
     assert isinstance(typed, schema)
     return typed, composed
@@ -306,16 +310,13 @@ def _check_keys(
     free = [key for key, node in nodes.items() if isinstance(node, DictConfig) and not _is_section(node)]
     checked = []
     for text in overrides:
-        try:
-            override = OverridesParser.create().parse_override(text)
-        except HydraException as error:
-            raise UserError(f"cannot read the override '{text}': {_first_lines(error)}") from None
+        override, text = _parse(text)
         key = override.key_or_group
-        if override.is_sweep_override():
+        if override.is_sweep_override() or (key in choices and isinstance(override.value(), list)):
             raise UserError(f"'{text}' names several values: a run takes one")
         free_form = any(key == name or key.startswith(f"{name}.") for name in free)
         checked.append(f"++{text}" if free_form and text.startswith(key) else text)
-        if key in names or free_form or key.startswith("hydra"):
+        if key in names or free_form:
             continue
         nearest = difflib.get_close_matches(key, names, n=1) or [
             name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
@@ -323,6 +324,29 @@ def _check_keys(
         hint = f"did you mean '{nearest[0]}'?" if nearest else f"`finetune {config_name} --help` lists the keys"
         raise UserError(f"unknown override '{key}': {hint}")
     return checked
+
+
+def _parse(text: str) -> tuple[Override, str]:
+    """An override as Hydra reads it, and its text, quoted where a path's signs (~, =, umlauts) ask for it.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(text), text
+    except HydraException:
+        key, equals, value = text.partition("=")
+        quotes = f"quote what has other signs than letters, digits and /-_.: '{key}=\"...\"'"
+        if not equals or not value or value[0] in "[{":
+            hint = quotes if equals and value else "an override is KEY=VALUE"
+            raise UserError(f"cannot read the override '{text}': {hint}") from None
+    escaped = value.replace('"', '\\"')
+    quoted = f'{key}="{escaped}"'
+    try:
+        return parser.parse_override(quoted), quoted
+    except HydraException:
+        raise UserError(f"cannot read the override '{text}': {quotes}") from None
 
 
 def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -347,6 +347,11 @@ class Strategy(ABC):
         """Fill one tensor a shard from whole parameters: the reverse of `gather`, read on every rank."""
         for shard, tensor in zip(self.shards, tensors, strict=True):
             source = whole(shard.name)
+            if source.shape != shard.shape:
+                raise UserError(
+                    f"{shard.name} is {list(source.shape)} in the checkpoint, {list(shard.shape)} in the model: "
+                    "put model.* back as it was or choose another run.dir"
+                )
             if not shard.is_whole:
                 source = source.reshape(-1)[shard.start : shard.start + tensor.numel()]
             tensor.copy_(source)

@@ -118,7 +118,10 @@ def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress
                     tracker.write({"step": step, **_validate(config, parts)})
                 if due(config.sample.every):
                     _sample(config, world, parts, tracker, step)
-                if due(config.checkpoint.every):
+                # What a step without a finite loss left behind is not worth keeping: the checkpoint before it is.
+                if due(config.checkpoint.every) and tracker.steps_not_finite > 0:
+                    tracker.say(f"note: nothing is saved at step {step}, whose loss is not a finite number")
+                elif due(config.checkpoint.every):
                     progress = replace(
                         progress,
                         step=step,

@@ -24,7 +24,11 @@ from tqdm import tqdm
 from finetune import UserError
 from finetune.data.shards import write_atomic
 from finetune.distributed import World
+from finetune.models.sources import first_line
 from finetune.sampling import save_png
+
+MODES = ("auto", "online", "offline")
+PATIENCE_STEPS = 10
 
 
 class Tracker:
@@ -57,6 +61,7 @@ class Tracker:
         self.grad_norm: Tensor | None = None
         self.data_seconds = 0.0
         self.steps_since = 0
+        self.steps_not_finite = 0  # in a row, up to the last line; such steps don't move the weights
         self.since = time.perf_counter()
         self.wandb: Any = None
         self.bar: tqdm[Any] | None = None
@@ -101,7 +106,7 @@ class Tracker:
             )
         except Exception as error:
             raise UserError(
-                f"W&B cannot start ({str(error).splitlines()[0]}); use tracker.mode=offline or tracker=none"
+                f"W&B cannot start ({first_line(error)}); use tracker.mode=offline or tracker=none"
             ) from None
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")
@@ -119,7 +124,7 @@ class Tracker:
         """Write one line for the steps since the last; collective, and waits for the device.
 
         Raises:
-            UserError: no step since the last line had a finite loss.
+            UserError: the loss has not been finite for `PATIENCE_STEPS` steps in a row.
         """
         if self.grad_norm is None:
             return
@@ -143,10 +148,12 @@ class Tracker:
         self.write(line)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s")
-        if not any(map(math.isfinite, losses)):
+        for loss in losses:
+            self.steps_not_finite = 0 if math.isfinite(loss) else self.steps_not_finite + 1
+        if self.steps_not_finite >= PATIENCE_STEPS:
             raise UserError(
-                f"the loss is not a finite number at step {step}: lower optim.lr or use train.precision=fp32; "
-                "the last checkpoint is from before"
+                f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: lower "
+                "optim.lr or use train.precision=fp32; the last checkpoint is from before"
             )
 
     def write(self, values: dict[str, Any]) -> None:
@@ -185,11 +192,11 @@ class Tracker:
         if self.world.is_main:
             tqdm.write(line)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.finish(exit_code=int(failed))
 
 
 def _finite(value: Any) -> Any:
@@ -198,23 +205,18 @@ def _finite(value: Any) -> Any:
 
 
 def wandb_mode(wanted: str) -> str:
-    """`auto` becomes `online` when the user is logged in, else `offline`.
-
-    Raises:
-        UserError: an unknown mode.
-    """
-    if wanted not in ("auto", "online", "offline"):
-        raise UserError(f"tracker.mode={wanted} is not known: choose auto, online or offline")
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
+    """`auto` becomes what WANDB_MODE says, else `online` when the user is logged in, else `offline`."""
+    assert wanted in MODES, wanted
     if wanted != "auto":
         return wanted
+    if os.environ.get("WANDB_MODE"):
+        return os.environ["WANDB_MODE"]
     if os.environ.get("WANDB_API_KEY"):
         return "online"
     import netrc
 
     try:
         host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        return "online" if netrc.netrc().authenticators(host) else "offline"
+        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
     except (OSError, netrc.NetrcParseError):
         return "offline"

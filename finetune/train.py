@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -47,8 +48,11 @@ def main(argv: list[str]) -> int:
         return run(config, composed)
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
-        if rank > 0 and getattr(error, "everywhere", False):
-            return 2  # rank 0 says it for all
+        if rank > 0:
+            # A launcher ends all ranks with the first one: most errors are everyone's, and rank 0 says them best.
+            time.sleep(5)
+            if getattr(error, "everywhere", False):
+                return 2
         raise UserError(f"[rank {rank}] {error}" if rank > 0 else str(error)) from None
 
 
@@ -85,14 +89,16 @@ def run(config: Config, composed: DictConfig) -> int:
             total_steps=config.train.steps,
             global_batch=config.train.global_batch,
         )
+        failed = True
         try:
             for notice in parts.notices:
                 tracker.say(f"note: {notice}")
             if progress.step >= config.train.steps:
                 tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")
             loop.train(config, world, parts, tracker, progress)
+            failed = False
         finally:
-            tracker.close()
+            tracker.close(failed=failed)
         if world.is_main:
             print(f"run: {path}")
         return 0

@@ -68,7 +68,9 @@ def test_zero_follows_ddp(runs, adapter, strategy):
     losses = [np.array([line["loss"] for line in metrics(run) if "loss" in line]) for run in (ddp, zero)]
     assert len(losses[0]) == STEPS
     np.testing.assert_allclose(losses[1], losses[0], rtol=0.03)
-    held_out = [[line["validation/loss"] for line in metrics(run) if "validation/loss" in line] for run in (ddp, zero)]
+    held_out = [
+        [line["validation/loss"] for line in metrics(run) if "validation/loss" in line] for run in (ddp, zero)
+    ]
     assert held_out[1] == pytest.approx(held_out[0], rel=0.02)
 
     last = f"checkpoints/step-{STEPS:08d}"
@@ -81,7 +83,9 @@ def test_zero_follows_ddp(runs, adapter, strategy):
             moved = torch.cat([t.flatten() for t in reference.values()])
             apart = torch.cat([t.flatten() for t in other.values()]) - moved
             assert torch.linalg.norm(apart) < 0.03 * torch.linalg.norm(moved)
-    pictures = [np.asarray(Image.open(run / "samples" / f"step-{STEPS:08d}.png"), dtype=float) for run in (ddp, zero)]
+    pictures = [
+        np.asarray(Image.open(run / "samples" / f"step-{STEPS:08d}.png"), dtype=float) for run in (ddp, zero)
+    ]
     assert abs(pictures[0] - pictures[1]).mean() < 4
 
 

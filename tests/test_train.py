@@ -93,9 +93,7 @@ def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
     clock = torch.arange(8)
     rows = data.order.batch(0).rows
     ids = data.buckets[0][1][rows]
-    moments = torch.stack(
-        [torch.from_numpy(load_npy(data.shards.read(int(i))["latent.npy"])).float() for i in ids]
-    )
+    moments = torch.stack([torch.from_numpy(load_npy(data.shards.read(int(i))["latent.npy"])).float() for i in ids])
     mean, std = moments.chunk(2, dim=1)
     z = (mean + std * rng.normal(0, "posterior", clock, (4, 8, 8))) * 0.5  # the fixture's scaling factor
     noise = rng.normal(0, "noise", clock, (4, 8, 8))
@@ -159,9 +157,7 @@ def test_latents_seen_have_the_mean_and_std_of_the_manifest(overrides, monkeypat
 
     seen = []
     original = objective.sample_latents
-    monkeypatch.setattr(
-        objective, "sample_latents", lambda *args: seen.append(original(*args)) or seen[-1]
-    )
+    monkeypatch.setattr(objective, "sample_latents", lambda *args: seen.append(original(*args)) or seen[-1])
     config, parts = parts_of(overrides, "train.global_batch=80")
     step_of(config, parts)
     z = torch.cat(seen).double()
@@ -219,9 +215,7 @@ def same_files(one: Path, other: Path) -> None:
 def kill_at(line: int, processes: int, run: Path, overrides: list[str], log: Path) -> None:
     """Start a run and SIGKILL all of its processes once its log has `line` lines."""
     with log.open("a") as out:
-        child = subprocess.Popen(
-            launch_command(processes, overrides), env=environment(), stdout=out, stderr=out
-        )
+        child = subprocess.Popen(launch_command(processes, overrides), env=environment(), stdout=out, stderr=out)
     file = run / "metrics.jsonl"
     while child.poll() is None:
         if file.exists() and file.read_bytes().count(b"\n") >= line:
@@ -340,7 +334,7 @@ Command = Callable[..., tuple[int, str]]
         (["sample.every=1", "sample.prompts=[]"], "sample.prompts is empty"),
         (["sample.every=1", "sample.height=30"], "height 30 is no multiple of 8"),
         (["adapter=lora"], "adapter=lora adapts a pretrained model"),
-        (["train.precision=int8"], "train.precision=int8 is not known: choose one of fp32, bf16, fp16"),
+        (["train.precision=int8"], "train.precision=int8 is not known: choose one of auto, fp32, bf16, fp16"),
         (["model.pretrained=/nowhere/at/all"], "/nowhere/at/all"),
         (["model.unet.in_channels=9"], "takes 9 channels, the shards hold latents of 4"),
         (["train.device=cuda"], "torch sees no GPU"),
@@ -391,7 +385,9 @@ def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command
     assert "choose another run.dir" in line
 
 
-def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(overrides, tmp_path, command: Command, monkeypatch):
+def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(
+    overrides, tmp_path, command: Command, monkeypatch
+):
     from finetune import checkpoint
 
     original = checkpoint._save

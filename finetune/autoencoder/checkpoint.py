@@ -78,7 +78,7 @@ def save(
             f"cannot save {final}: {error}; the checkpoints before it are untouched: "
             "make room and start the same command again"
         ) from None
-    prune(run, keep)
+    prune(run, keep, step)
     return final
 
 
