@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,6 +70,7 @@ def distance(run: Path, reference: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
+    parser.add_argument("--only", default=".*", help="regular expression: the variants to run, as 'zero3|resumed'")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
     with tempfile.TemporaryDirectory() as name:
@@ -101,6 +103,8 @@ def main() -> None:
                     (f"{strategy}-{precision}", gpus, [f"strategy={strategy}", f"train.precision={precision}"])
                 )
         for label, count, overrides in variants:
+            if not re.search(arguments.only, label):
+                continue
             out = train(folder, f"{label}-{count}", latents, count, *overrides)
             row = {
                 "work": "smoke",
@@ -109,11 +113,12 @@ def main() -> None:
                 "device": "cuda" if count else "cpu",
             }
             record(arguments.out, row | distance(out, reference) | context())
-        if gpus:
+        if gpus and re.search(arguments.only, "ddp-fp32-resumed"):
+            whole = train(folder, "whole", latents, 1)
             again = train(folder, "halves", latents, 1, "train.steps=10")
             train(folder, "halves", latents, 1)
             row = {"work": "smoke", "variant": "ddp-fp32-resumed", "processes": 1, "device": "cuda"}
-            record(arguments.out, row | distance(again, folder / "ddp-fp32-1") | context())
+            record(arguments.out, row | distance(again, whole) | context())
 
 
 if __name__ == "__main__":

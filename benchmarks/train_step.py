@@ -5,8 +5,9 @@
 
 Both train all weights of the same U-Net with AdamW and clipping on the same random moments, with the text encoder
 in the step. `stock` is the loop of diffusers' examples: eager, autocast, torch's default AdamW and memory layout.
-`ours` is `optimizer_step` as `finetune train` runs it: addressed draws, channels-last, fused AdamW that skips
-non-finite steps on the device; `ours_ema` averages the weights as well. One JSON line each.
+`ours` is `optimizer_step` as `finetune train` runs it: addressed draws, fused AdamW that skips non-finite steps on
+the device; `ours_ema` averages the weights as well; `ours_other_layout` has the memory layout that is not the
+default here (channels-last on a GPU). One JSON line each.
 """
 
 from __future__ import annotations
@@ -107,10 +108,11 @@ def stock(work: dict[str, Any], batch: int, device: torch.device, dtype: torch.d
 
 
 def ours(
-    work: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype, *, ema: bool
+    work: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype, *, ema: bool, channels_last: bool
 ) -> Callable[[], Any]:
     unet, text = models(work, device)
-    unet.to(memory_format=torch.channels_last)
+    if channels_last:
+        unet.to(memory_format=torch.channels_last)
     tokens = torch.randint(0, 1000, (batch, work["tokens"]))
     conditioner = TextConditioner(lambda _: tokens, lambda ids: text(ids)[0], text, trained=False)
     model = LatentDiffusion(
@@ -181,8 +183,9 @@ def main() -> None:
     work, batch, dtype = WORKS[arguments.work], arguments.batch, torch.bfloat16
     variants = {
         "stock": stock,
-        "ours": partial(ours, ema=False),
-        "ours_ema": partial(ours, ema=True),
+        "ours": partial(ours, ema=False, channels_last=not on_gpu),
+        "ours_ema": partial(ours, ema=True, channels_last=not on_gpu),
+        "ours_other_layout": partial(ours, ema=False, channels_last=on_gpu),
         "stock_again": stock,  # the spread of the same thing measured twice
     }
     base = None

@@ -276,8 +276,12 @@ def build(config: Config, world: World, run: Path) -> Parts:
         enable_gradient_checkpointing(unet)
         if train_text:
             enable_gradient_checkpointing(text_encoder)
-    if config.model.channels_last and config.strategy.kind == "ddp":
-        unet.to(memory_format=torch.channels_last)  # DeepSpeed's flat buffers would lose the layout
+    channels_last = config.model.channels_last
+    if channels_last is None:
+        # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
+        channels_last = world.device.type == "cpu"
+    if channels_last and config.strategy.kind == "ddp":  # DeepSpeed's flat buffers would lose the layout
+        unet.to(memory_format=torch.channels_last)
 
     schedule = config.model.scheduler
     betas_T = diffusion.betas(

@@ -72,7 +72,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    channels_last: bool = True  # convolutions in NHWC where the strategy allows it
+    channels_last: bool | None = None  # NHWC convolutions, under DDP; null: on a CPU, where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
 

@@ -23,7 +23,7 @@ def lines(script: str, *arguments: str) -> list[dict]:
 def test_train_step_compares_with_the_stock_loop(tmp_path):
     out = tmp_path / "results.jsonl"
     rows = lines("train_step", "--work", "tiny", "--seconds", "0.1", "--batch", "2", "--out", str(out))
-    assert [row["variant"] for row in rows] == ["stock", "ours", "ours_ema", "stock_again"]
+    assert [row["variant"] for row in rows] == ["stock", "ours", "ours_ema", "ours_other_layout", "stock_again"]
     assert all(row["images_per_s"] > 0 and row.keys() >= FIELDS for row in rows)
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
