@@ -152,6 +152,23 @@ def test_accumulation_and_ranks_do_not_change_order_or_gradients(overrides):
         assert [caption for b in pieces for caption in b.captions] == whole[0].captions
 
 
+@pytest.mark.parametrize(
+    "processes", [2, pytest.param(4, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
+def test_gradients_over_real_ranks_equal_those_of_one(overrides, tmp_path, command, processes):
+    """After one step AdamW's first moment is (1 - beta1) times the clipped gradient."""
+    settings = [*overrides, "train.steps=1", "checkpoint.every=1"]
+    assert command("train", *settings, f"run.dir={tmp_path / 'one'}")[0] == 0
+    done = launch(processes, [*settings, f"run.dir={tmp_path / 'many'}"])
+    assert done.returncode == 0, done.stderr[-4000:]
+    file = "checkpoints/step-00000001/optimizer/exp_avg.safetensors"
+    one, many = load_file(tmp_path / "one" / file), load_file(tmp_path / "many" / file)
+    assert one.keys() == many.keys()
+    for name, gradient in one.items():
+        torch.testing.assert_close(many[name], gradient, rtol=1e-5, atol=1e-7)
+    assert metrics(tmp_path / "many")[0]["loss"] == pytest.approx(metrics(tmp_path / "one")[0]["loss"], rel=1e-6)
+
+
 def test_latents_seen_have_the_mean_and_std_of_the_manifest(overrides, monkeypatch):
     from finetune import objective
 

@@ -169,7 +169,7 @@ def test_hold_out_depends_on_the_set_not_on_the_run(folder: Path) -> None:
 
     def held(*overrides: str) -> tuple[list[int], set[int]]:
         settings = ["experiment=smoke", f"data.shards={folder}", "train.global_batch=6", "validation.samples=5"]
-        data = open_data(compose("train", [*settings, *overrides], Config)[0])
+        data = open_data(compose("train", [*settings, *overrides], Config)[0], held_out_batch=4)
         trained = {int(i) for _, ids in data.buckets for i in ids}
         return [int(i) for batch in data.held_out for i in batch.sample_ids], trained
 
