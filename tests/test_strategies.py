@@ -62,7 +62,7 @@ def runs(settings, tmp_path_factory):
 
 
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("strategy", [*ZERO, pytest.param("zero3_offload", marks=pytest.mark.slow)])
 def test_zero_follows_ddp(runs, adapter, strategy):
     ddp, zero = runs(adapter, "ddp"), runs(adapter, strategy)
     losses = [np.array([line["loss"] for line in metrics(run) if "loss" in line]) for run in (ddp, zero)]
