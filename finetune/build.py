@@ -19,7 +19,7 @@ from finetune import UserError, diffusion, lr, tracking
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
-from finetune.data.loader import Data, hold_out, read_batch
+from finetune.data.loader import Data, captions_of, hold_out, read_batch
 from finetune.data.order import Order
 from finetune.data.shards import MANIFEST, ShardSet
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
@@ -181,8 +181,7 @@ def open_data(config: Config, held_out_batch: int) -> Data:
 def captions(shards: ShardSet) -> Iterator[str]:
     """All captions, in the order of the manifest."""
     for sample_id in range(shards.manifest.samples):
-        record = shards.read_json(sample_id)
-        yield from record.get("captions") or [record.get("caption") or ""]
+        yield from captions_of(shards.read_json(sample_id))
 
 
 def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.Module, bool]:

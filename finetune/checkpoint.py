@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from finetune import UserError
 from finetune.distributed import MOMENTS, Strategy
 from finetune.ema import Average
-from finetune.models.adapters import LORA_FILE, lora_to_diffusers, save_lora
+from finetune.models.adapters import LORA_FILE, lora_key, lora_to_diffusers, save_lora
 from finetune.models.components import complete_checkpoints
 
 FORMAT = 1
@@ -104,7 +104,7 @@ class Layout:
     def locate(self, name: str) -> tuple[str, str]:
         """(file, key) of a parameter, as `unet.conv_in.weight`, inside `weights/` or `ema/`."""
         if self.lora_alpha is not None:
-            return LORA_FILE, next(iter(lora_to_diffusers({name: _NOTHING})))
+            return LORA_FILE, lora_key(name)
         component, _, key = name.partition(".")
         if component == "text_encoder" and not key.startswith("text_model."):
             key = f"text_model.{key}"  # the names of transformers 4, which 5 reads as well
@@ -124,9 +124,6 @@ class Layout:
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_config(self.components[path.parent.name], path.parent)
             save_file(tensors, path, metadata={"format": "pt"})
-
-
-_NOTHING: Any = None
 
 
 def _write_config(module: Any, folder: Path) -> None:

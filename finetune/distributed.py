@@ -356,13 +356,13 @@ class Strategy(ABC):
                 source = source.reshape(-1)[shard.start : shard.start + tensor.numel()]
             tensor.copy_(source)
 
-    def _start_adamw(self, keys: Sequence[Tensor], settings: Any) -> None:
+    def _start_adamw(self, keys: Sequence[Tensor]) -> None:
         """Make AdamW's state now, so that fresh and resumed runs go the same way through its code."""
-        on_device = settings.get("fused") or settings.get("capturable")
         for key in keys:
-            step = torch.zeros((), dtype=torch.float32, device=key.device if on_device else "cpu")
-            zeros = {kind: torch.zeros_like(key, memory_format=torch.preserve_format) for kind in MOMENTS}
-            self.optimizer.state[key] = {"step": step} | {name: t.detach() for name, t in zeros.items()}
+            # The fused optimizer, which `_make_adamw` makes, counts steps on the parameter's device.
+            step = torch.zeros((), dtype=torch.float32, device=key.device)
+            moments = {kind: torch.zeros_like(key.detach()) for kind in MOMENTS}
+            self.optimizer.state[key] = {"step": step, **moments}
 
     def _set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -421,7 +421,7 @@ class DataParallel(Strategy):
             )
         self.optimizer = _make_adamw(groups, adamw)
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        self._start_adamw(list(self.parameters.values()), self.optimizer.defaults)
+        self._start_adamw(list(self.parameters.values()))
         self.shards = [Shard(n, p.shape, 0, p.data, p, 0, is_whole=True) for n, p in self.parameters.items()]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -534,7 +534,7 @@ class ZeRO(Strategy):
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         keys = self.zero.fp32_partitioned_groups_flat if stage == 3 else self.zero.single_partition_of_fp32_groups
-        self._start_adamw(keys, self.optimizer.defaults)
+        self._start_adamw(keys)
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
         self.shards = [
             self._stage3_shard(name, p) if stage == 3 else self._stage12_shard(name, p)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +36,10 @@ class Parts:
     scheduler: dict[str, Any]  # configuration of the sampler of sample grids
     decoder: AutoencoderKL | None  # on rank 0, where sample grids are decoded
     notices: list[str]
+
+    def evaluating(self) -> AbstractContextManager[None]:
+        """Evaluation mode with the averaged weights, where there are any. Collective."""
+        return self.strategy.evaluating(self.average.tensors if self.average else None)
 
 
 def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any]) -> Progress:
@@ -136,7 +141,7 @@ def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress
 
 
 def _validate(config: Config, parts: Parts) -> dict[str, float]:
-    with parts.strategy.evaluating(parts.average.tensors if parts.average else None):
+    with parts.evaluating():
         return held_out_loss(
             parts.strategy,
             parts.data.held_out,
@@ -158,7 +163,7 @@ def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: 
         return
     prompts = prompts_of(config, parts)
     height, width = parts.data.largest_bucket
-    with parts.strategy.evaluating(parts.average.tensors if parts.average else None):
+    with parts.evaluating():
         picture: Image.Image | None = draw_samples(
             parts.strategy,
             parts.model,

@@ -47,9 +47,14 @@ def hold_out(buckets: Sequence[np.ndarray], samples: int) -> tuple[list[np.ndarr
     return train, held
 
 
+def captions_of(record: dict) -> list[str]:
+    """A record's captions; the empty one where it has none."""
+    return record.get("captions") or [record.get("caption") or ""]
+
+
 def caption_of(record: dict, draw: float) -> str:
     """One of the record's captions, chosen by `draw` in [0, 1); "" where there is none."""
-    captions = record.get("captions") or [record.get("caption") or ""]
+    captions = captions_of(record)
     return str(captions[int(draw * len(captions))])
 
 

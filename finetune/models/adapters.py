@@ -84,6 +84,18 @@ def add_lora(
     return trainable
 
 
+def lora_key(name: str) -> str:
+    """The name in the file of a parameter as torch names it (see `lora_to_diffusers`).
+
+    Raises:
+        ValueError: it is no LoRA parameter of a known component.
+    """
+    match = _PARAMETER.fullmatch(name)
+    if match is None or _component(name) is None:
+        raise ValueError(f"{name} is no LoRA parameter of {' or '.join(COMPONENTS)}")
+    return _canonical(f"{match[1]}.{match[2]}.weight")
+
+
 def lora_to_diffusers(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameters by name to the tensors of `pytorch_lora_weights.safetensors`.
 
@@ -94,7 +106,7 @@ def lora_to_diffusers(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ValueError: a name is no LoRA parameter of a known component.
     """
-    return {_key(name): tensor for name, tensor in named.items()}
+    return {lora_key(name): tensor for name, tensor in named.items()}
 
 
 def lora_from_diffusers(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
@@ -103,7 +115,7 @@ def lora_from_diffusers(state: Mapping[str, Tensor], names: Collection[str]) -> 
     Raises:
         UserError: the file lacks a parameter or holds one that the model has not.
     """
-    keys = {_key(name): name for name in names}
+    keys = {lora_key(name): name for name in names}
     held = {_canonical(key): tensor for key, tensor in state.items()}
     if keys.keys() != held.keys():
         missing, extra = sorted(keys.keys() - held.keys()), sorted(held.keys() - keys.keys())
@@ -237,13 +249,6 @@ def _most_common(values: Iterable[Any]) -> Any:
 def _component(key: str) -> str | None:
     head = key.split(".", 1)[0]
     return head if head in COMPONENTS else None
-
-
-def _key(name: str) -> str:
-    match = _PARAMETER.fullmatch(name)
-    if match is None or _component(name) is None:
-        raise ValueError(f"{name} is no LoRA parameter of {' or '.join(COMPONENTS)}")
-    return _canonical(f"{match[1]}.{match[2]}.weight")
 
 
 def _canonical(key: str) -> str:
