@@ -27,7 +27,7 @@ FLOORS: dict[str, float] = {
     "batch": 0,
     "terminal": 0,
     "data/order": 0,
-    "data/shards": 0,
+    "data/shards/": 0,
     "data/loader": 1,
     "models/": 1,
     "conditioning": 1,
@@ -60,8 +60,7 @@ def unit(module: str) -> str | None:
     for name in (path, f"{path}/__init__"):
         if name in FLOORS:
             return name
-    package = path.split("/")[0] + "/"
-    return package if package in FLOORS else None
+    return next((name for name in FLOORS if name.endswith("/") and f"{path}/".startswith(name)), None)
 
 
 def module_name(path: Path, root: Path) -> str:

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 from finetune import UserError
-from finetune.data import shards as shards_module
 from finetune.data.shards import (
     EncoderInfo,
     LatentStats,
@@ -296,7 +295,7 @@ def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     writer = ShardWriter(tmp_path, "images")
     writer.write("a", {"png": b"x"}, (8, 8))
     with pytest.raises(OSError, match="No space") as caught, writer:

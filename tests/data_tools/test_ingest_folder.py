@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import pytest
 from PIL import Image
 
 from data_tools.images import decode_rgb
-from finetune.data import shards as shards_module
 from finetune.data.shards import ShardError, ShardSet, verify
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeyp
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(shards_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
     assert result.code == 2
     assert "no space left on device while writing" in result.err

@@ -1,0 +1,67 @@
+"""The on-disk format of a data set: tar shards, a manifest, and an index of member offsets.
+
+    ROOT/00000.tar          samples, one after another: KEY.json, KEY.latent.npy, ... (POSIX ustar)
+    ROOT/00000.index.npy    int64 [samples, members, 2]: where each member's bytes lie in the tar
+    ROOT/manifest.json      what the shards are; written last, so a folder without it is unfinished
+
+The tars are plain: `webdataset` and `datasets` read them unaided. The index gives any sample in one `pread`.
+A latent sample is `KEY.latent.npy` (float16 [2C, h, w]: posterior mean, then standard deviation, unscaled)
+and `KEY.json`; an image sample is `KEY.jpg|png|webp` with `KEY.json` or `KEY.txt`. Any other member is
+optional.
+
+Sample ids 0..N-1 number the samples in the order of the manifest's shards. A shard holds one aspect bucket.
+This package knows neither torch nor pictures, and needs a POSIX system (`pread`).
+
+    files       names, .npy bytes, files that are whole or absent
+    manifest    what a folder of shards holds
+    writer      samples -> shards
+    reader      sample ids -> samples, at random
+    verify      is a set what its manifest says?
+"""
+
+from finetune.data.shards.files import (
+    IMAGE_MEMBERS,
+    LATENT,
+    MANIFEST,
+    ShardError,
+    index_name,
+    json_bytes,
+    latent_bytes,
+    parse_npy,
+    write_atomic,
+)
+from finetune.data.shards.manifest import (
+    FORMAT_VERSION,
+    Bucket,
+    EncoderInfo,
+    Kind,
+    LatentStats,
+    Manifest,
+    ShardInfo,
+)
+from finetune.data.shards.reader import ShardSet
+from finetune.data.shards.verify import Problem, verify
+from finetune.data.shards.writer import ShardWriter
+
+__all__ = [
+    "FORMAT_VERSION",
+    "IMAGE_MEMBERS",
+    "LATENT",
+    "MANIFEST",
+    "Bucket",
+    "EncoderInfo",
+    "Kind",
+    "LatentStats",
+    "Manifest",
+    "Problem",
+    "ShardError",
+    "ShardInfo",
+    "ShardSet",
+    "ShardWriter",
+    "index_name",
+    "json_bytes",
+    "latent_bytes",
+    "parse_npy",
+    "verify",
+    "write_atomic",
+]

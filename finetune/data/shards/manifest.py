@@ -1,0 +1,176 @@
+"""What a folder of shards holds: `manifest.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.data.shards.files import MANIFEST, ShardError, write_atomic
+
+FORMAT_VERSION = 1
+
+Kind = Literal["images", "latents"]
+Bucket = tuple[int, int]
+"""Height and width, in pixels."""
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: `bucket` is every sample's (height, width) in pixels, None for pictures of mixed sizes."""
+
+    name: str
+    bucket: Bucket | None
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class EncoderInfo:
+    """The autoencoder that made the latents.
+
+    `source` is a path relative to the manifest's folder (it starts with a dot) or a hub id; `sha256` is of
+    the encoder's weights; model latents are (z - shift) * scale; `pixel_range` is what the encoder was fed;
+    `channels` is C (a member has 2C); `downsample` is pixels per latent cell.
+    """
+
+    source: str
+    sha256: str
+    scale: float
+    shift: float
+    dtype: str
+    pixel_range: tuple[float, float]
+    channels: int
+    downsample: int
+
+    def locate(self, root: str | os.PathLike[str]) -> str:
+        """The folder of the autoencoder, for a manifest in `root`; a hub id is returned as it is."""
+        path = Path(root) / self.source
+        return os.path.normpath(path) if self.source.startswith(".") or path.is_dir() else self.source
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation of model latents, (mean + std*eps - shift) * scale, over all elements."""
+
+    mean: float
+    std: float
+    channel_mean: list[float]
+    channel_std: list[float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of shards holds. `members` names the columns of the index."""
+
+    kind: Kind
+    members: list[str]
+    shards: list[ShardInfo]
+    encoder: EncoderInfo | None = None
+    latents: LatentStats | None = None
+    version: int = FORMAT_VERSION
+
+    @property
+    def samples(self) -> int:
+        """Samples in all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all tars."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @classmethod
+    def load(cls, root: str | os.PathLike[str]) -> Manifest:
+        """Read ROOT/manifest.json.
+
+        Raises:
+            ShardError: folder or manifest missing, not JSON, without a field it needs, or of another version.
+        """
+        path = Path(root) / MANIFEST
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            if not Path(root).exists():
+                raise ShardError(f"no folder of shards at {root}; check the path") from None
+            raise ShardError(
+                f"{root} has no {MANIFEST}: not a set of shards, or one that was never finished; "
+                "make it with `data-tools ingest` or `data-tools encode`"
+            ) from None
+        except NotADirectoryError:
+            raise ShardError(f"{root} is a file; give the folder that holds {MANIFEST}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ShardError(f"cannot read {path}: {error}") from None
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise ShardError(f"{path} is not JSON ({error}); make the shards again") from None
+        version = data.get("version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise ShardError(
+                f"{path} has format version {version!r}, this program reads {FORMAT_VERSION}; "
+                "use the release that wrote it, or make the shards again"
+            )
+        try:
+            return _manifest_from_json(data)
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            raise ShardError(f"{path} is not a valid manifest: {what}; make the shards again") from None
+
+    def save(self, root: str | os.PathLike[str]) -> None:
+        """Write ROOT/manifest.json at once or not at all; the same manifest gives the same bytes."""
+        data = dataclasses.asdict(self)
+        shards = data.pop("shards")
+        order = ("version", "kind", "members", "encoder", "latents")
+        lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order]
+        lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
+        rows = ",\n".join("    " + json.dumps(shard) for shard in shards)  # a line a shard: 10,000 stay legible
+        lines += [f'  "shards": [\n{rows}\n  ]']
+        write_atomic(Path(root) / MANIFEST, ("{\n" + "\n".join(lines) + "\n}\n").encode())
+
+    def require_encoder(self, sha256: str, source: str) -> None:
+        """Refuse an autoencoder other than the one that made these latents.
+
+        Raises:
+            ShardError: these are no latents, or `sha256` (of the weights at `source`) is not the manifest's.
+        """
+        if self.encoder is None:
+            raise ShardError("these shards hold pictures, not latents; run `data-tools encode` on them first")
+        if self.encoder.sha256 != sha256:
+            raise ShardError(
+                f"wrong VAE: the latents were made by {self.encoder.source} ({self.encoder.sha256[:12]}), "
+                f"not by {source} ({sha256[:12]}); give that VAE or encode the pictures again"
+            )
+
+
+def _manifest_from_json(data: dict[str, Any]) -> Manifest:
+    if data["kind"] not in ("images", "latents"):
+        raise ValueError(f"kind {data['kind']!r} is neither images nor latents")
+    members = [str(name) for name in data["members"]]
+    if len(set(members)) != len(members):
+        raise ValueError(f"members {members} repeat")
+    shards = []
+    for row in data["shards"]:
+        bucket = None if row["bucket"] is None else (int(row["bucket"][0]), int(row["bucket"][1]))
+        shard = ShardInfo(str(row["name"]), bucket, int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
+        if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+            raise ValueError(f"shard name {shard.name!r} is not that of a tar in this folder")
+        if shard.samples < 0 or shard.bytes < 0 or (bucket is not None and min(bucket) < 1):
+            raise ValueError(f"shard {shard.name} has impossible numbers")
+        shards.append(shard)
+    encoder = latents = None
+    if data["encoder"] is not None:
+        low, high = data["encoder"]["pixel_range"]
+        encoder = EncoderInfo(**{**data["encoder"], "pixel_range": (float(low), float(high))})
+        if encoder.scale == 0 or not all(map(math.isfinite, (encoder.scale, encoder.shift))):
+            raise ValueError(f"latent scale {encoder.scale} and shift {encoder.shift} cannot be inverted")
+    if data["latents"] is not None:
+        latents = LatentStats(**data["latents"])
+    if data["kind"] == "latents" and (encoder is None or any(shard.bucket is None for shard in shards)):
+        raise ValueError("latents need an encoder and a bucket for every shard")
+    return Manifest(data["kind"], members, shards, encoder, latents, data["version"])

@@ -1,0 +1,257 @@
+"""Is a set of shards what its manifest says?"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from finetune.data.shards.files import (
+    IMAGE_MEMBERS,
+    KEY,
+    LATENT,
+    MANIFEST,
+    MEMBER,
+    TEMPORARY,
+    ShardError,
+    index_name,
+    parse_npy,
+)
+from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong: in which file, with which sample (None: with the file as a whole), what."""
+
+    file: str
+    sample: str | None
+    what: str
+
+    def __str__(self) -> str:
+        where = self.file if self.sample is None else f"{self.file}: sample {self.sample}"
+        return f"{where}: {self.what}"
+
+
+def verify(
+    root: str | os.PathLike[str],
+    progress: Callable[[int], object] | None = None,
+    check: Callable[[str, bytes], str | None] | None = None,
+) -> list[Problem]:
+    """Check a whole set: names, sizes, checksums, tars against indexes, records, latents, keys.
+
+    Args:
+        progress: called with the number of bytes just checked.
+        check: called with each member's name and bytes; returns what is wrong with them, or None. The way to
+            decode pictures, which this module doesn't know.
+    """
+    root = Path(root)
+    try:
+        manifest = Manifest.load(root)
+    except ShardError as error:
+        return [Problem(MANIFEST, None, str(error))]
+    problems = [*_verify_folder(root, manifest)]
+    key_hashes: list[np.ndarray] = []
+    for shard in manifest.shards:
+        if (root / shard.name).is_file():
+            hashes, found = _verify_shard(root, manifest, shard, progress, check)
+            problems += found
+            key_hashes.append(hashes)
+    problems += _verify_keys(root, manifest, key_hashes)
+    return problems
+
+
+def _verify_folder(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    names = [shard.name for shard in manifest.shards]
+    if not names:
+        yield Problem(MANIFEST, None, "lists no shards")
+    for name, count in Counter(names).items():
+        if count > 1:
+            yield Problem(MANIFEST, None, f"lists {name} {count} times")
+    known = {MANIFEST, *names, *(index_name(name) for name in names)}
+    for name in sorted(known):
+        if not (root / name).is_file():
+            yield Problem(name, None, "missing")
+    for path in sorted(root.iterdir()):
+        if path.name not in known and (path.suffix == ".tar" or path.name.endswith(".index.npy")):
+            yield Problem(path.name, None, "not in the manifest")
+        elif TEMPORARY.fullmatch(path.name):
+            yield Problem(path.name, None, "left by a writer that was stopped; delete it")
+    data = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    for field in ("samples", "bytes"):
+        total = getattr(manifest, field)
+        if field in data and data[field] != total:
+            yield Problem(MANIFEST, None, f"{field} is {data[field]}, the shards sum to {total}")
+
+
+def _verify_shard(
+    root: Path,
+    manifest: Manifest,
+    shard: ShardInfo,
+    progress: Callable[[int], object] | None,
+    check: Callable[[str, bytes], str | None] | None,
+) -> tuple[np.ndarray, list[Problem]]:
+    path = root / shard.name
+    problems: list[Problem] = []
+
+    def report(what: str, sample: str | None = None, file: str = shard.name) -> None:
+        problems.append(Problem(file, sample, what))
+
+    size = path.stat().st_size
+    if size != shard.bytes:
+        report(f"{size} bytes, the manifest says {shard.bytes}")
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            if progress:
+                progress(len(chunk))
+    if digest.hexdigest() != shard.sha256:
+        report(f"sha256 is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}...")
+
+    samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
+    try:
+        with tarfile.open(path, "r:", ignore_zeros=False) as tar:
+            for info in tar:
+                key, _, member = info.name.rpartition("/")[2].partition(".")
+                key = info.name[: len(info.name) - len(member) - 1]
+                if not info.isreg() or not KEY.fullmatch(key) or not MEMBER.fullmatch(member):
+                    report(f"member {info.name!r} is no sample's regular file")
+                    continue
+                if info.offset_data + info.size > size:
+                    report(f"{member} ends at byte {info.offset_data + info.size} of {size}", key)
+                    break
+                if not samples or samples[-1][0] != key:
+                    samples.append((key, {}))
+                if member in samples[-1][1]:
+                    report(f"{member} occurs twice", key)
+                samples[-1][1][member] = (info.offset_data, info.size)
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
+        report(f"not a whole tar after {len(samples)} samples ({error})")
+    if len(samples) != shard.samples:
+        report(f"{len(samples)} samples, the manifest says {shard.samples}")
+
+    _verify_index(root, manifest, shard, samples, problems)
+
+    with path.open("rb") as file:
+        for key, places in samples:
+            for what in _verify_sample(file, manifest, shard, places, check):
+                report(what, key)
+    hashes = np.fromiter((_hash(key) for key, _ in samples), np.uint64, len(samples))
+    return hashes, problems
+
+
+def _verify_index(
+    root: Path,
+    manifest: Manifest,
+    shard: ShardInfo,
+    samples: list[tuple[str, dict[str, tuple[int, int]]]],
+    problems: list[Problem],
+) -> None:
+    name = index_name(shard.name)
+    if not (root / name).is_file():
+        return
+    try:
+        index = np.load(root / name, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as error:
+        problems.append(Problem(name, None, f"not a numpy array ({error})"))
+        return
+    if index.dtype != np.int64 or index.shape != (shard.samples, len(manifest.members), 2):
+        want = [shard.samples, len(manifest.members), 2]
+        problems.append(Problem(name, None, f"{index.dtype} {list(index.shape)}, needs int64 {want}"))
+        return
+    for (key, places), row in zip(samples, index.tolist(), strict=False):
+        told = {m: tuple(place) for m, place in zip(manifest.members, row, strict=True) if place[0] >= 0}
+        if told != places:
+            wrong = sorted(m for m in told.keys() | places.keys() if told.get(m) != places.get(m))
+            problems.append(Problem(name, key, f"offsets of {', '.join(wrong)} are not those of the tar"))
+
+
+def _verify_sample(
+    file: IO[bytes],
+    manifest: Manifest,
+    shard: ShardInfo,
+    places: dict[str, tuple[int, int]],
+    check: Callable[[str, bytes], str | None] | None,
+) -> Iterator[str]:
+    if manifest.kind == "latents":
+        missing = [member for member in (LATENT, "json") if member not in places]
+    else:
+        missing = [] if any(member in places for member in IMAGE_MEMBERS) else ["picture"]
+    if missing:
+        yield f"no {' and no '.join(missing)}"
+    for member, (offset, size) in places.items():
+        file.seek(offset)
+        data = file.read(size)
+        if member == LATENT and manifest.encoder and shard.bucket:
+            yield from _verify_latent(data, manifest.encoder, shard.bucket)
+        elif member == "json":
+            yield from _verify_record(data, manifest.kind)
+        if check is not None and (what := check(member, data)):
+            yield f"{member}: {what}"
+
+
+def _verify_latent(data: bytes, encoder: EncoderInfo, bucket: Bucket) -> Iterator[str]:
+    shape = (2 * encoder.channels, bucket[0] // encoder.downsample, bucket[1] // encoder.downsample)
+    array = parse_npy(data)
+    if array is None:
+        yield f"{LATENT} is not a numpy array"
+    elif array.dtype != np.float16 or array.shape != shape:
+        yield f"{LATENT} is {array.dtype} {list(array.shape)}, its bucket needs float16 {list(shape)}"
+    elif not np.isfinite(array).all():
+        yield f"{LATENT} has values that are not finite"
+    elif (array[encoder.channels :] < 0).any():
+        yield f"{LATENT} has negative standard deviations"
+
+
+def _verify_record(data: bytes, kind: Kind) -> Iterator[str]:
+    try:
+        record = json.loads(data)
+    except ValueError as error:
+        yield f"json is not JSON ({error})"
+        return
+    if not isinstance(record, dict):
+        yield "json is no object"
+        return
+    captions = record.get("captions", [])
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        yield "json: captions is no list of strings"
+    lengths = {"original_size": 2, "crop": 4} if kind == "latents" else {}
+    for field, length in lengths.items():
+        value = record.get(field)
+        if not isinstance(value, list) or len(value) != length or not all(isinstance(n, int) for n in value):
+            yield f"json: {field} is not {length} whole numbers"
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def _verify_keys(root: Path, manifest: Manifest, key_hashes: list[np.ndarray]) -> Iterator[Problem]:
+    """Keys that repeat over shards: 8 bytes a sample are kept, and only the suspects are looked at again."""
+    if not key_hashes:
+        return
+    values, counts = np.unique(np.concatenate(key_hashes), return_counts=True)
+    suspects = set(values[counts > 1].tolist())
+    if not suspects:
+        return
+    first: dict[str, str] = {}
+    for shard in manifest.shards:
+        with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(root / shard.name, "r:") as tar:
+            last = None
+            for info in tar:
+                key = info.name[: len(info.name) - len(info.name.rpartition("/")[2].partition(".")[2]) - 1]
+                if key != last and _hash(key) in suspects:
+                    if key in first:
+                        yield Problem(shard.name, key, f"the key is also in {first[key]}")
+                    first.setdefault(key, shard.name)
+                last = key
