@@ -218,7 +218,10 @@ class _Tar:
                 if bad := sorted(key for key in self._pax(info) if key in ("path", "size") or "sparse" in key):
                     raise _DamageError(f"a global header that sets {', '.join(bad)}")
             elif info.type == tarfile.GNUTYPE_LONGNAME:
-                name = _text(self._extension(info).partition(b"\0")[0])
+                raw = self._extension(info)
+                if b"\0" in (raw := raw.removesuffix(b"\0")):
+                    raise _DamageError(f"a broken name at byte {self.position}")
+                name = _text(raw)
             elif info.type == tarfile.GNUTYPE_LONGLINK:
                 self._extension(info)
             else:

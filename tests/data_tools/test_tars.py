@@ -227,6 +227,7 @@ WHOLE = {format: tar_bytes(MEMBERS, format) for format in (tarfile.GNU_FORMAT, t
 WANT: dict[str, dict[str, bytes]] = {}
 for _name, _data in MEMBERS:
     WANT.setdefault(_name.partition(".")[0], {})[_name.partition(".")[2]] = _data
+SHORT = {key for key in WANT if len(key) < 100}
 
 
 def intact(data: bytes) -> bool:
@@ -237,7 +238,7 @@ def intact(data: bytes) -> bool:
 @given(
     format=st.sampled_from(sorted(WHOLE)),
     flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), max_size=6),
-    holes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 3000)), max_size=1),
+    holes=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 1500)), max_size=1),
     cut=st.none() | st.integers(0, 1 << 20),
 )
 def test_damage_is_named_and_never_passed_on(
@@ -257,16 +258,16 @@ def test_damage_is_named_and_never_passed_on(
     items = list(iter_tar(path))
     samples = [item for item in items if isinstance(item, TarSample)]
     problems = [item for item in items if isinstance(item, Unreadable)]
-    unknown = [s for s in samples if s.key not in WANT]  # the long name's own block has no checksum
+    # A long name stands in a block of its own that has no checksum: its sample may come under other names.
+    unknown = [s for s in samples if s.key not in WANT]
     for sample in samples:
         for member, content in sample.members.items():
             if intact(content) and sample.key in WANT:
                 assert content == WANT[sample.key].get(member, content)
-        if sample.key in WANT and all(map(intact, sample.members.values())) and not unknown:
+        if sample.key in SHORT and all(map(intact, sample.members.values())):
             assert sample.members == WANT[sample.key]
     assert len(unknown) <= 3
-    missing = WANT.keys() - {sample.key for sample in samples}
-    assert not missing or problems or unknown
+    assert problems or {sample.key for sample in samples} >= SHORT
     if bytes(data) == whole:
         assert {s.key: s.members for s in samples} == WANT
         assert not problems
