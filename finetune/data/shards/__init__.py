@@ -20,9 +20,11 @@ This package knows neither torch nor pictures, and needs a POSIX system (`pread`
 """
 
 from finetune.data.shards.files import (
+    EMPTY_TEXT,
     IMAGE_MEMBERS,
     LATENT,
     MANIFEST,
+    TEXT,
     ShardError,
     index_name,
     json_bytes,
@@ -38,16 +40,19 @@ from finetune.data.shards.manifest import (
     LatentStats,
     Manifest,
     ShardInfo,
+    TextInfo,
 )
 from finetune.data.shards.reader import ShardSet
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 
 __all__ = [
+    "EMPTY_TEXT",
     "FORMAT_VERSION",
     "IMAGE_MEMBERS",
     "LATENT",
     "MANIFEST",
+    "TEXT",
     "Bucket",
     "EncoderInfo",
     "Kind",
@@ -58,6 +63,7 @@ __all__ = [
     "ShardInfo",
     "ShardSet",
     "ShardWriter",
+    "TextInfo",
     "index_name",
     "json_bytes",
     "latent_bytes",

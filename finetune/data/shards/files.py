@@ -19,6 +19,8 @@ from finetune import UserError
 
 MANIFEST = "manifest.json"
 LATENT = "latent.npy"
+TEXT = "text.npy"
+EMPTY_TEXT = "empty.text.npy"
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 
 BLOCK = tarfile.BLOCKSIZE

@@ -55,6 +55,21 @@ class EncoderInfo:
 
 
 @dataclass(frozen=True)
+class TextInfo:
+    """The text encoder whose states are kept beside the latents, as `text.npy` members and `empty.text.npy`.
+
+    `source` as in `EncoderInfo`; `sha256` is of the encoder's weights; states are float16 [captions, `length`,
+    `width`], computed in `dtype`.
+    """
+
+    source: str
+    sha256: str
+    length: int
+    width: int
+    dtype: str
+
+
+@dataclass(frozen=True)
 class LatentStats:
     """Mean and standard deviation of model latents, (mean + std*eps - shift) * scale, over all elements."""
 
@@ -73,6 +88,7 @@ class Manifest:
     shards: list[ShardInfo]
     encoder: EncoderInfo | None = None
     latents: LatentStats | None = None
+    text: TextInfo | None = None
     version: int = FORMAT_VERSION
 
     @property
@@ -126,7 +142,9 @@ class Manifest:
         """Write ROOT/manifest.json at once or not at all; the same manifest gives the same bytes."""
         data = dataclasses.asdict(self)
         shards = data.pop("shards")
-        order = ("version", "kind", "members", "encoder", "latents")
+        if self.text is None:
+            del data["text"]
+        order = [name for name in ("version", "kind", "members", "encoder", "latents", "text") if name in data]
         lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order]
         lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
         rows = ",\n".join("    " + json.dumps(shard) for shard in shards)  # a line a shard: 10,000 stay legible
@@ -163,7 +181,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
         if shard.samples < 0 or shard.bytes < 0 or (bucket is not None and min(bucket) < 1):
             raise ValueError(f"shard {shard.name} has impossible numbers")
         shards.append(shard)
-    encoder = latents = None
+    encoder = latents = text = None
     if data["encoder"] is not None:
         low, high = data["encoder"]["pixel_range"]
         encoder = EncoderInfo(**{**data["encoder"], "pixel_range": (float(low), float(high))})
@@ -171,6 +189,8 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
             raise ValueError(f"latent scale {encoder.scale} and shift {encoder.shift} cannot be inverted")
     if data["latents"] is not None:
         latents = LatentStats(**data["latents"])
+    if data.get("text") is not None:
+        text = TextInfo(**data["text"])
     if data["kind"] == "latents" and (encoder is None or any(shard.bucket is None for shard in shards)):
         raise ValueError("latents need an encoder and a bucket for every shard")
-    return Manifest(data["kind"], members, shards, encoder, latents, data["version"])
+    return Manifest(data["kind"], members, shards, encoder, latents, text, data["version"])

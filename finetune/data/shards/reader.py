@@ -15,6 +15,8 @@ import numpy as np
 from finetune.data.shards.files import BLOCK, LATENT, NAME_BYTES, ShardError, index_name, npy_header, parse_npy
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
 
+_NEAR = 1 << 14  # a record this near to its latent comes with it in one read
+
 
 class _Tar:
     """An open tar and its index. Closed when its last reader lets go, so eviction can't pull it away."""
@@ -116,13 +118,9 @@ class ShardSet:
                 sizes[shard.bucket] = sizes.get(shard.bucket, 0) + shard.samples
         return dict(sorted(sizes.items()))
 
-    def bucket_ids(self, bucket: Bucket, positions: np.ndarray) -> np.ndarray:
-        """Sample ids (int64) of positions 0..size-1 within a bucket; never lists the whole bucket."""
-        shards = [i for i, shard in enumerate(self.manifest.shards) if shard.bucket == bucket]
-        ends = np.cumsum([self.manifest.shards[i].samples for i in shards], dtype=np.int64)
-        place = np.searchsorted(ends, positions, side="right")
-        begins = np.concatenate([np.zeros(1, np.int64), ends[:-1]])
-        return self._starts[np.asarray(shards, np.int64)][place] + (positions - begins[place])
+    def bucket_shards(self, bucket: Bucket) -> np.ndarray:
+        """Numbers (int64) of the shards that hold a bucket."""
+        return np.array([i for i, shard in enumerate(self.manifest.shards) if shard.bucket == bucket], np.int64)
 
     @property
     def buckets(self) -> dict[Bucket, np.ndarray]:
@@ -130,7 +128,24 @@ class ShardSet:
 
         Shards of mixed sizes have no bucket and are left out.
         """
-        return {bucket: self.bucket_ids(bucket, np.arange(n)) for bucket, n in self.bucket_sizes.items()}
+        runs: dict[Bucket, list[np.ndarray]] = {bucket: [] for bucket in self.bucket_sizes}
+        for shard, info in enumerate(self.manifest.shards):
+            if info.bucket is not None:
+                runs[info.bucket].append(np.arange(self._starts[shard], self._starts[shard + 1]))
+        return {bucket: np.concatenate(ids) for bucket, ids in runs.items()}
+
+    @property
+    def remote(self) -> bool:
+        """Whether the shards have to be fetched."""
+        return False
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch shards that are needed next, in the order of first use; nothing where they are local."""
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The first sample id of each shard, and the number of all samples: int64 [shards + 1]."""
+        return self._starts
 
     # the samples
 
@@ -173,13 +188,8 @@ class ShardSet:
         Raises:
             ShardError: it has none, or it is not a JSON object.
         """
-        try:
-            record = json.loads(self.read_member(sample_id, "json"))
-        except ValueError as error:
-            self._fail(self._tar_of(sample_id)[0], sample_id, f"has a json member that is not JSON ({error})")
-        if not isinstance(record, dict):
-            self._fail(self._tar_of(sample_id)[0], sample_id, "has a json member that is no object")
-        return record
+        text = self.read_member(sample_id, "json")
+        return self._parse_record(self._tar_of(sample_id)[0], sample_id, text)
 
     def read_latents(self, sample_ids: Sequence[int] | np.ndarray, out: np.ndarray) -> None:
         """Read moments straight into `out` [B, 2C, h, w] float16, one `preadv` a sample.
@@ -187,39 +197,111 @@ class ShardSet:
         Raises:
             ShardError: a sample's array is not float16 of [2C, h, w], or its bytes can't be read.
         """
-        if out.dtype != np.float16 or not out.flags.c_contiguous or len(out) != len(sample_ids):
-            want = f"contiguous float16 of {len(sample_ids)} rows"
+        self._read_rows(sample_ids, out, records=False)
+
+    def read_samples(
+        self, sample_ids: Sequence[int] | np.ndarray, out: np.ndarray, places: np.ndarray | None = None
+    ) -> list[dict[str, Any]]:
+        """As `read_latents`, but into rows `places` of `out`; returns the samples' records.
+
+        One `preadv` brings both where they are neighbours in the tar, as our writer leaves them.
+        """
+        return self._read_rows(sample_ids, out, places, records=True)
+
+    def _read_rows(
+        self,
+        sample_ids: Sequence[int] | np.ndarray,
+        out: np.ndarray,
+        places: np.ndarray | None = None,
+        *,
+        records: bool,
+    ) -> list[dict[str, Any]]:
+        ids = np.asarray(sample_ids, np.int64)
+        targets = np.arange(len(out)) if places is None else places
+        if out.dtype != np.float16 or not out.flags.c_contiguous or len(targets) != len(ids):
+            want = f"contiguous float16 of {len(ids)} rows"
             raise ValueError(f"out must be {want}, not {out.dtype} {out.shape}")
         column = self._columns.get(LATENT)
         if column is None:
             raise ShardError(f"{self.root} has no {LATENT}; run `data-tools encode` on it first")
-        if len(out) == 0:
-            return
+        found: list[dict[str, Any]] = [{}] * len(ids) if records else []
+        if len(ids) == 0:
+            return found
+        json_column = self._columns.get("json") if records else None
         want_header = npy_header(out.shape[1:], "<f2")
         header = bytearray(len(want_header))
         row_bytes = out.nbytes // len(out)
         total = len(want_header) + row_bytes
         out_bytes = out.data.cast("B")
+        scratch = memoryview(bytearray(_NEAR))
         # Shard by shard and row by row: each shard is looked up once, and its bytes are read in their order.
-        ids = np.asarray(sample_ids, np.int64)
         order = np.argsort(ids, kind="stable")
         for end in (order[0], order[-1]):
             self.locate(int(ids[end]))  # raises if there is no such sample
         shards = np.searchsorted(self._starts, ids[order], side="right") - 1
-        for places in np.split(order, np.flatnonzero(np.diff(shards)) + 1):
-            tar, first_row = self._tar_of(int(ids[places[0]]))
-            rows = ids[places] - ids[places[0]] + first_row
-            spans = tar.index[rows, column].tolist()
-            for place, row, (offset, size) in zip(places.tolist(), rows.tolist(), spans, strict=True):
-                target = out_bytes[place * row_bytes : (place + 1) * row_bytes]
+        for group in np.split(order, np.flatnonzero(np.diff(shards)) + 1):
+            tar, first_row = self._tar_of(int(ids[group[0]]))
+            rows = ids[group] - ids[group[0]] + first_row
+            spans = tar.index[rows, column]
+            # From the end of the latent to the end of the record; 0 where they are no neighbours.
+            tails = np.zeros(len(rows), np.int64)
+            starts = np.zeros(len(rows), np.int64)
+            if json_column is not None:
+                json_spans = tar.index[rows, json_column]
+                starts = json_spans[:, 0] - spans.sum(axis=1)
+                tails = starts + json_spans[:, 1]
+                tails[(starts < 0) | (json_spans[:, 1] < 0) | (tails > _NEAR)] = 0
+            for item, place, row, (offset, size), start, tail in zip(
+                group.tolist(),
+                targets[group].tolist(),
+                rows.tolist(),
+                spans.tolist(),
+                starts.tolist(),
+                tails.tolist(),
+                strict=True,
+            ):
+                buffers = (header, out_bytes[place * row_bytes : (place + 1) * row_bytes], scratch[:tail])
                 try:
-                    whole = size == total and os.preadv(tar.fd, (header, target), offset) == total
+                    whole = size == total and os.preadv(tar.fd, buffers, offset) == total + tail
                 except OSError:
                     whole = False
-                if whole and header == want_header:
-                    continue
-                # An interrupted read, a header written by another program, or a wrong array: find out slowly.
-                out[place] = self._parse_latent(tar, row, column, int(ids[place]), out.shape[1:])
+                if not whole or header != want_header:
+                    # An interrupted read, a header written by another program, or a wrong array: find out slowly.
+                    out[place] = self._parse_latent(tar, row, column, int(ids[item]), out.shape[1:])
+                if records:
+                    text = (
+                        bytes(scratch[start:tail]) if whole and tail else self.read_member(int(ids[item]), "json")
+                    )
+                    found[item] = self._parse_record(tar, int(ids[item]), text)
+        return found
+
+    def read_row(self, sample_id: int, member: str, row: int, count: int, out: np.ndarray) -> None:
+        """Row `row` of a sample's float16 array of `count` rows, into `out`.
+
+        Raises:
+            ShardError: the member is missing, or is no float16 array [count, *out.shape].
+        """
+        column = self._columns.get(member)
+        tar, shard_row = self._tar_of(sample_id)
+        offset, size = (-1, 0) if column is None else tar.index[shard_row, column].tolist()
+        if offset < 0:
+            self._fail(tar, sample_id, f"has no {member}")
+        want_header = npy_header((count, *out.shape), "<f2")
+        begin = offset + len(want_header) + row * out.nbytes
+        whole = size == len(want_header) + count * out.nbytes
+        if not whole or _pread_all(tar.fd, len(want_header), offset) != want_header:
+            self._fail(tar, sample_id, f"has a {member} that is no float16 {[count, *out.shape]}")
+        if os.preadv(tar.fd, (out.data.cast("B"),), begin) != out.nbytes:
+            self._fail(tar, sample_id, f"ends early in {member}")
+
+    def _parse_record(self, tar: _Tar, sample_id: int, text: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(text)
+        except ValueError as error:
+            self._fail(tar, sample_id, f"has a json member that is not JSON ({error})")
+        if not isinstance(record, dict):
+            self._fail(tar, sample_id, "has a json member that is no object")
+        return record
 
     def _parse_latent(self, tar: _Tar, row: int, column: int, sample_id: int, shape: tuple[int, ...]) -> np.ndarray:
         if tar.index[row, column, 0] < 0:
