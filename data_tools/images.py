@@ -1,25 +1,57 @@
 """Decode pictures of any kind to upright 8-bit RGB, crop them to a bucket, and encode them again.
 
-Rotation by EXIF is applied, colour profiles are converted to sRGB, alpha is flattened on a colour; CMYK,
-palettes, greyscale and 16-bit pictures are converted; of an animation the first frame is taken.
+Rotation by EXIF is applied, colour profiles are converted to sRGB (a profile that is damaged, or for another
+kind of picture, is left out), alpha is flattened on a colour; CMYK, palettes, greyscale and pictures of 16
+bits or floats are converted; of an animation or of several pages the first is taken. What a PNG or AVIF
+says of its colours without a profile (gamma, HDR transfer functions) is not looked at.
+
+Memory is bounded by the header, before anything is decoded: a picture takes at most `BYTES_PER_PIXEL` bytes
+for each pixel of the limit, beside its file. A JPEG above the limit is decoded at a half, a quarter or an
+eighth of its size; any other picture above it is refused.
 """
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor, ImageOps
+from PIL import Image, ImageChops, ImageCms, ImageColor
 
 from finetune import UserError
 
 SUFFIXES = frozenset(
-    "." + s for s in ("jpg", "jpeg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm", "pgm")
+    "." + s
+    for s in (
+        *("jpg", "jpeg", "jpe", "jfif", "mpo", "png", "apng", "webp", "gif", "bmp", "tif", "tiff", "avif"),
+        *("ppm", "pgm", "pbm", "pnm"),
+    )
 )
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's names of the formats that shards may hold as they are, and the names of their members."""
+MAX_PIXELS = 89_478_485
+"""Default limit of a decoded picture: 256 MiB at three bytes a pixel."""
+BYTES_PER_PIXEL = 24
+"""Peak of decoding, for each pixel of the limit: the codec's own buffers (those of WebP and AVIF are largest), the
+decoded picture (4 bytes, also for RGB), and a converted or rotated copy. See the test that holds it to this."""
+
+# Only these: Pillow also knows formats that run other programs, need memory without bounds, or no data set has.
+_READ = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "PPM")
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_STRIP_ROWS = 256
 
 
 class PictureError(ValueError):
@@ -38,27 +70,50 @@ def parse_colour(name: str) -> tuple[int, int, int]:
         raise UserError(f"no colour {name!r}; write it like white or #ff8800") from None
 
 
-def decode_rgb(data: bytes, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
-    """Decode a picture's bytes to an upright RGB image.
+def decode_rgb(
+    data: bytes,
+    background: tuple[int, int, int] = (255, 255, 255),
+    *,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+) -> Image.Image:
+    """Decode a picture's bytes to an upright RGB image without metadata.
+
+    A JPEG may come at 1/2, 1/4 or 1/8 of its size, scaled by its own DCT, which is much faster than decoding
+    all of it: when it is above `max_pixels`, and when `at_least` allows it. The size of the picture as the
+    file has it is then in `picture_format`, and in the image's `info["original_size"]`: upright (height,
+    width), always there.
 
     Args:
         background: what shows through where the picture is transparent.
+        max_pixels: the limit of height * width. Memory stays below `BYTES_PER_PIXEL * max_pixels`, beside
+            the file.
+        at_least: upright (height, width) that the picture will be resized to cover. A reduced JPEG still
+            has twice that on both sides, so the resize that follows has the detail to work on.
 
     Raises:
-        PictureError: not a picture, damaged, cut short, or above Pillow's limit of 89 megapixels.
+        PictureError: not a picture, damaged, cut short, or above the limit.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
-                image.load()
-                return _flatten(_eight_bits(ImageOps.exif_transpose(image)), background)
-    except Exception as error:  # decoders meet damaged bytes with errors of every type
-        what = str(error).replace("<_io.BytesIO object at 0x", "<").partition("\n")[0] or type(error).__name__
-        if isinstance(error, Image.UnidentifiedImageError):
-            what = "not a picture in a known format" if data else "empty file"
-        raise PictureError(what) from None
+    with _reasons(data), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        orientation = _orientation(image, data)
+        width, height = image.size
+        original = (width, height) if orientation >= 5 else (height, width)
+        _limit(image, data, max_pixels, at_least[::-1] if at_least and orientation >= 5 else at_least)
+        # The first tile names the layout of the file: Pillow keeps the high bytes of 16-bit colours only.
+        layout = image.tile[0][3] if image.tile else None
+        if str(layout[0] if isinstance(layout, tuple) else layout).endswith("16B"):
+            key = image.info.get("transparency")
+            if isinstance(key, tuple):
+                image.info["transparency"] = tuple(value >> 8 for value in key)
+        image.load()
+        rgb = _flatten(image, background)
+        del image
+        if orientation in _UPRIGHT:
+            rgb = rgb.transpose(_UPRIGHT[orientation])
+        rgb.info = {"original_size": original}
+        return rgb
 
 
 def picture_format(data: bytes) -> tuple[str | None, tuple[int, int]]:
@@ -69,57 +124,228 @@ def picture_format(data: bytes) -> tuple[str | None, tuple[int, int]]:
     Raises:
         PictureError: not a picture.
     """
+    with _reasons(data), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with _open(data) as image:
+            width, height = image.size
+            if _orientation(image, data) >= 5:  # the EXIF orientations that swap the sides
+                width, height = height, width
+            animated = getattr(image, "is_animated", False)
+            return (None if animated else FORMATS.get(image.format or "")), (height, width)
+
+
+class _reasons:  # noqa: N801 (used as a context manager only)
+    """Decoders meet damaged bytes with errors of every type: each becomes a PictureError."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, PictureError) or not isinstance(error, Exception):
+            return
+        what = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, Image.UnidentifiedImageError):
+            what = _what_else(self.data)
+        elif isinstance(error, MemoryError):
+            what = "it needs more memory than there is"
+        raise PictureError(what) from None
+
+
+def _what_else(data: bytes) -> str:
+    """Why no decoder takes these bytes."""
+    if not data:
+        return "empty file"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"):
+        return "HEIC is not supported; convert it to JPEG or PNG"
+    if data[4:12] == b"jP  \r\n\x87\n" or data.startswith(b"\xff\x4f\xff\x51"):
+        return "JPEG 2000 is not supported; convert it to JPEG or PNG"
+    head = data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if head.startswith(b"<svg") or (head.startswith(b"<?xml") and b"<svg" in head):
+        return "SVG is not supported; draw it to PNG"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "a web page, not a picture"
+    return "not a picture in a known format"
+
+
+def _open(data: bytes) -> Any:
+    """What Pillow's `open` does, for the formats we read, and without its own limit on pixels.
+
+    That limit is a global variable and knows no reduced scale; ours is `_limit`.
+    """
+    Image.init()
+    for name in _READ:
+        if name not in Image.OPEN:  # this Pillow was built without it
+            continue
+        factory, accept = Image.OPEN[name]
+        if accept is not None and accept(data[:16]) is not True:
+            continue
+        try:
+            image = factory(io.BytesIO(data), "")
+        except (SyntaxError, IndexError, TypeError, KeyError):  # what plugins raise on a bad header
+            continue
+        if min(image.size) < 1:
+            raise PictureError(f"{image.width} pixels wide and {image.height} high")
+        return image
+    raise Image.UnidentifiedImageError
+
+
+def _limit(image: Any, data: bytes, max_pixels: int, at_least: tuple[int, int] | None) -> None:
+    """Choose the scale of a JPEG, and refuse what would be too large; `at_least` is as the file has its sides."""
+    width, height = image.size
+    pixels = width * height
+    jpeg = image.format in ("JPEG", "MPO")
+    if jpeg:
+        scale = 1
+        while scale < 8 and math.ceil(width / scale) * math.ceil(height / scale) > max_pixels:
+            scale *= 2
+        if at_least is not None:
+            while scale < 8 and height >= 4 * scale * at_least[0] and width >= 4 * scale * at_least[1]:
+                scale *= 2
+        if scale > 1:
+            image.draft(image.mode, (max(width // scale, 1), max(height // scale, 1)))
+    decoded = image.width * image.height
+    what = f"{width}x{height} is {pixels / 1e6:,.0f} megapixels, the limit is {max_pixels / 1e6:,.0f}"
+    if decoded > max_pixels:
+        raise PictureError(what)
+    # All coefficients (two bytes each, up to four channels) of such a file are held, at any scale.
+    if jpeg and pixels > 2 * max_pixels and _many_scans(data):
+        raise PictureError(f"{what} (twice that for a progressive JPEG)")
+
+
+def _many_scans(data: bytes) -> bool:
+    """Whether a JPEG is progressive, or keeps its channels in scans of their own.
+
+    ITU-T T.81, annex B: each marker segment but those without parameters starts with its length.
+    """
+    channels = 0
+    place = 2
+    while place + 10 <= len(data):
+        if data[place] != 0xFF:
+            return True  # lost between segments: take it for the worse kind
+        marker = data[place + 1]
+        if marker == 0xFF or 0xD0 <= marker <= 0xD8 or marker == 0x01:  # fill bytes and bare markers
+            place += 1 if marker == 0xFF else 2
+            continue
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a frame header
+            if marker not in (0xC0, 0xC1):
+                return True
+            channels = data[place + 9]
+        if marker == 0xDA:  # the first scan: the number of its channels follows its length
+            return data[place + 4] < channels
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True
+
+
+def _orientation(image: Any, data: bytes) -> int:
+    """The EXIF orientation, 1 to 8; 1 where there is none, or none that can be read."""
+    if image.format == "TIFF":
+        return 1  # Pillow applies it while it loads, and its size is the upright one
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                width, height = image.size
-                if image.getexif().get(0x0112, 1) >= 5:  # the EXIF orientations that swap the sides
-                    width, height = height, width
-                animated = getattr(image, "is_animated", False)
-                return (None if animated else FORMATS.get(image.format or "")), (height, width)
-    except Exception as error:
-        raise PictureError(str(error) or type(error).__name__) from None
+        if image.format == "PNG" and "exif" not in image.info:
+            exif = Image.Exif()  # its own `getexif` decodes the whole picture to look for a chunk at the end
+            for name, content in _png_chunks(data):
+                if name == b"eXIf":
+                    exif.load(b"Exif\0\0" + content)
+            value = exif.get(_ORIENTATION, 1)
+        else:
+            value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF, on which the parser raises errors of every type; the pixels may be sound
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit and float greyscale to 8 bits; Pillow's own conversion clips them at 255 instead of scaling."""
-    if image.mode == "F":
-        values = np.asarray(image)
-        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            raise PictureError("a float picture with values outside [0, 1]")
-        return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
-    if image.mode == "I" or image.mode.startswith("I;"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise PictureError("an integer picture with values outside 16 bits")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8))
-    return image
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Names and contents of a PNG's chunks, without their checksums."""
+    place = 8
+    while place + 8 <= len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        name = data[place + 4 : place + 8]
+        yield name, data[place + 8 : place + 8 + size] if name == b"eXIf" else b""
+        place += 12 + size
 
 
 def _flatten(image: Image.Image, background: tuple[int, int, int]) -> Image.Image:
-    """To RGB by the picture's colour profile, over the background where it is transparent."""
+    """To RGB by the picture's colour profile, over the background where it is transparent.
+
+    `image` is used up: of a large picture there is one copy at a time, not one for each step.
+    """
     profile = image.info.get("icc_profile")
-    alpha = None
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        alpha = rgba.getchannel("A")
-        image = rgba.convert("RGB")
+    transparent = image.info.get("transparency")
+    alpha: Image.Image | None = None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        image, alpha = _eight_bits(image, transparent if isinstance(transparent, int) else None)
+    elif image.has_transparency_data:
+        grey = image.mode in ("1", "L", "LA", "La")
+        if image.mode not in ("LA", "RGBA"):
+            image = image.convert("LA" if grey else "RGBA")
+        alpha = image.getchannel("A")
+        image = image.convert("L" if grey else "RGB")
     elif image.mode not in ("RGB", "L", "CMYK"):
-        image = image.convert("RGB")
-    rgb = _to_srgb(image, profile) if profile else image.convert("RGB")
-    if alpha is not None:
-        rgb = Image.composite(rgb, Image.new("RGB", rgb.size, background), alpha)
+        if image.mode not in ("1", "P", "PA", "RGBX"):
+            profile = None  # a profile of Lab or YCbCr values, which the conversion below knows without it
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    rgb = _to_srgb(image, profile) if isinstance(profile, bytes) and profile else image.convert("RGB")
+    if alpha is not None and alpha.getextrema()[0] != 255:
+        rgb.paste(background, mask=ImageChops.invert(alpha))
     return rgb
 
 
+def _eight_bits(image: Image.Image, transparent: int | None) -> tuple[Image.Image, Image.Image | None]:
+    """16-bit and float greyscale to (8 bits, alpha); Pillow's own conversion clips at 255 instead of scaling."""
+    values_HW = np.asarray(image)
+    grey_HW = np.empty(values_HW.shape, np.uint8)
+    for top in range(0, len(values_HW), _STRIP_ROWS):  # in strips, to bound the memory of what is in between
+        strip = values_HW[top : top + _STRIP_ROWS]
+        if image.mode == "F":
+            if not (np.isfinite(strip).all() and strip.min() >= 0 and strip.max() <= 1):
+                raise PictureError("a float picture with values outside [0, 1]")
+            grey_HW[top : top + _STRIP_ROWS] = strip * 255 + 0.5
+        else:
+            whole = strip.astype(np.int64)
+            if whole.min() < 0 or whole.max() > 65535:
+                raise PictureError("an integer picture with values outside 16 bits")
+            grey_HW[top : top + _STRIP_ROWS] = (whole * 255 + 32767) // 65535
+    alpha = None
+    if transparent is not None:
+        alpha = Image.fromarray(np.where(values_HW == transparent, np.uint8(0), np.uint8(255)))
+    return Image.fromarray(grey_HW), alpha
+
+
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """An RGB, L or CMYK image to sRGB by its profile; without it, if that is damaged or for other colours."""
+    space = _colour_space(profile)
+    if space == "RGB" and image.mode == "L":
+        image = image.convert("RGB")
+    if {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}.get(space) == image.mode:
+        transform = _transform(profile, image.mode)
+        if transform is not None:
+            try:
+                converted = ImageCms.applyTransform(image, transform)
+                assert converted is not None, "not in place"
+                return converted
+            except (ImageCms.PyCMSError, OSError, ValueError):
+                pass
+    return image.convert("RGB")
+
+
+@functools.lru_cache(maxsize=16)  # a data set has few profiles, and to build a transform takes milliseconds
+def _colour_space(profile: bytes) -> str:
+    try:
+        return ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space.strip()
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return "damaged"
+
+
+@functools.lru_cache(maxsize=16)
+def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return converted if converted is not None else image.convert("RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError):  # a damaged profile, or one for another colour space
-        return image.convert("RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int], list[int]]:
