@@ -341,9 +341,20 @@ def _colour_space(profile: bytes) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What takes the profile's colours to sRGB; None when it is damaged, or is sRGB itself."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode != "RGB":
+            return transform
+        # Most pictures with a profile have sRGB's, and to convert takes longer than to decode. So: a profile
+        # that moves no colour of a lattice by more than one level has nothing to convert.
+        steps = np.linspace(0, 255, 18).round().astype(np.uint8)
+        lattice_1N3 = np.stack(np.meshgrid(steps, steps, steps), axis=-1).reshape(1, -1, 3)
+        moved = ImageCms.applyTransform(Image.fromarray(lattice_1N3), transform)
+        assert moved is not None, "not in place"
+        same = np.abs(np.asarray(moved).astype(int) - lattice_1N3).max() <= 1
+        return None if same else transform
     except (ImageCms.PyCMSError, OSError, ValueError):
         return None
 
