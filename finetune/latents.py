@@ -8,6 +8,7 @@ al. 2022, arXiv 2112.10752, section D.1). SD 1.x and 2.x have scale 0.18215, SDX
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -57,6 +58,18 @@ class RunningMoments:
             return
         mean_C = mean_BCHW.mean(axis=(0, 2, 3))
         m2_C = ((mean_BCHW - mean_C[:, None, None]) ** 2 + std_BCHW**2).sum(axis=(0, 2, 3))
+        self._merge(count, mean_C, m2_C)
+
+    def state(self) -> dict[str, Any]:
+        """All of it as JSON values, for `merge`; floats keep every bit."""
+        return {"count": self.count, "mean": self._mean_C.tolist(), "m2": self._m2_C.tolist()}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Take in what another one gathered."""
+        if state["count"]:
+            self._merge(state["count"], np.array(state["mean"]), np.array(state["m2"]))
+
+    def _merge(self, count: int, mean_C: np.ndarray, m2_C: np.ndarray) -> None:
         if self.count == 0:
             self.count, self._mean_C, self._m2_C = count, mean_C, m2_C
             return

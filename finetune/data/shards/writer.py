@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -25,6 +25,37 @@ from finetune.data.shards.files import (
     write_atomic,
 )
 from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, LatentStats, Manifest, ShardInfo
+
+
+def check_names(key: str, members: Iterable[str]) -> None:
+    """Refuse names that another reader of tars would take apart in another way.
+
+    Raises:
+        ShardError: no members, or a key or a member's name that is not of plain words, or too long.
+    """
+    if not KEY.fullmatch(key):
+        raise ShardError(f"sample key {key!r} must be of letters, digits, _, - and /; rename it")
+    if not members:
+        raise ShardError(f"sample {key!r} has no members")
+    for member in members:
+        if not MEMBER.fullmatch(member):
+            raise ShardError(f"member {member!r} of {key!r} must be lower-case words joined by dots")
+        if len(key) + 1 + len(member) > NAME_BYTES:
+            raise ShardError(f"{key}.{member} is longer than {NAME_BYTES} bytes; use a shorter key")
+
+
+def tar_blocks(key: str, members: Mapping[str, bytes]) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """A sample as it stands in a tar, whole blocks, and (offset in them, size) of each member."""
+    parts: list[bytes] = []
+    places = {}
+    at = 0
+    for member, data in members.items():
+        info = tarfile.TarInfo(f"{key}.{member}")  # mtime, uid, gid 0 and mode 0644: same bytes anywhere
+        info.size = len(data)
+        places[member] = (at + BLOCK, len(data))
+        parts += [info.tobuf(tarfile.USTAR_FORMAT), data, bytes(-len(data) % BLOCK)]
+        at += BLOCK + len(data) + len(parts[-1])
+    return b"".join(parts), places
 
 
 class _OpenShard:
@@ -47,18 +78,12 @@ class _OpenShard:
         self.bytes += len(data)
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        row = {}
-        for member, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{member}")  # mtime, uid, gid 0 and mode 0644: same bytes anywhere
-            info.size = len(data)
-            self.put(info.tobuf(tarfile.USTAR_FORMAT))
-            row[member] = (self.bytes, len(data))
-            self.put(data)
-            self.put(bytes(-len(data) % BLOCK))
+        blocks, places = tar_blocks(key, members)
+        self.rows.append({member: (self.bytes + offset, size) for member, (offset, size) in places.items()})
+        self.put(blocks)
         self.keys.add(key)
-        self.rows.append(row)
 
-    def finish(self) -> ShardInfo:
+    def finish(self, samples: int) -> ShardInfo:
         self.put(bytes(2 * BLOCK))
         self.put(bytes(-self.bytes % tarfile.RECORDSIZE))
         with naming(self.path):
@@ -66,7 +91,7 @@ class _OpenShard:
             os.fsync(self.file.fileno())
             self.file.close()
         os.replace(self.temporary, self.path)
-        return ShardInfo(self.path.name, self.bucket, len(self.rows), self.bytes, self.sha256.hexdigest())
+        return ShardInfo(self.path.name, self.bucket, samples, self.bytes, self.sha256.hexdigest())
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses again
@@ -123,17 +148,8 @@ class ShardWriter:
     def write(self, key: str, members: Mapping[str, bytes], bucket: Bucket | None = None) -> None:
         """Add one sample. `bucket` is its (height, width) in pixels."""
         assert not self._closed, "write after close"
-        if not KEY.fullmatch(key):
-            raise ShardError(f"sample key {key!r} must be of letters, digits, _, - and /; rename it")
-        if not members:
-            raise ShardError(f"sample {key!r} has no members")
-        for member in members:
-            if not MEMBER.fullmatch(member):
-                raise ShardError(f"member {member!r} of {key!r} must be lower-case words joined by dots")
-            if len(key) + 1 + len(member) > NAME_BYTES:
-                raise ShardError(f"{key}.{member} is longer than {NAME_BYTES} bytes; use a shorter key")
-            if member not in self.members:
-                self.members.append(member)
+        check_names(key, members)
+        self.members += [member for member in members if member not in self.members]
         shard = self._open.get(bucket)
         if shard is None:
             shard = self._open[bucket] = _OpenShard(self.root, f"{self._names:05d}.tar", bucket)
@@ -176,7 +192,35 @@ class ShardWriter:
         for row, places in enumerate(shard.rows):
             for member, place in places.items():
                 index[row, self.members.index(member)] = place
-        info = shard.finish()
+        info = shard.finish(len(shard.rows))
         del self._open[bucket]
         write_atomic(self.root / index_name(info.name), npy_bytes(index))
         self._done.append((info, len(self.members)))
+
+
+def write_shard(
+    root: str | os.PathLike[str],
+    name: str,
+    bucket: Bucket | None,
+    runs: Iterable[tuple[bytes, np.ndarray]],
+) -> ShardInfo:
+    """Write one shard and its index from samples that stand ready as `tar_blocks`.
+
+    Args:
+        runs: samples one after another, as (their blocks, int64 [samples, members, 2] offsets in these and
+            sizes, for the members that the manifest will list; -1 for a member that a sample lacks).
+    """
+    shard = _OpenShard(Path(root), name, bucket)
+    index: list[np.ndarray] = []
+    try:
+        for blocks, places in runs:
+            base = np.where(places[..., :1] >= 0, [shard.bytes, 0], 0)
+            index.append(places + base)
+            shard.put(blocks)
+        rows = np.concatenate(index)
+        info = shard.finish(len(rows))
+    except BaseException:
+        shard.discard()
+        raise
+    write_atomic(Path(root) / index_name(name), npy_bytes(rows))
+    return info
