@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_tools.tars import TarSample, Unreadable, iter_tar
 from finetune import UserError
-from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, Manifest, ShardError, ShardSet
+from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet
+
+__all__ = ["WORK", "Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
+
+WORK = ".work"
+"""The folder inside a set of latents where `encode` keeps what isn't finished."""
 
 _MEMBERS = (*IMAGE_MEMBERS, "json", "txt")
 # What img2dataset notes of the download, not of the picture.
@@ -29,11 +34,12 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Unreadable:
-    """A sample that can't be read: where it is, and why."""
+class Unit:
+    """One shard of a source: what is read from beginning to end by one process."""
 
-    where: str
-    reason: str
+    name: str
+    samples: int | None  # None: a foreign tar, which doesn't say
+    bytes: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class PictureSource:
     root: Path
     samples: int | None
     bucket: Bucket | None
+    shards: ShardSet | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def open(cls, root: Path) -> PictureSource:
@@ -54,55 +61,62 @@ class PictureSource:
         if (root / MANIFEST).exists():
             shards = ShardSet.open(root, "images")
             buckets = {shard.bucket for shard in shards.manifest.shards}
-            return cls(root, len(shards), buckets.pop() if len(buckets) == 1 else None)
+            return cls(root, len(shards), buckets.pop() if len(buckets) == 1 else None, shards)
         if not root.is_dir():
             raise UserError(f"no folder {root}; give a folder of image shards")
+        if (root / WORK).exists():
+            raise UserError(f"{root} is an unfinished set of latents; give the folder of the pictures")
         if any(root.glob("*.index.npy")) or any(root.glob(".*.tmp")):
             raise UserError(f"{root} is a set that was never finished; run its `data-tools ingest` again")
-        if not any(root.glob("*.tar")):
+        if not any(_tars(root)):
             raise UserError(f"no shards in {root}; make them with `data-tools ingest`")
         return cls(root, None, None)
 
+    def units(self) -> list[Unit]:
+        """The shards, in their order."""
+        if self.shards is not None:
+            return [Unit(shard.name, shard.samples, shard.bytes) for shard in self.shards.manifest.shards]
+        return [Unit(path.name, None, path.stat().st_size) for path in _tars(self.root)]
+
+    def identity(self) -> str:
+        """sha256 of the manifest, or of the names and sizes of the tars: equal if the pictures are."""
+        if self.shards is not None:
+            return hashlib.sha256((self.root / MANIFEST).read_bytes()).hexdigest()
+        names = [[unit.name, unit.bytes] for unit in self.units()]
+        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+    def read(self, unit: int) -> Iterator[Picture | Unreadable]:
+        """The pictures of one shard, in its order."""
+        return _read_tar(_tars(self.root)[unit]) if self.shards is None else _read_shard(self.shards, unit)
+
     def __iter__(self) -> Iterator[Picture | Unreadable]:
-        """Pictures in the order of the shards."""
-        return self._iter_set() if self.samples is not None else self._iter_tars()
+        """All pictures, in the order of the shards."""
+        for unit in range(len(self.units())):
+            yield from self.read(unit)
 
-    def _iter_set(self) -> Iterator[Picture | Unreadable]:
-        shards = ShardSet(self.root, Manifest.load(self.root))
-        for sample_id in range(len(shards)):
-            try:
-                sample = shards.read(sample_id)
-            except ShardError as error:
-                yield Unreadable(f"sample {sample_id}", str(error))
-            else:
-                yield _picture(sample.pop("__key__"), sample)
 
-    def _iter_tars(self) -> Iterator[Picture | Unreadable]:
-        for path in sorted(self.root.glob("*.tar")):
-            last: tuple[str, dict[str, bytes]] | None = None
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    for info in tar:
-                        folder, slash, name = info.name.rpartition("/")
-                        stem, _, member = name.partition(".")
-                        key = folder + slash + stem
-                        if not info.isreg() or key.startswith("__"):
-                            continue
-                        if last is None or last[0] != key:
-                            if last is not None:
-                                yield _picture(safe_key(path.stem, last[0]), last[1])
-                            last = (key, {})
-                        if member.lower() in _MEMBERS:
-                            file = tar.extractfile(info)
-                            last[1][member.lower()] = file.read() if file is not None else b""
-                    # tarfile takes a file that is cut between members, or in a header, for a whole one.
-                    if path.stat().st_size < tar.offset + tarfile.BLOCKSIZE:
-                        raise EOFError("it ends without an end mark")
-            except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
-                yield Unreadable(path.name, f"not a whole tar ({error}); what came before was used")
-                last = None  # its members may be incomplete
-            if last is not None:
-                yield _picture(safe_key(path.stem, last[0]), last[1])
+def _read_shard(shards: ShardSet, number: int) -> Iterator[Picture | Unreadable]:
+    start = sum(shard.samples for shard in shards.manifest.shards[:number])
+    for sample_id in range(start, start + shards.manifest.shards[number].samples):
+        try:
+            sample = shards.read(sample_id)
+        except ShardError as error:
+            yield Unreadable(f"sample {sample_id}", str(error))
+        else:
+            yield _picture(sample.pop("__key__"), sample)
+
+
+def _tars(root: Path) -> list[Path]:
+    return sorted(path for path in root.iterdir() if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+
+
+def _read_tar(path: Path) -> Iterator[Picture | Unreadable]:
+    for item in iter_tar(path, wanted=_MEMBERS.__contains__):
+        match item:
+            case TarSample(key, members):
+                yield _picture(safe_key(path.name.partition(".")[0], key), members)
+            case Unreadable():
+                yield item
 
 
 def safe_key(tar: str, key: str) -> str:
