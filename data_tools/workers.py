@@ -99,7 +99,7 @@ class Workers:
         *,
         ahead: int | None = None,
         catch: tuple[type[BaseException], ...] = (),
-        name: Callable[[Item], str] = str,
+        name: Callable[[Item], str] | None = None,
     ) -> Iterator[tuple[Item, Result | BaseException]]:
         """(item, function(item)) for each item, in the order of the items.
 
@@ -166,7 +166,7 @@ class Workers:
             self._workers.append(worker)
             self._selector.register(ours, selectors.EVENT_READ, worker)
 
-    def _receive(self, name: Callable[[Any], str], wait: bool) -> None:
+    def _receive(self, name: Callable[[Any], str] | None, wait: bool) -> None:
         assert self._selector is not None
         for key, _ in self._selector.select(None if wait else 0):
             worker: _Worker = key.data
@@ -179,12 +179,12 @@ class Workers:
             if error is not None:
                 error.__cause__ = RemoteError("\n" + text)
 
-    def _died(self, worker: _Worker, name: Callable[[Any], str]) -> NoReturn:
+    def _died(self, worker: _Worker, name: Callable[[Any], str] | None) -> NoReturn:
         try:
             code = worker.process.wait(5)
         except subprocess.TimeoutExpired:
             code = 0
-        at = f" at {name(worker.tasks[0].item)}" if worker.tasks else ""
+        at = f" at {name(worker.tasks[0].item)}" if name is not None and worker.tasks else ""
         if code == -signal.SIGKILL:
             raise UserError(
                 f"a worker process was killed{at}, most likely for want of memory; take fewer --workers"
