@@ -49,7 +49,8 @@ _OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
 _NODES: tuple[type[ast.AST], ...] = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.BinOp, ast.Compare, ast.IfExp),
     *(ast.Constant, ast.Name, ast.Load, ast.Call, ast.Subscript, ast.Slice, ast.List, ast.Tuple),
-    *(ast.Add, ast.Mult, ast.FloorDiv, ast.Mod, *_OPERATORS),
+    *(ast.Add, ast.Mult, ast.FloorDiv, ast.Mod),
+    *_OPERATORS.keys(),
 )
 _MAX_EXPRESSION = 2000  # characters: far below what exhausts the parser's stack
 
