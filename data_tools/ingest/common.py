@@ -1,15 +1,89 @@
-"""What every source shares: arguments of the output, and the form of a record."""
+"""What every source shares: arguments, the form of a record, and the way from a found picture into the shards.
+
+A source is an iterator of `Found` (a picture somewhere, with what is known of it) and `SetAside` (why there is
+none). `ingest` takes it from there: worker processes read, filter and check pictures a bounded number ahead, and
+one process writes them in the source's order. So memory doesn't grow with the source, and the same source gives the
+same bytes.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import contextlib
+import itertools
+import math
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
+from data_tools.filters import Filters, add_filter_arguments
+from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
+from data_tools.output import SOURCE, Rejects, claimed_folder
+from data_tools.workers import Workers
 from finetune import UserError
+from finetune.data.shards import Bucket, Manifest, ShardError, ShardWriter, json_bytes, write_atomic
 
 RESERVED = ("captions", "file", "original_size", "crop")
+CAPTION_COLUMNS = ("captions", "caption", "text")
+FORMATS = ("keep", "png", "webp", "jpg")
+MAX_FILE_BYTES = 512 << 20
+_FEW, _FEW_BYTES = 64, 64 << 20  # a source of no more than this isn't worth the start of workers
+_REASONS_SHOWN = 10
+_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,17})?([eE][+-]?\d{1,3})?")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture of a source."""
+
+    key: str  # of the sample in the shards
+    file: str  # what to call it in rejects.jsonl
+    data: bytes | Path  # its bytes, or the file that a worker will read
+    record: Mapping[str, Any]  # captions, then any labels
+    extra: Mapping[str, bytes] = field(default_factory=dict)  # optional members, carried as they are
+    temporary: bool = False  # the file is ours, and deleted once it has been read
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """What can't be used: where it is in the source, and why."""
+
+    file: str
+    reason: str
+
+
+# --- arguments
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """--size, the filters, --workers, and those of `add_output_arguments`."""
+    parser.add_argument(
+        "--size", type=positive, metavar="N", help="resize the short side to N pixels and crop the centre"
+    )
+    add_output_arguments(parser, FORMATS, "default: keep the original bytes; png with --size")
+    parser.add_argument(
+        "--max-pixels",
+        type=positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help=f"set larger pictures aside, but for JPEGs, read at a reduced scale then (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=natural,
+        default=min(8, os.cpu_count() or 1),
+        metavar="N",
+        help="processes that check pictures; 0: this one (default: one a core, at most 8)",
+    )
+    add_filter_arguments(parser)
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...], default: str) -> None:
@@ -43,13 +117,310 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """An argument that is a whole number of at least 0."""
+    if not text.strip().isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
 def check_quality(quality: int) -> None:
     """Refuse a quality outside 1 to 100."""
     if not 1 <= quality <= 100:
         raise UserError(f"--quality {quality} is outside 1 to 100")
 
 
+# --- records
+
+
 def clean_captions(captions: Iterable[Any]) -> list[str]:
     """Captions with their white space collapsed, without empty ones and repeats."""
     texts = (" ".join(str(caption).split()) for caption in captions if caption is not None)
     return list(dict.fromkeys(text for text in texts if text))
+
+
+def captions_of(values: Iterable[Any]) -> list[str]:
+    """The captions in some cells of a row: a text each, or a list of texts, or nothing."""
+    texts: list[Any] = []
+    for value in values:
+        texts += value if isinstance(value, list | tuple) else [value]
+    return clean_captions(text for text in texts if isinstance(text, str | int | float))
+
+
+def labels_of(row: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
+    """The fields of a row that a record keeps: those with a value that JSON can hold."""
+    left_out = {*RESERVED, *leave_out}
+    labels = {name: _plain(value) for name, value in row.items() if name not in left_out}
+    return {name: value for name, value in labels.items() if value is not None}
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, or None: numbers that aren't finite, and bytes, have no form there."""
+    match value:
+        case bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dict():
+            return {str(name): _plain(item) for name, item in value.items()}
+    if hasattr(value, "isoformat"):  # dates and times
+        return value.isoformat()
+    return None
+
+
+def number_or_text(cell: str) -> int | float | str:
+    """A cell of a text table: the number that it writes, or itself. "007" and "1,5" are no numbers."""
+    if _NUMBER.fullmatch(cell):
+        value = float(cell)
+        if math.isfinite(value):
+            return int(cell) if cell.lstrip("-").isdigit() else value
+    return cell
+
+
+def choose_column(flag: str, what: str, columns: Iterable[str], candidates: Iterable[str]) -> str | None:
+    """The one column that can be meant, or None if there is none.
+
+    Raises:
+        UserError: there are several; names them, and the flag that decides.
+    """
+    found = list(dict.fromkeys(candidates))
+    if len(found) > 1:
+        listed = ", ".join(columns)
+        raise UserError(f"{' and '.join(found)} may hold the {what}; give {flag} (columns: {listed})")
+    return found[0] if found else None
+
+
+def check_columns(flag: str, names: Iterable[str], columns: Iterable[str]) -> None:
+    """Refuse names that are no columns."""
+    known = list(columns)
+    for name in names:
+        if name not in known:
+            raise UserError(f"{flag} {name}: no such column (columns: {', '.join(known)})")
+
+
+# --- pictures to shards
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is done with each picture."""
+
+    member: str  # format in the shards, or "keep"
+    size: int | None
+    quality: int
+    background: tuple[int, int, int]
+    max_pixels: int
+    filters: Filters
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> Options:
+        """From the arguments of `add_picture_arguments`.
+
+        Raises:
+            UserError: a value that is out of range, or contradicts another.
+        """
+        check_quality(args.quality)
+        background = parse_colour(args.background)
+        if args.size and args.format == "keep":
+            raise UserError("--format keep and --size contradict each other; give --format png, webp or jpg")
+        member = args.format or ("png" if args.size else "keep")
+        return cls(member, args.size, args.quality, background, args.max_pixels, Filters.from_args(args))
+
+
+@dataclass(frozen=True)
+class _Filtered:
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    member: str
+    data: bytes | None  # None: the bytes that came in
+    record: dict[str, Any]
+    bucket: Bucket  # (height, width) of the picture in the shards
+
+
+def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | _Prepared:
+    """Read, filter and check one picture, in a worker process. It is always decoded: damage is found here.
+
+    Raises:
+        PictureError: it can't be used.
+    """
+    if isinstance(item, SetAside):
+        return item
+    data = read_file(item.data) if isinstance(item.data, Path) else item.data
+    kept, (height, width) = picture_format(data)
+    if (reason := options.filters.reason(item.record, height, width)) is not None:
+        return _Filtered(reason)
+    size = options.size
+    image = decode_rgb(
+        data,
+        options.background,
+        max_pixels=options.max_pixels,
+        at_least=(size, size) if size else None,
+    )
+    record = dict(item.record)
+    # A source that resized its pictures may know their first size, and what it cropped.
+    original, before = record.pop("original_size", None), record.pop("crop", None)
+    own: dict[str, Any] = {"original_size": original if _whole_numbers(original, 2) else [height, width]}
+    changed = options.member != "keep" or kept is None
+    member = kept or "png"
+    if changed:
+        member = options.member if options.member != "keep" else "png"
+        if size:
+            decoded_h, decoded_w = image.height, image.width
+            image, resized, crop = fit(image, size, size)
+            if _whole_numbers(before, 4):
+                crop[0] += round(before[0] * resized[0] / decoded_h)
+                crop[1] += round(before[1] * resized[1] / decoded_w)
+            own["crop"] = crop
+    if not size and _whole_numbers(before, 4):
+        own["crop"] = before
+    first: dict[str, Any] = {name: record.pop(name) for name in ("captions", "file") if name in record}
+    bucket = (image.height, image.width) if changed else (height, width)
+    if changed:
+        data = encode_image(image, member, options.quality)
+    return _Prepared(
+        member,
+        data if changed or isinstance(item.data, Path) else None,
+        {**first, **own, **record},
+        bucket,
+    )
+
+
+def read_file(path: Path) -> bytes:
+    """The bytes of a picture's file.
+
+    Raises:
+        PictureError: it is absent, no regular file, too large, or can't be read.
+    """
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+            raise PictureError("not a file")
+        if found.st_size > MAX_FILE_BYTES:
+            raise PictureError(f"a file of {found.st_size} bytes, the limit is {MAX_FILE_BYTES}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise PictureError("no such file") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise PictureError((isinstance(error, OSError) and error.strerror) or str(error)) from None
+
+
+def ingest(
+    args: argparse.Namespace,
+    options: Options,
+    items: Iterable[Found | SetAside],
+    *,
+    source: str,
+    total: int | None = None,
+    origin: bytes | None = None,
+) -> int:
+    """Write a source's pictures into shards in `args.out`, and say what came of them.
+
+    Args:
+        source: what to call the source in messages.
+        total: pictures in the source, where it is known, for the progress bar.
+        origin: content for SOURCE.json.
+
+    Raises:
+        UserError: nothing is left, or a mistake found on the way.
+    """
+    rejects = Rejects()
+    filtered: Counter[str] = Counter()
+    samples = without_caption = carried = 0
+    first_without = ""
+    sizes: set[Bucket] = set()
+    with claimed_folder(args.out, args.overwrite) as out:
+        if origin is not None:
+            write_atomic(out / SOURCE, origin)
+        with (
+            ShardWriter(out, "images", max_samples=args.shard_samples) as writer,
+            tqdm(total=total, unit="picture", disable=None) as bar,
+            contextlib.ExitStack() as stack,
+        ):
+            results = stack.enter_context(contextlib.closing(_in_workers(args.workers, options, items)))
+            for item, result in results:
+                bar.update()
+                match result:
+                    case SetAside(file, reason):
+                        rejects.add(file, reason)
+                    case PictureError():
+                        rejects.add(item.file, str(result))
+                    case _Filtered(reason):
+                        filtered[reason] += 1
+                    case _Prepared(member, data, record, bucket):
+                        assert isinstance(item, Found)
+                        try:
+                            writer.write(item.key, _members(item, member, data, record))
+                        except ShardError as error:
+                            rejects.add(item.file, str(error))
+                            continue
+                        samples += 1
+                        carried += bool(item.extra)
+                        if len(sizes) < 2:
+                            sizes.add(bucket)
+                        if not record.get("captions"):
+                            first_without = first_without or item.file
+                            without_caption += 1
+                    case _:
+                        raise AssertionError(f"an unforeseen result {result!r}")
+            if filtered and not samples and not rejects:
+                raise UserError(f"the filters leave none of the pictures in {source} ({_counts(filtered)})")
+            rejects.require_some_left(samples, source)
+            rejects.save(out)
+            # Only now is it known whether all pictures share one size, which `encode` then takes as its own.
+            uniform = sizes.pop() if len(sizes) == 1 else None
+            shards = [replace(shard, bucket=uniform) for shard in writer.close()]
+            Manifest("images", writer.members, shards).save(out)
+    if carried and options.size:
+        print(f"{carried} pictures have other members, carried over as they are: --size is for the picture alone")
+    if without_caption:
+        print(f"{without_caption} pictures have no caption, the first is {first_without}")
+    if filtered:
+        print(f"{filtered.total()} pictures left out by filters: {_counts(filtered)}")
+    print(f"{samples} pictures in {args.out}{rejects.summary(args.out)}")
+    return 0
+
+
+def _in_workers(
+    workers: int, options: Options, items: Iterable[Found | SetAside]
+) -> Generator[tuple[Found | SetAside, Any], None, None]:
+    """(item, what `prepare` made of it, or its PictureError), in order; files that were ours are deleted."""
+    source = iter(items)
+    first: list[Found | SetAside] = []
+    size = 0
+    while len(first) < _FEW and size < _FEW_BYTES and (item := next(source, None)) is not None:
+        first.append(item)
+        size += len(item.data) if isinstance(item, Found) and isinstance(item.data, bytes) else 0
+    few = len(first) < _FEW and size < _FEW_BYTES
+    with Workers(0 if few else workers) as pool:
+        function = partial(prepare, options=options)
+        for item, result in pool.map(
+            function, itertools.chain(first, source), catch=(PictureError,), name=lambda item: item.file
+        ):
+            if isinstance(item, Found) and item.temporary and isinstance(item.data, Path):
+                item.data.unlink(missing_ok=True)
+            yield item, result
+
+
+def _members(item: Found, member: str, data: bytes | None, record: Mapping[str, Any]) -> dict[str, bytes]:
+    if data is None:
+        assert isinstance(item.data, bytes)
+        data = item.data
+    return {member: data, "json": json_bytes(record), **item.extra}
+
+
+def _whole_numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list) and len(value) == count and all(type(number) is int for number in value)
+
+
+def _counts(reasons: Counter[str]) -> str:
+    """ "7 smaller than 512 px, 5 no caption", the most frequent first."""
+    ordered = sorted(reasons.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {reason}" for reason, count in ordered[:_REASONS_SHOWN]]
+    if rest := sum(count for _, count in ordered[_REASONS_SHOWN:]):
+        shown.append(f"{rest} for other reasons")
+    return ", ".join(shown)

@@ -22,105 +22,45 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from data_tools.images import (
-    SUFFIXES,
-    PictureError,
-    decode_rgb,
-    encode_image,
-    fit,
-    parse_colour,
-    picture_format,
+from data_tools.images import SUFFIXES
+from data_tools.ingest.common import (
+    CAPTION_COLUMNS,
+    Found,
+    Options,
+    SetAside,
+    add_picture_arguments,
+    captions_of,
+    clean_captions,
+    ingest,
+    labels_of,
+    number_or_text,
 )
-from data_tools.ingest.common import RESERVED, add_output_arguments, check_quality, clean_captions, positive
-from data_tools.output import Rejects, claimed_folder
 from finetune import UserError
-from finetune.data.shards import Bucket, ShardWriter, json_bytes
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
-_CAPTION_COLUMNS = ("captions", "caption", "text")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools ingest folder`."""
     parser.add_argument("source", type=Path, metavar="DIR", help="folder of pictures")
-    parser.add_argument(
-        "--size", type=positive, metavar="N", help="resize the short side to N pixels and crop the centre"
-    )
-    formats = ("keep", "png", "webp", "jpg")
-    add_output_arguments(parser, formats, "default: keep the original bytes; png with --size")
+    add_picture_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools ingest folder`."""
-    check_quality(args.quality)
-    background = parse_colour(args.background)
-    if args.size and args.format == "keep":
-        raise UserError("--format keep and --size contradict each other; give --format png, webp or jpg")
+    options = Options.from_args(args)
     if not args.source.is_dir():
         raise UserError(f"no folder {args.source}; give the folder that holds the pictures")
-    member = args.format or ("png" if args.size else "keep")
     listing = scan(args.source)
-    rejects = Rejects()
-    without_caption: list[str] = []
-    with claimed_folder(args.out, args.overwrite) as out:
-        uniform = None if args.size else _uniform_size(args.source, listing.pictures)
-        with ShardWriter(out, "images", max_samples=args.shard_samples) as writer:
-            samples = 0
-            for number, name in enumerate(tqdm(listing.pictures, unit="picture", disable=None)):
-                try:
-                    data = (args.source / name).read_bytes()
-                    kept, record, data = _prepare(data, member, args.size, args.quality, background)
-                except (PictureError, OSError) as error:
-                    rejects.add(name, (isinstance(error, OSError) and error.strerror) or str(error))
-                    continue
-                captions, labels = listing.describe(args.source, name)
-                if not captions:
-                    without_caption.append(name)
-                record = {"captions": captions, "file": name, **record, **labels}
-                bucket: Bucket | None = (args.size, args.size) if args.size else uniform
-                writer.write(f"{number:09d}", {kept: data, "json": json_bytes(record)}, bucket)
-                samples += 1
-            for name in sorted(listing.metadata.keys() - set(listing.pictures)):
-                rejects.add(name, f"named in {listing.metadata[name].origin}, but no such picture")
-            rejects.require_some_left(samples, str(args.source))
-            rejects.save(out)
-            writer.finish()
-    if without_caption:
-        print(f"{len(without_caption)} pictures have no caption, the first is {without_caption[0]}")
-    print(f"{samples} pictures in {args.out}{rejects.summary(args.out)}")
-    return 0
+    return ingest(args, options, _found(args.source, listing), source=str(args.source), total=len(listing.pictures))
 
 
-def _prepare(
-    data: bytes, member: str, size: int | None, quality: int, background: tuple[int, int, int]
-) -> tuple[str, dict[str, Any], bytes]:
-    """(member name, part of the record, bytes) of a picture. It is always decoded: damage is found here."""
-    image = decode_rgb(data, background)
-    record: dict[str, Any] = {"original_size": [image.height, image.width]}
-    if member == "keep":
-        kept, _ = picture_format(data)
-        if kept is not None:
-            return kept, record, data
-        member = "png"
-    if size:
-        image, _, record["crop"] = fit(image, size, size)
-    return member, record, encode_image(image, member, quality)
-
-
-def _uniform_size(root: Path, pictures: list[str]) -> Bucket | None:
-    """The (height, width) that all pictures share, from their headers; None at the first that differs."""
-    size = None
-    for name in pictures:
-        try:
-            _, found = picture_format((root / name).read_bytes())
-        except (PictureError, OSError):
-            continue
-        if size is not None and found != size:
-            return None
-        size = found
-    return size
+def _found(root: Path, listing: Listing) -> Iterator[Found | SetAside]:
+    for number, name in enumerate(listing.pictures):
+        captions, labels = listing.describe(root, name)
+        yield Found(f"{number:09d}", name, root / name, {"captions": captions, "file": name, **labels})
+    for name in sorted(listing.metadata.keys() - set(listing.pictures)):
+        yield SetAside(name, f"named in {listing.metadata[name].origin}, but no such picture")
 
 
 # --- captions ---------------------------------------------------------------------------------------
@@ -177,12 +117,11 @@ def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
         name = row.pop("file_name", None)
         if not isinstance(name, str) or not name:
             raise UserError(f"{where} has no file_name; each row names its picture, relative to the file's folder")
-        captions: list[Any] = []
-        for column in _CAPTION_COLUMNS:
-            value = row.pop(column, None)
-            captions += value if isinstance(value, list) else [value]
+        captions = captions_of(row.pop(column, None) for column in CAPTION_COLUMNS)
         key = Path(os.path.normpath(path.parent / name)).as_posix()
-        labels = {column: value for column, value in row.items() if column not in RESERVED}
+        if path.suffix == ".csv":
+            row = {column: number_or_text(cell) for column, cell in row.items() if cell != ""}
+        labels = labels_of(row)
         known = metadata.setdefault(key, _Row(path.as_posix(), [], {}))  # a picture may have a row per caption
         known.captions = clean_captions([*known.captions, *captions])
         known.labels.update(labels)
