@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_tools import encode, inspect, preview, verify
-from data_tools.ingest import folder, iconify
+from data_tools.ingest import folder, iconify, tars
 from finetune import __version__, run_cli
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ _INGEST_EXAMPLES = """\
 examples:
   data-tools ingest folder photos --out shards/photos
   data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
+  data-tools ingest tars laion-art --out shards/laion-art --min-size 512
 """
 
 
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     for group, name, module in (
         (sources, "folder", folder),
         (sources, "iconify", iconify),
+        (sources, "tars", tars),
         (commands, "encode", encode),
         (commands, "verify", verify),
         (commands, "inspect", inspect),

@@ -1,0 +1,234 @@
+"""Make image shards from WebDataset tars: img2dataset's output, or anybody's.
+
+SOURCE is a folder (tars in it and below), a tar (also .tar.gz, .tgz), or a pattern such as
+'cc3m/{00000..00331}.tar'; several may be given. A sample's picture is its jpg, png or webp member, or the one that
+--picture names; its captions stand in its json (captions, caption or text) or else its txt; a number or name in
+its cls becomes the label `class`. Other json fields are kept as labels, and other members (mask.png, depth.npy,
+...) are carried over as they are.
+
+Where img2dataset left NNNNN.parquet beside NNNNN.tar, its columns are kept as labels too, and both are held against
+each other: a row without a sample, or a sample without a row, is set aside. Downloads that failed are counted.
+
+Pictures keep their bytes unless --size or --format is given. What can't be used, damaged tars too, is listed in
+SHARDS/rejects.jsonl, and the rest goes on.
+
+examples:
+  data-tools ingest tars laion-art --out shards/laion-art --min-size 512 --where 'aesthetic > 6'
+  data-tools ingest tars 'depth/{000..099}.tar' --picture rgb.png --out shards/depth
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from data_tools.images import SUFFIXES
+from data_tools.ingest.common import (
+    CAPTION_COLUMNS,
+    Found,
+    Options,
+    SetAside,
+    add_picture_arguments,
+    captions_of,
+    ingest,
+    labels_of,
+    number_or_text,
+)
+from data_tools.pictures import safe_key
+from data_tools.tars import TarSample, iter_tar, printable
+from finetune import UserError
+from finetune.data.shards import IMAGE_MEMBERS
+
+_TARS = (".tar", ".tar.gz", ".tgz")
+_TEXTS = ("txt", "text", "caption")
+_OTHER_PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES if suffix[1:] not in IMAGE_MEMBERS))
+# img2dataset's notes of the download. `original_size` says what its original_height and original_width do.
+_NOT_LABELS = (*CAPTION_COLUMNS, "key", "status", "error_message", "exif", "original_height", "original_width")
+_MAX_PATTERN = 1_000_000  # names that one pattern may stand for
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `data-tools ingest tars`."""
+    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="folder of tars, tar, or pattern")
+    parser.add_argument("--picture", metavar="MEMBER", help="member that is the picture, such as rgb.png")
+    add_picture_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `data-tools ingest tars`."""
+    options = Options.from_args(args)
+    tars = find_tars(args.sources, args.out)
+    names = tar_names(tars)
+    failed: Counter[str] = Counter()
+    items = itertools.chain.from_iterable(
+        _tar(tar, name, args.picture and args.picture.lower().lstrip("."), failed)
+        for tar, name in zip(tars, names, strict=True)
+    )
+    code = ingest(args, options, items, source=" ".join(args.sources))
+    if failed:
+        listed = ", ".join(f"{count} {status}" for status, count in failed.most_common())
+        print(f"{failed.total()} rows of img2dataset's parquet have no picture ({listed})")
+    return code
+
+
+def find_tars(sources: Iterable[str], out: Path) -> list[Path]:
+    """The tars that the sources name, each once, in the order of their paths; those in `out` are no source.
+
+    Raises:
+        UserError: a source names none.
+    """
+    tars: dict[str, Path] = {}
+    for source in sources:
+        if re.match(r"[a-z0-9+]+:", source, re.IGNORECASE) and not Path(source).exists():
+            raise UserError(f"{source} is not on this machine; copy the tars here first")
+        path = Path(source)
+        if path.is_dir():
+            found = list(_below(path, out))
+            if not found:
+                raise UserError(f"no tars in {source}; give the folder that holds them")
+        elif path.exists():
+            found = [path]
+        else:
+            found = _matches(source)
+        for tar in found:
+            tars.setdefault(os.path.realpath(tar), tar)
+    return sorted(tars.values())
+
+
+def _below(root: Path, out: Path) -> Iterator[Path]:
+    for folder, folders, names in os.walk(root):
+        if os.path.realpath(folder) == os.path.realpath(out):
+            folders.clear()
+        else:
+            yield from (Path(folder) / name for name in names if name.endswith(_TARS) and not name.startswith("."))
+
+
+def _matches(pattern: str) -> list[Path]:
+    from braceexpand import braceexpand
+
+    try:
+        names = list(itertools.islice(braceexpand(pattern), _MAX_PATTERN))
+    except ValueError:  # unbalanced braces
+        names = [pattern]
+    found: list[Path] = []
+    for name in names:
+        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        if not matches or not Path(matches[0]).exists():
+            raise UserError(f"no file {name}; give a folder, a tar, or a pattern such as 'data/{{000..099}}.tar'")
+        found += map(Path, matches)
+    return found
+
+
+def tar_names(tars: list[Path]) -> list[str]:
+    """What keys of each tar begin with: its path without suffix, relative to the folder that all share."""
+    common = os.path.commonpath([os.path.realpath(tar.parent) for tar in tars])
+    names = [Path(os.path.relpath(os.path.realpath(tar.parent), common)) / tar.name for tar in tars]
+    return [re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.as_posix()) for name in names]
+
+
+def _tar(path: Path, name: str, picture: str | None, failed: Counter[str]) -> Iterator[Found | SetAside]:
+    """The samples of one tar, joined with img2dataset's rows of them."""
+    rows: dict[str, dict[str, Any]] | None = None
+    table = path.with_name(path.name.partition(".")[0] + ".parquet")
+    if table.is_file():
+        try:
+            rows = _rows(table, failed)
+        except Exception as error:  # pyarrow has an error of its own for each layer
+            what = str(error).partition("\n")[0] or type(error).__name__
+            yield SetAside(table.name, f"can't be read ({what}); the samples' own records were used")
+    for item in iter_tar(path):
+        if not isinstance(item, TarSample):
+            if rows is not None and item.key is not None:
+                rows.pop(item.key, None)
+            yield SetAside(item.where, item.reason)
+            continue
+        row: dict[str, Any] | None = {}
+        if rows is not None and (row := rows.pop(item.key, None)) is None:
+            yield SetAside(
+                f"{path.name}: {printable(item.key)}", f"no such key in {table.name}, or no success there"
+            )
+            continue
+        yield _sample(
+            f"{path.name}: {printable(item.key)}", safe_key(name, item.key), item.members, row or {}, picture
+        )
+    for key in rows or ():
+        yield SetAside(f"{path.name}: {printable(key)}", f"a success in {table.name}, but not in the tar")
+
+
+def _rows(table: Path, failed: Counter[str]) -> dict[str, dict[str, Any]] | None:
+    """Rows that say success, by key; None for a parquet that isn't img2dataset's. Others are counted by error."""
+    from pyarrow import parquet
+
+    rows = {}
+    with parquet.ParquetFile(table) as file:
+        if not {"key", "status"} <= set(file.schema_arrow.names):
+            return None
+        counts: Counter[str] = Counter()
+        for batch in file.iter_batches(batch_size=1024):
+            for row in batch.to_pylist():
+                if row["status"] == "success":
+                    rows[str(row["key"])] = row
+                else:
+                    counts[str(row["status"])] += 1
+    failed += counts
+    return rows
+
+
+def _sample(
+    where: str, key: str, members: dict[str, bytes], row: dict[str, Any], picture: str | None
+) -> Found | SetAside:
+    members = dict(members)
+    if picture is not None:
+        chosen = [picture] if picture in members else []
+    else:
+        chosen = [name for name in IMAGE_MEMBERS if name in members]
+        chosen = chosen or [name for name in _OTHER_PICTURES if name in members]
+    if not chosen:
+        has = printable(", ".join(sorted(members)))
+        return SetAside(where, f"no {picture or 'picture'}" + (f" (members: {has})" if has else ""))
+    if len(chosen) > 1:
+        return SetAside(where, f"several pictures ({', '.join(chosen)}); give --picture")
+    data = members.pop(chosen[0])
+    record: Any = {}
+    if (text := members.pop("json", None)) is not None:
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            return SetAside(where, f"json is not JSON ({error})")
+        if not isinstance(record, dict):
+            return SetAside(where, "json is no object")
+    row = {**row, **{name: value for name, value in record.items() if value is not None}}
+    captions = captions_of(row.get(column) for column in CAPTION_COLUMNS)
+    texts = [members.pop(name) for name in _TEXTS if name in members]
+    if not captions:
+        captions = captions_of(text.decode("utf-8-sig", "replace") for text in texts)
+    labels = labels_of(row, _NOT_LABELS)
+    if (label := members.pop("cls", None)) is not None and "class" not in labels:
+        labels["class"] = number_or_text(label.decode("utf-8", "replace").strip())
+    size = row.get("original_size") or [row.get("original_height"), row.get("original_width")]
+    if isinstance(size, list) and len(size) == 2 and all(type(side) is int and side > 0 for side in size):
+        labels["original_size"] = size
+    if isinstance(row.get("crop"), list):
+        labels["crop"] = row["crop"]
+    extra: dict[str, bytes] = {}
+    for name, content in members.items():
+        safe = member_name(name)
+        if safe in extra:
+            return SetAside(where, f"two members have the name {safe}")
+        extra[safe] = content
+    return Found(key, where, data, {"captions": captions, **labels}, extra)
+
+
+def member_name(name: str) -> str:
+    """A name that shards can hold: lower-case words joined by dots, and none that means the picture."""
+    words = [re.sub(r"[^a-z0-9_-]", "-", word) for word in name.lower().split(".") if word]
+    safe = ".".join(words) or "member"
+    return f"other.{safe}" if safe in (*IMAGE_MEMBERS, "json") else safe

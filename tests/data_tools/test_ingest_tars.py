@@ -1,0 +1,286 @@
+"""Tars: WebDataset's of any kind, img2dataset's with its parquet, and what in them can't be used."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_tools.images import decode_rgb
+from data_tools.ingest.tars import find_tars, member_name, tar_names
+from finetune import UserError
+from finetune.data.shards import ShardSet, verify
+from tests.data_tools.conftest import Result, encoded, smooth_picture
+
+Cli = Callable[..., Result]
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def jpeg(seed: int, height: int = 24, width: int = 32) -> bytes:
+    return encoded(smooth_picture(seed, height, width), "JPEG", quality=90)
+
+
+def samples(root: Path) -> dict[str, dict[str, Any]]:
+    shards = ShardSet.open(root, "images")
+    rows = {}
+    for i in range(len(shards)):
+        row = shards.read(i)
+        rows[row.pop("__key__")] = {
+            name: json.loads(data) if name == "json" and isinstance(data, bytes) else data
+            for name, data in row.items()
+        }
+    return rows
+
+
+def rejects(root: Path) -> dict[str, str]:
+    rows = map(json.loads, (root / "rejects.jsonl").read_text().splitlines())
+    return {row["file"]: row["reason"] for row in rows}
+
+
+def test_members_become_what_they_mean(cli: Cli, tmp_path: Path) -> None:
+    mask, depth = encoded(smooth_picture(1, 24, 32).convert("L")), b"\x93NUMPY and so on"
+    write_tar(
+        tmp_path / "in" / "a.tar",
+        {
+            "one.jpg": jpeg(1),
+            "one.json": json.dumps({"caption": " a  cat ", "aesthetic": 6.5, "bad": float("nan")}).encode(),
+            "one.txt": b"not this one",
+            "one.mask.png": mask,
+            "one.Depth Map.npy": depth,
+            "dir/two.PNG": encoded(smooth_picture(2, 24, 32)),
+            "dir/two.txt": "\ufeffa dog\n".encode(),
+            "dir/two.cls": b"7\n",
+            "three.gif": encoded(smooth_picture(3, 24, 32).quantize(), "GIF"),
+            "three.cls": b"tabby cat",
+            "four.txt": b"no picture",
+            "five.jpg": b"broken",
+            "six.jpg": jpeg(6),
+            "six.png": encoded(smooth_picture(6, 24, 32)),
+            "seven.jpg": jpeg(7),
+            "seven.json": b"{",
+            "../../eight.jpg": jpeg(8),
+        },
+    )
+    out = tmp_path / "out"
+    result = cli("ingest", "tars", tmp_path / "in", "--out", out)
+    assert result.code == 0, result.err
+    assert "4 pictures in" in result.out
+    rows = samples(out)
+    keys = list(rows)
+    assert keys[0] == "a_one"
+    one, two, three, eight = rows.values()
+    assert one["jpg"] == jpeg(1)
+    assert one["json"] == {"captions": ["a cat"], "original_size": [24, 32], "aesthetic": 6.5}
+    assert (one["mask.png"], one["depth-map.npy"]) == (mask, depth)
+    assert two["json"] == {"captions": ["a dog"], "original_size": [24, 32], "class": 7}
+    assert three["json"] == {"captions": [], "original_size": [24, 32], "class": "tabby cat"}
+    want = np.asarray(smooth_picture(3, 24, 32).quantize().convert("RGB"))
+    np.testing.assert_array_equal(np.asarray(decode_rgb(three["png"])), want)
+    assert eight["jpg"] == jpeg(8)
+    assert rejects(out) == {
+        "a.tar: four": "no picture (members: txt)",
+        "a.tar: five": "not a picture in a known format",
+        "a.tar: six": "several pictures (jpg, png); give --picture",
+        "a.tar: seven": rejects(out)["a.tar: seven"],
+    }
+    assert "json is not JSON" in rejects(out)["a.tar: seven"]
+    assert verify(out) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
+
+
+def test_the_picture_may_be_chosen(cli: Cli, tmp_path: Path) -> None:
+    files = {"a.rgb.png": encoded(smooth_picture(1, 9, 9)), "a.png": b"other", "a.json": b"{}", "b.png": b"x"}
+    write_tar(tmp_path / "x.tar", files)
+    assert cli("ingest", "tars", tmp_path / "x.tar", "--picture", "rgb.png", "--out", tmp_path / "out").code == 0
+    (row,) = samples(tmp_path / "out").values()
+    assert (row["png"], row["other.png"]) == (files["a.rgb.png"], b"other")
+    assert rejects(tmp_path / "out") == {"x.tar: b": "no rgb.png (members: png)"}
+
+
+def img2dataset(folder: Path, shard: int, rows: list[dict[str, Any]], lost: int | None = None) -> None:
+    """A tar and its parquet as img2dataset leaves them; `lost` is in the parquet alone."""
+    import pyarrow
+    from pyarrow import parquet
+
+    files = {}
+    for number, row in enumerate(rows):
+        row.setdefault("key", f"{shard:05d}{number:04d}")
+        row.setdefault("status", "success")
+        row.update(original_width=640, original_height=480, width=32, height=24, exif="{}")
+        if row["status"] == "success" and number != lost:
+            files[f"{row['key']}.jpg"] = jpeg(number)
+            files[f"{row['key']}.json"] = json.dumps({k: v for k, v in row.items() if k != "score"}).encode()
+            files[f"{row['key']}.txt"] = row["caption"].encode()
+    write_tar(folder / f"{shard:05d}.tar", files)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{shard:05d}.parquet")
+    (folder / f"{shard:05d}_stats.json").write_text("{}")
+
+
+def test_img2dataset_output_is_joined_with_its_parquet(cli: Cli, tmp_path: Path) -> None:
+    urls = [{"url": f"https://example.org/{n}.jpg", "caption": f"picture {n}", "score": n / 2} for n in range(6)]
+    urls[2]["status"], urls[2]["error_message"] = "failed_to_download", "HTTP Error 404"
+    urls[4]["status"] = "failed_to_resize"
+    img2dataset(tmp_path / "in", 0, urls[:5], lost=3)
+    img2dataset(tmp_path / "in", 1, urls[5:])
+    with tarfile.open(tmp_path / "in" / "00001.tar", "a") as tar:
+        info = tarfile.TarInfo("stray.jpg")
+        info.size = len(jpeg(1))
+        tar.addfile(info, io.BytesIO(jpeg(1)))
+    result = cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    assert (
+        "2 rows of img2dataset's parquet have no picture (1 failed_to_download, 1 failed_to_resize)" in result.out
+    )
+    rows = samples(tmp_path / "out")
+    assert list(rows) == ["00000_000000000", "00000_000000001", "00001_000010000"]
+    assert rows["00000_000000001"]["json"] == {
+        "captions": ["picture 1"],
+        "original_size": [480, 640],
+        "url": "https://example.org/1.jpg",
+        "score": 0.5,
+        "width": 32,
+        "height": 24,
+    }
+    assert "txt" not in rows["00000_000000001"]
+    assert rejects(tmp_path / "out") == {
+        "00000.tar: 000000003": "a success in 00000.parquet, but not in the tar",
+        "00001.tar: stray": "no such key in 00001.parquet, or no success there",
+    }
+
+
+def test_a_broken_parquet_and_a_foreign_one(cli: Cli, tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    write_tar(tmp_path / "in" / "a.tar", {"0.jpg": jpeg(0)})
+    write_tar(tmp_path / "in" / "b.tar", {"0.jpg": jpeg(1)})
+    (tmp_path / "in" / "a.parquet").write_bytes(b"PAR1 no more")
+    parquet.write_table(pyarrow.table({"other": [1]}), tmp_path / "in" / "b.parquet")
+    assert cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert len(samples(tmp_path / "out")) == 2
+    assert list(rejects(tmp_path / "out")) == ["a.parquet"]
+
+
+def test_damaged_tars_are_used_up_to_the_damage(cli: Cli, tmp_path: Path) -> None:
+    files = {f"{n}.jpg": jpeg(n) for n in range(4)}
+    path = write_tar(tmp_path / "in" / "cut.tar", files)
+    path.write_bytes(path.read_bytes()[:4000])
+    (tmp_path / "in" / "zipped.tgz").write_bytes(
+        gzip.compress(write_tar(tmp_path / "x.tar", {"z.jpg": jpeg(9)}).read_bytes())
+    )
+    (tmp_path / "in" / "junk.tar").write_bytes(b"junk" * 999)
+    assert cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    rows = samples(tmp_path / "out")
+    assert rows.pop("zipped_z")["jpg"] == jpeg(9)
+    assert rows
+    for key, row in rows.items():
+        assert row["jpg"] == files[f"{key.removeprefix('cut_')}.jpg"]
+    assert set(rejects(tmp_path / "out")) == {"cut.tar", "junk.tar"}
+
+
+def test_size_filters_and_masks(cli: Cli, tmp_path: Path) -> None:
+    files: dict[str, bytes] = {"0.mask.png": b"mask"}
+    for n, (height, width) in enumerate([(24, 32), (24, 32), (8, 32), (24, 90)]):
+        files[f"{n}.jpg"] = jpeg(n, height, width)
+        files[f"{n}.json"] = json.dumps({"caption": "a cat", "score": n}).encode()
+    write_tar(tmp_path / "a.tar", files)
+    args = ("--size", 16, "--min-size", 9, "--max-aspect", 3, "--where", "score < 1")
+    result = cli("ingest", "tars", tmp_path / "a.tar", "--out", tmp_path / "out", *args)
+    assert result.code == 0
+    assert (
+        "3 pictures left out by filters: 1 longer than 3:1, 1 not --where score < 1, 1 smaller than 9 px"
+        in result.out
+    )
+    assert "1 pictures have other members" in result.out
+    ((_, row),) = samples(tmp_path / "out").items()
+    assert decode_rgb(row["png"]).size == (16, 16)
+    assert row["json"]["crop"] == [0, 2, 16, 16]
+    assert not (tmp_path / "out" / "rejects.jsonl").exists()
+    result = cli("ingest", "tars", tmp_path / "a.tar", "--out", tmp_path / "none", "--min-size", 99)
+    assert (result.code, "the filters leave none" in result.err) == (2, True)
+    assert "4 smaller than 99 px" in result.err
+
+
+def test_our_own_shards_come_through_unchanged(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    cli("ingest", "folder", photos, "--out", tmp_path / "a", "--size", 16)
+    cli("ingest", "tars", tmp_path / "a", "--out", tmp_path / "b")
+    first, second = samples(tmp_path / "a"), samples(tmp_path / "b")
+    for (key, was), (name, row) in zip(first.items(), second.items(), strict=True):
+        assert name == f"00000_{key}"
+        assert row["png"] == was["png"]
+        assert row["json"] == {k: v for k, v in was["json"].items() if k != "file"}
+    assert ShardSet.open(tmp_path / "b").bucket_sizes == {(16, 16): 6}
+
+
+def test_many_pictures_go_through_workers_with_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
+    files = {f"{n}.jpg": jpeg(n) if n % 7 else b"broken" for n in range(100)}
+    write_tar(tmp_path / "a.tar", files)
+    for workers in (0, 2):
+        out = tmp_path / str(workers)
+        result = cli("ingest", "tars", tmp_path / "a.tar", "--out", out, "--workers", workers, "--format", "webp")
+        assert "85 pictures in" in result.out
+    names = sorted(path.name for path in (tmp_path / "0").iterdir())
+    assert "rejects.jsonl" in names
+    for name in names:
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+
+
+def test_sources(tmp_path: Path) -> None:
+    paths = [write_tar(tmp_path / name, {}) for name in ("a/00.tar", "a/01.tar", "b/00.tar", "b/c/02.tgz")]
+    out = tmp_path / "b" / "out"
+    write_tar(out / "00000.tar", {})
+    (tmp_path / "a" / ".hidden.tar").touch()
+    assert find_tars([str(tmp_path)], out) == paths
+    assert tar_names(paths) == ["a/00", "a/01", "b/00", "b/c/02"]
+    assert tar_names(paths[:2]) == ["00", "01"]
+    assert find_tars([f"{tmp_path}/a/{{00..01}}.tar"], out) == paths[:2]
+    assert find_tars([f"{tmp_path}/*/00.tar", f"{tmp_path}/a/00.tar"], out) == [paths[0], paths[2]]
+    assert find_tars([str(paths[3]), f"{tmp_path}/a"], out) == [*paths[:2], paths[3]]
+    for source, says in [
+        (f"{tmp_path}/a/{{00..02}}.tar", "no file"),
+        (f"{tmp_path}/x*.tar", "no file"),
+        ("s3://bucket/a.tar", "not on this machine"),
+    ]:
+        with pytest.raises(UserError, match=says):
+            find_tars([source], out)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no tars in"):
+        find_tars([str(tmp_path / "empty")], out)
+
+
+def test_keys_of_tars_with_one_name_differ(cli: Cli, tmp_path: Path) -> None:
+    for folder in "ab":
+        write_tar(tmp_path / folder / "00000.tar", {"0.jpg": jpeg(ord(folder))})
+    cli("ingest", "tars", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out")
+    assert len(samples(tmp_path / "out")) == 2
+    assert verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("mask.png", "mask.png"), ("png", "other.png"), ("json", "other.json"), ("A b.NPY", "a-b.npy"), 
+        ("..", "member"), ("ä/\x00", "---"),
+    ],
+)  # fmt: skip
+def test_member_names(name: str, safe: str) -> None:
+    from finetune.data.shards.files import MEMBER
+
+    assert member_name(name) == safe
+    assert MEMBER.fullmatch(safe)
