@@ -275,7 +275,7 @@ def test_keys_of_tars_with_one_name_differ(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "safe"),
     [
-        ("mask.png", "mask.png"), ("png", "other.png"), ("json", "other.json"), ("A b.NPY", "a-b.npy"), 
+        ("mask.png", "mask.png"), ("png", "other.png"), ("json", "other.json"), ("A b.NPY", "a-b.npy"),
         ("..", "member"), ("ä/\x00", "---"),
     ],
 )  # fmt: skip
