@@ -5,16 +5,24 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import UserError
-from finetune.data.shards import MANIFEST, Manifest, ShardError, write_atomic
+from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError, write_atomic
 
 REJECTS = "rejects.jsonl"
 SOURCE = "SOURCE.json"
-_LOCK = ".lock"
+LOCK = ".lock"
+JOB = "encode.json"
+WORK = ".work"
+"""The folder inside a set of latents where `encode` keeps what isn't finished."""
+
+_LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
+_FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT)
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
 
 
@@ -25,27 +33,78 @@ def claimed_folder(out: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         UserError: `out` is a file, is not empty (without `overwrite`), or another process is writing there.
     """
+    with lock_folder(out, shared=False):
+        clear_folder(out, overwrite)
+        yield out
+
+
+@contextlib.contextmanager
+def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
+    """Create `out` and hold byte 0 of its lock file, alone or with others who share it; gives the open file.
+
+    These are POSIX locks: they work on network file systems, belong to the process, and end with it. The last to
+    leave deletes the file.
+
+    Raises:
+        UserError: `out` is a file or can't be written to, or another process holds it.
+    """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = (out / _LOCK).open("w")
-    except (PermissionError, NotADirectoryError) as error:
-        raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder") from None
-    with lock:
+    path = out / LOCK
+    while True:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except (PermissionError, NotADirectoryError) as error:
+            raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder") from None
+        try:
+            fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1, 0)
+        except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another one holds
+            os.close(lock)
             raise UserError(f"{out} is in use by another process; wait for it or choose another folder") from None
-        try:
-            _empty(out, overwrite)
-            yield out
-        finally:
-            (out / _LOCK).unlink(missing_ok=True)
+        except OSError as error:
+            os.close(lock)
+            raise UserError(
+                f"{out}: its file system has no POSIX locks ({error.strerror}); choose another"
+            ) from None
+        if _same_file(lock, path):
+            break
+        os.close(lock)  # its last user deleted it just now
+    try:
+        yield lock
+    finally:
+        with contextlib.suppress(OSError):
+            # One leaves at a time: of two that leave at once, neither would be alone.
+            fcntl.lockf(lock, fcntl.LOCK_EX, 1, _LEAVING)
+            if is_alone(lock) and _same_file(lock, path):
+                path.unlink()
+        os.close(lock)
 
 
-def _empty(out: Path, overwrite: bool) -> None:
-    names = sorted(path.name for path in out.iterdir() if path.name != _LOCK)
+def is_alone(lock: int) -> bool:
+    """Whether no other process shares the lock that `lock_folder` gave."""
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+    except (BlockingIOError, PermissionError):
+        return False
+    fcntl.lockf(lock, fcntl.LOCK_SH, 1, 0)
+    return True
+
+
+def _same_file(lock: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def clear_folder(out: Path, overwrite: bool) -> None:
+    """Delete a set of ours from a folder; the files of others stay.
+
+    Raises:
+        UserError: the folder isn't empty, and `overwrite` is not given.
+    """
+    names = sorted(path.name for path in out.iterdir() if path.name != LOCK)
     if names and not overwrite:
         if MANIFEST in names:
             try:
@@ -53,12 +112,16 @@ def _empty(out: Path, overwrite: bool) -> None:
                 what = f"already holds a finished set of {done.samples} samples ({done.kind})"
             except ShardError:
                 what = f"already holds a {MANIFEST}"
+        elif WORK in names:
+            what = "holds latents that are not finished (run the same `data-tools encode` again)"
         else:
             what = f"is not empty ({names[0]})"
         raise UserError(f"{out} {what}; choose another folder or give --overwrite")
     # The manifest goes first: a set half deleted must not look whole. Files that aren't ours stay.
     for name in sorted(names, key=lambda name: name != MANIFEST):
-        if name in (MANIFEST, REJECTS, SOURCE) or _OURS.fullmatch(name):
+        if name == WORK:
+            shutil.rmtree(out / name)
+        elif name in _FILES or _OURS.fullmatch(name):
             (out / name).unlink()
 
 

@@ -6,18 +6,16 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_tools.output import WORK
 from data_tools.tars import TarSample, Unreadable, iter_tar
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet
 
-__all__ = ["WORK", "Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
-
-WORK = ".work"
-"""The folder inside a set of latents where `encode` keeps what isn't finished."""
+__all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
 
 _MEMBERS = (*IMAGE_MEMBERS, "json", "txt")
 # What img2dataset notes of the download, not of the picture.
@@ -49,7 +47,7 @@ class PictureSource:
     root: Path
     samples: int | None
     bucket: Bucket | None
-    shards: ShardSet | None = field(default=None, repr=False, compare=False)
+    shards: ShardSet | None = None
 
     @classmethod
     def open(cls, root: Path) -> PictureSource:

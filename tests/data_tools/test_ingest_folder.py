@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -183,8 +184,12 @@ def test_the_output_folder_is_respected(cli: Cli, photos: Path, tmp_path: Path) 
     assert cli("ingest", "folder", photos, "--out", out, "--overwrite").code == 0
     assert len(ShardSet.open(out)) == 5
     assert (out / "notes.md").read_text() == "mine"
-    with (out / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    hold = "import sys; from data_tools.output import lock_folder; from pathlib import Path\n"
+    hold += "with lock_folder(Path(sys.argv[1]), shared=False): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(out)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
         result = cli("ingest", "folder", photos, "--out", out, "--overwrite")
         assert (result.code, "in use by another process" in result.err) == (2, True)
     assert len(ShardSet.open(out)) == 5

@@ -1,0 +1,28 @@
+"""Encode image shards to latent shards: what the VAE says of each picture, once and for all.
+
+SHARDS is a folder that `data-tools ingest` made, or any folder of WebDataset tars (pictures with .txt or
+.json). Each picture is resized to cover its bucket and cropped. The bucket is the square of --size, by default
+the pictures' own size if they share one, or with --aspect-buckets the one of nearest aspect from a table of
+shapes with about size x size pixels. A latent shard keeps the mean and standard deviation of the posterior,
+float16, unscaled, and a record {"captions", "original_size": [h, w], "crop": [top, left, h, w], "flipped"} for
+each sample. The crop is in pixels of the resized picture, mirrored if "flipped" is true. Boxes and other
+places in a record stay those of the picture as it came in. Pictures that can't be decoded are listed in
+LATENTS/rejects.jsonl and the rest goes on.
+
+It may be killed at any moment: the same command goes on, and comes to the same bytes. Any number of processes
+on any number of machines that share the folder work together, each on shards of its own, under torchrun,
+accelerate launch or srun, or just by the same command given again. --workers, --device and the number of
+processes don't matter to the result (but for the last bits where machines compute differently); all other
+settings must be the same. While it works the disk holds the latents once, and a shard more for each process.
+
+examples:
+  data-tools encode shards/photos --vae models/vae --out latents/photos
+  data-tools encode shards/photos --vae stabilityai/sdxl-vae --size 1024 --aspect-buckets sdxl \\
+      --dtype bfloat16 --out latents/photos
+  torchrun --nproc-per-node 8 -m data_tools encode shards/photos --vae models/vae --size 512 --out latents/photos
+  srun data-tools encode shards/photos --vae models/vae --size 512 --out latents/photos
+"""
+
+from data_tools.encode.command import add_arguments, add_device_argument, choose_device, run
+
+__all__ = ["add_arguments", "add_device_argument", "choose_device", "run"]

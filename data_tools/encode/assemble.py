@@ -1,0 +1,230 @@
+"""From parts to shards: who goes where is planned once, then the shards are copied together by all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_tools.encode.parts import Part, bin_name, folder_of, read_runs
+from data_tools.encode.work import Work
+from data_tools.output import REJECTS
+from finetune import UserError
+from finetune.data.shards import Bucket, ShardInfo
+from finetune.data.shards.files import naming
+from finetune.data.shards.writer import write_shard
+
+SHARD_BYTES = 1 << 30
+_KEYS_AT_A_TIME = 1 << 23  # hashes that are compared at a time: 64 MiB, twice
+
+
+@dataclass
+class Plan:
+    """The shards to be. `runs` are (unit, first row, end) in the shard's bucket of the unit's part."""
+
+    shards: list[dict[str, Any]]  # bucket (its number), samples, runs
+    samples: int
+    seen: int
+    excluded: int
+    redone: int
+    enlarged: int
+    filtered: dict[str, int]
+    rejects: int
+    repeats: list[list[str]] = field(default_factory=list)  # rejects found by planning
+    buckets: dict[str, int] = field(default_factory=dict)
+    crop_loss: dict[str, float] = field(default_factory=dict)  # summed over the samples
+    latents: list[Any] = field(default_factory=list)  # `RunningMoments.summary`
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard."""
+    return f"{number:05d}.tar"
+
+
+def make_plan(
+    work: Work, units: Sequence[str], max_samples: int, summarise: Callable[[list[dict[str, Any]]], list[Any]]
+) -> None:
+    """Decide which samples make up which shard, and publish it.
+
+    Shards are numbered by bucket; each takes a bucket's samples in the order of the units, up to `max_samples` or
+    `SHARD_BYTES`. A key that was in an earlier unit is set aside.
+
+    Args:
+        summarise: the units' statistics to those of the set; [] where there are no samples.
+    """
+    parts = [Part.load(work, unit) for unit in range(len(units))]
+    total = Plan([], 0, 0, 0, 0, 0, {}, 0)
+    for part in parts:
+        tally = part.tally
+        total.seen += tally.seen
+        total.excluded += tally.excluded
+        total.redone += tally.redone
+        total.enlarged += tally.enlarged
+        total.rejects += len(tally.rejects)
+        for reason, count in tally.filtered.items():
+            total.filtered[reason] = total.filtered.get(reason, 0) + count
+        for bucket, loss in tally.crop_loss.items():
+            total.crop_loss[bucket] = total.crop_loss.get(bucket, 0.0) + loss
+    dropped = _repeats(parts, units, total)
+    for number in sorted({int(bucket) for part in parts for bucket in part.tally.buckets}):
+        start = len(total.shards)
+        total.shards += _cut(parts, number, max_samples, dropped)
+        total.buckets[str(number)] = sum(shard["samples"] for shard in total.shards[start:])
+    total.samples = sum(total.buckets.values())
+    total.latents = summarise([part.tally.moments for part in parts])
+    total.filtered = dict(sorted(total.filtered.items()))
+    work.publish("plan.json", asdict(total))
+
+
+def _cut(
+    parts: list[Part], bucket: int, max_samples: int, dropped: dict[tuple[int, int], list[int]]
+) -> list[dict[str, Any]]:
+    shards: list[dict[str, Any]] = []
+    room_samples = room_bytes = 0
+    for unit, part in enumerate(parts):
+        if str(bucket) not in part.tally.buckets:
+            continue
+        lengths = part.rows(bucket)[:, 1]
+        gone = dropped.get((unit, bucket), [])
+        for first, end in _between(len(lengths), gone):
+            row = first
+            while row < end:
+                if room_samples <= 0 or room_bytes <= 0:
+                    shards.append({"bucket": bucket, "samples": 0, "runs": []})
+                    room_samples, room_bytes = max_samples, SHARD_BYTES
+                ends = np.cumsum(lengths[row : min(end, row + room_samples)])
+                count = min(int(np.searchsorted(ends, room_bytes)) + 1, len(ends))
+                shards[-1]["runs"].append([unit, row, row + count])
+                shards[-1]["samples"] += count
+                room_samples -= count
+                room_bytes -= int(ends[count - 1])
+                row += count
+    return shards
+
+
+def _between(count: int, gone: list[int]) -> Iterator[tuple[int, int]]:
+    """The stretches of 0..count-1 without `gone`, which is sorted."""
+    first = 0
+    for row in [*gone, count]:
+        if row > first:
+            yield first, row
+        first = row + 1
+
+
+def _repeats(parts: list[Part], units: Sequence[str], plan: Plan) -> dict[tuple[int, int], list[int]]:
+    """Rows by (unit, bucket) whose key was in an earlier unit: hashes first, and only suspects by their name.
+
+    Keys within a unit differ: who writes a part sees to that.
+    """
+    total = sum(sum(part.tally.buckets.values()) for part in parts)
+    passes = -(-total // _KEYS_AT_A_TIME)
+    suspects: list[np.ndarray] = []
+    for number in range(passes):  # each looks at the hashes with one remainder, so memory is bounded
+        some = [keys[keys % np.uint64(passes) == number] for keys in (part.keys() for part in parts)]
+        values, counts = np.unique(np.concatenate(some), return_counts=True)
+        suspects.append(values[counts > 1])
+    dropped: dict[tuple[int, int], list[int]] = {}
+    if not any(map(len, suspects)):
+        return dropped
+    sought = np.concatenate(suspects)
+    first: dict[str, int] = {}
+    for unit, part in enumerate(parts):
+        for position in np.flatnonzero(np.isin(part.keys(), sought)).tolist():
+            bucket, row = part.place(position)
+            key = part.key(bucket, row)
+            if key in first:
+                dropped.setdefault((unit, bucket), []).append(row)
+                where = units[first[key]]
+                plan.repeats.append([key, f"the key in {units[unit]} is also in {where}; keys must differ"])
+            first.setdefault(key, unit)
+    return dropped
+
+
+def write_one(work: Work, plan: Plan, table: Sequence[Bucket], number: int) -> None:
+    """Copy one shard together, publish it, and delete what of the parts no other shard needs."""
+    shard = plan.shards[number]
+    bucket = shard["bucket"]
+
+    def runs() -> Iterator[tuple[bytes, np.ndarray]]:
+        for unit, first, end in shard["runs"]:
+            part = Part.load(work, unit)
+            yield from read_runs(part.folder, part.rows(bucket)[first:end], bucket)
+
+    info = write_shard(work.out, shard_name(number), table[bucket], runs())
+    work.publish(f"shards/{number:05d}.json", asdict(info))
+    done = work.numbers("shards")
+    waiting = {
+        run[0] for other in _neighbours(plan, number) if other not in done for run in plan.shards[other]["runs"]
+    }
+    for unit in {run[0] for run in shard["runs"]} - waiting:
+        (folder_of(work, unit) / bin_name(bucket)).unlink(missing_ok=True)
+
+
+def _neighbours(plan: Plan, number: int) -> Iterator[int]:
+    """The shards of the same bucket that share a unit with this one. Units ascend along a bucket's shards."""
+    shard = plan.shards[number]
+    for step, edge in ((-1, 0), (1, -1)):
+        other = number + step
+        unit = shard["runs"][edge][0]
+        while 0 <= other < len(plan.shards) and plan.shards[other]["bucket"] == shard["bucket"]:
+            if all(run[0] != unit for run in plan.shards[other]["runs"]):
+                break
+            yield other
+            other += step
+
+
+def load_plan(work: Work) -> Plan:
+    """The published plan."""
+    return Plan(**work.read("plan.json"))
+
+
+def load_shards(work: Work, plan: Plan) -> list[ShardInfo]:
+    """What was published of all shards, in their order."""
+    rows = [work.read(f"shards/{number:05d}.json") for number in range(len(plan.shards))]
+    return [ShardInfo(**{**row, "bucket": tuple(row["bucket"])}) for row in rows]
+
+
+def write_rejects(work: Work, plan: Plan, units: int) -> None:
+    """rejects.jsonl, one object a line (file, reason), in the order of the units; none if nothing was set aside."""
+    path = work.out / REJECTS
+    if not plan.rejects and not plan.repeats:
+        path.unlink(missing_ok=True)
+        return
+    temporary = path.with_name(f".{path.name}.tmp")
+    with naming(path), temporary.open("w", encoding="utf-8") as file:
+        for file_name, reason in _rejects(work, plan, units):
+            file.write(json.dumps({"file": file_name, "reason": reason}, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def require_samples(work: Work, plan: Plan, units: int, source: Path) -> None:
+    """Refuse to finish an empty set.
+
+    Raises:
+        UserError: there are no samples; says what became of the pictures.
+    """
+    if plan.samples:
+        return
+    with contextlib.suppress(StopIteration):
+        where, reason = next(_rejects(work, plan, units))
+        raise UserError(f"none of {plan.seen} pictures in {source} can be used; the first, {where}: {reason}")
+    if plan.filtered:
+        reason, count = max(plan.filtered.items(), key=lambda item: item[1])
+        raise UserError(f"none of {plan.seen} pictures in {source} passes the filters ({count}: {reason})")
+    if plan.excluded:
+        raise UserError(f"all of {plan.seen} pictures in {source} are excluded")
+    raise UserError(f"no pictures in {source}; nothing was written")
+
+
+def _rejects(work: Work, plan: Plan, units: int) -> Iterator[list[str]]:
+    for unit in range(units):
+        yield from Part.load(work, unit).tally.rejects
+    yield from plan.repeats

@@ -1,0 +1,192 @@
+"""Pictures to moments, captions to states: the part of `encode` that runs on the accelerator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data_tools.encode.prepare import Prepared
+from finetune import UserError
+from finetune.data.shards import Bucket, TextInfo
+from finetune.data.shards.files import npy_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+_CAPTIONS_AT_A_TIME = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one bucket; on a machine with a GPU the pixels are in pinned memory."""
+
+    bucket: Bucket
+    samples: list[Prepared]
+    pixels: torch.Tensor  # uint8 [B, H, W, 3]
+
+
+def stack(bucket: Bucket, samples: list[Prepared], pin: bool) -> Batch:
+    """Prepared pictures as a batch."""
+    import torch
+
+    pixels_BHW3 = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    return Batch(bucket, samples, pixels_BHW3.pin_memory() if pin else pixels_BHW3)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A batch under way; its results are there when `ready` is."""
+
+    batch: Batch
+    moments: torch.Tensor  # float16 [B, 2C, h, w]
+    states: torch.Tensor | None  # float16 [captions, L, D]
+    ready: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One picture's results: float16 moments [2C, h, w], None if they are not finite; the states' bytes, if any."""
+
+    sample: Prepared
+    moments: np.ndarray | None
+    states: bytes | None
+
+
+class TextCache:
+    """A text encoder whose states, float16 [captions, L, D], are kept with the latents.
+
+    They are those that training computes: the same functions, in float32.
+    """
+
+    def __init__(self, source: str, device: torch.device, root: Any) -> None:
+        from finetune.models.text import load_text, text_info
+
+        self.tokenizer: CLIPTokenizer
+        self.model: CLIPTextModel
+        self.tokenizer, model = load_text(source)
+        self.info: TextInfo = text_info(self.tokenizer, model, source, root)
+        self.model = model.to(device).requires_grad_(False)
+
+    def states(self, captions: Sequence[str]) -> torch.Tensor:
+        """Float16 [captions, L, D] on the device."""
+        import torch
+
+        from finetune.models.text import encode_text, tokenize
+
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(captions), _CAPTIONS_AT_A_TIME):
+                ids_BL = tokenize(self.tokenizer, captions[start : start + _CAPTIONS_AT_A_TIME])
+                ids_BL = ids_BL.to(self.model.device)
+                parts.append(encode_text(self.model, ids_BL, self.tokenizer.pad_token_id).half())
+        return torch.cat(parts)
+
+    def empty(self) -> bytes:
+        """The states of the empty caption, [L, D], as a .npy file.
+
+        Raises:
+            UserError: they are not finite in float16.
+        """
+        states_LD = self.states([""])[0].cpu().numpy()
+        if not np.isfinite(states_LD).all():
+            raise UserError(f"the states of {self.info.source} are not finite in float16; don't cache them")
+        return npy_bytes(states_LD)
+
+
+def captions_of(sample: Prepared) -> list[str]:
+    """The captions whose states are kept, one row each; the empty one for a sample without."""
+    return sample.record.get("captions") or [""]
+
+
+class Encoder:
+    """Batches to results. What overflows (SDXL's VAE in float16, say) is redone alone in float32.
+
+    `start` returns while a GPU still works; `finish` waits for it. So the next batch is on its way before the
+    last one is looked at.
+    """
+
+    def __init__(self, vae: AutoencoderKL, source: str, text: TextCache | None) -> None:
+        import torch
+
+        self.vae, self.source, self.text = vae, source, text
+        self.device = vae.device
+        self.on_gpu = self.device.type == "cuda"
+        if self.on_gpu:
+            self.vae.to(memory_format=torch.channels_last)
+        self.exact: AutoencoderKL | None = None
+        self.redone = 0
+
+    def start(self, batch: Batch) -> Running:
+        """Begin with a batch."""
+        import torch
+
+        moments_B2Chw = self._to_host(self._moments(self.vae, batch.pixels))
+        states_NLD = None
+        if self.text is not None:
+            captions = [caption for sample in batch.samples for caption in captions_of(sample)]
+            states_NLD = self._to_host(self.text.states(captions))
+        ready = None
+        if self.on_gpu:
+            ready = torch.cuda.Event()
+            ready.record()
+        return Running(batch, moments_B2Chw, states_NLD, ready)
+
+    def finish(self, running: Running) -> list[Encoded]:
+        """The results of a batch, one for each picture."""
+        import torch
+
+        if running.ready is not None:
+            running.ready.synchronize()
+        states_NLD = None if running.states is None else running.states.numpy()
+        results = []
+        first = 0
+        for row, sample in enumerate(running.batch.samples):
+            array_2Chw: np.ndarray = running.moments[row].numpy()
+            finite = bool(np.isfinite(array_2Chw).all())
+            if not finite and self.vae.dtype != torch.float32:
+                array_2Chw = self._again(running.batch.pixels[row : row + 1])
+                finite = bool(np.isfinite(array_2Chw).all())
+                self.redone += finite
+            states = None
+            if states_NLD is not None:
+                count = len(captions_of(sample))
+                states = npy_bytes(states_NLD[first : first + count])
+                first += count
+            results.append(Encoded(sample, array_2Chw if finite else None, states))
+        return results
+
+    def _again(self, pixels_1HW3: torch.Tensor) -> np.ndarray:
+        from finetune.models.autoencoder import load_autoencoder
+
+        if self.exact is None:
+            self.exact = load_autoencoder(self.source, device=self.device)
+        again: np.ndarray = self._moments(self.exact, pixels_1HW3)[0].cpu().numpy()
+        return again
+
+    def _moments(self, vae: AutoencoderKL, pixels_BHW3: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        from finetune.models.autoencoder import encode_moments
+
+        try:
+            images_B3HW = pixels_BHW3.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            if not self.on_gpu:  # there, channels last is what the weights have
+                images_B3HW = images_B3HW.contiguous()
+            return encode_moments(vae, images_B3HW).half()  # an overflow becomes inf, which `finish` looks for
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of memory on {self.device} with --batch {len(pixels_BHW3)}; take a smaller one"
+            ) from None
+
+    def _to_host(self, array: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if not self.on_gpu:
+            return array.cpu()
+        host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
+        return host.copy_(array, non_blocking=True)

@@ -1,0 +1,74 @@
+"""The pictures that a list says to leave out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from finetune import UserError
+
+DUPLICATES = "duplicates.jsonl"
+_DIGEST = 16  # bytes of a key that are kept: at 100 million pictures, no two keys are taken for one another
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Keys to leave out, 16 bytes each. `sha256` is of the keys, whatever their order; empty without a list."""
+
+    digests: np.ndarray
+    sha256: str
+
+    @classmethod
+    def load(cls, shards: Path, listed: Path | None, keep_duplicates: bool) -> Excluded:
+        """What `data-tools dedupe` wrote beside the shards, and the file of --exclude.
+
+        Raises:
+            UserError: a file is missing, or has a line that is neither a key nor JSON with one.
+        """
+        files = [listed] if listed is not None else []
+        if not keep_duplicates and (shards / DUPLICATES).is_file():
+            files.append(shards / DUPLICATES)
+        if not files:
+            return cls(np.zeros(0, f"S{_DIGEST}"), "")
+        found = b"".join(_digest(key) for path in files for key in _keys(path))
+        digests = np.unique(np.frombuffer(found, f"S{_DIGEST}"))
+        return cls(digests, hashlib.sha256(digests.tobytes()).hexdigest())
+
+    def __contains__(self, key: str) -> bool:
+        if not len(self.digests):
+            return False
+        digest = np.frombuffer(_digest(key), f"S{_DIGEST}")[0]
+        place = int(np.searchsorted(self.digests, digest))
+        return place < len(self.digests) and bool(self.digests[place] == digest)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=_DIGEST).digest()
+
+
+def _keys(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                text = line.strip()
+                if not text:
+                    continue
+                if not text.startswith("{"):
+                    yield text
+                    continue
+                try:
+                    row = json.loads(text)
+                except ValueError:
+                    row = {}
+                if not isinstance(row.get("key"), str):
+                    raise UserError(f'{path}, line {number} has no "key"; give one key a line, or JSON lines')
+                yield row["key"]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; give one key a line, or JSON lines") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror})") from None

@@ -1,0 +1,152 @@
+"""From an encoded picture to the pixels of its bucket. Runs in worker processes, which don't import torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_tools.encode.buckets import aspect_step, crop_loss, nearest
+from data_tools.filters import Filters
+from data_tools.images import PictureError, decode_rgb, picture_format
+from data_tools.pictures import Picture, Unreadable
+from finetune.data.shards import Bucket
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How pictures are cut. `table` is empty while only their sizes are asked for.
+
+    `crop` is `center` or `random`; `flip` is the probability of a horizontal flip. Both are drawn from (seed, key)
+    alone, so any process at any time draws the same.
+    """
+
+    table: tuple[Bucket, ...]
+    background: tuple[int, int, int]
+    filters: Filters
+    crop: str = "center"
+    flip: float = 0.0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A picture cut to its bucket."""
+
+    key: str
+    pixels: np.ndarray  # uint8 [H, W, 3]
+    bucket: Bucket
+    record: dict[str, Any]
+    enlarged: bool
+    crop_loss: float
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """A picture that a filter leaves out, and why."""
+
+    reason: str
+
+
+def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered | Unreadable:
+    """Decode a picture and cut it to the bucket of nearest aspect.
+
+    The record gets `original_size` [height, width], `crop` [top, left, height, width] in pixels of the resized
+    picture, and `flipped` where the picture was mirrored; the crop is then one of the mirrored picture. Sizes and
+    crops that `ingest` noted when it resized the picture are carried over to the new scale.
+
+    Raises:
+        PictureError: it can't be decoded.
+    """
+    if isinstance(item, Unreadable):
+        return item
+    _, (height, width) = picture_format(item.data)
+    if reason := recipe.filters.reason(item.record, height, width):
+        return Filtered(reason)
+    bucket = nearest(height, width, list(recipe.table))
+    image = decode_rgb(item.data, recipe.background, at_least=bucket)  # maybe at a reduced scale
+    flipped = recipe.flip > 0 and draw(recipe.seed, "flip", item.key) < recipe.flip
+    place = (0.5, 0.5)
+    if recipe.crop == "random":
+        place = (draw(recipe.seed, "top", item.key), draw(recipe.seed, "left", item.key))
+    cut, resized, crop = cut_out(image, (height, width), bucket, place, flipped)
+    record = dict(item.record)
+    mirrored = flipped != (record.pop("flipped", False) is True)  # mirrored twice is not mirrored
+    original, before = _whole_numbers(record.get("original_size"), 2), _whole_numbers(record.get("crop"), 4)
+    if original is None:
+        original = [height, width]
+    elif before is not None and min(original) > 0:
+        top, left = _before(before, original, flipped)
+        crop[0] += round(top * resized[0] / height)
+        crop[1] += round(left * resized[1] / width)
+    record.update(original_size=original, crop=crop)
+    if mirrored:
+        record["flipped"] = True
+    enlarged = max(bucket[0] / height, bucket[1] / width) > 1
+    return Prepared(item.key, np.asarray(cut), bucket, record, enlarged, crop_loss(height, width, bucket))
+
+
+def measure(item: Picture | Unreadable, recipe: Recipe) -> int | None:
+    """The `aspect_step` of a picture, from its headers; None if it will be left out."""
+    if isinstance(item, Unreadable):
+        return None
+    try:
+        _, (height, width) = picture_format(item.data)
+    except PictureError:
+        return None
+    if recipe.filters.reason(item.record, height, width):
+        return None
+    return aspect_step(height, width)
+
+
+def draw(seed: int, purpose: str, key: str) -> float:
+    """A number in [0, 1) that depends on its arguments alone."""
+    digest = hashlib.blake2b(f"{seed}:{purpose}:{key}".encode(), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def cut_out(
+    image: Image.Image, size: tuple[int, int], bucket: Bucket, place: tuple[float, float], flipped: bool
+) -> tuple[Image.Image, tuple[int, int], list[int]]:
+    """Resize so that the picture covers the bucket, keeping its aspect, mirror it, and crop.
+
+    Args:
+        image: the picture, maybe decoded at a reduced scale.
+        size: the picture's own (height, width).
+        place: of the crop along height and width: 0 is the top (left), 0.5 the centre, just below 1 the bottom.
+
+    Returns:
+        the pixels; the resized picture's (height, width); the crop [top, left, height, width] in it.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    # At least the target: rounding may leave a side one pixel short.
+    height, width = (max(target, round(side * scale)) for target, side in zip(bucket, size, strict=True))
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if place == (0.5, 0.5):
+        top, left = (height - bucket[0]) // 2, (width - bucket[1]) // 2
+    else:
+        top, left = int(place[0] * (height - bucket[0] + 1)), int(place[1] * (width - bucket[1] + 1))
+    if (height, width) != bucket:
+        image = image.crop((left, top, left + bucket[1], top + bucket[0]))
+    return image, (height, width), [top, left, *bucket]
+
+
+def _before(crop: list[int], original: list[int], flipped: bool) -> tuple[int, int]:
+    """Top and left of the crop that `ingest` made; as seen from the right if the picture is mirrored now."""
+    top, left, height, width = crop
+    if flipped:
+        resized_width = max(width, round(original[1] * max(height / original[0], width / original[1])))
+        left = resized_width - left - width
+    return top, left
+
+
+def _whole_numbers(value: Any, length: int) -> list[int] | None:
+    if not isinstance(value, list) or len(value) != length:
+        return None
+    return value if all(type(number) is int and 0 <= number < 1 << 31 for number in value) else None

@@ -1,0 +1,211 @@
+"""Work that any number of processes share through a folder, and that outlives any of them.
+
+    LATENTS/.lock               byte ranges of it are claims; the kernel lets go of a claim when its holder dies
+    LATENTS/.work/job.json      all that the bytes of the result depend on; who joins must have the same
+    LATENTS/.work/sizes/        phase 1, if buckets depend on the pictures: their aspects, a file for each unit
+    LATENTS/.work/table.json    the buckets
+    LATENTS/.work/parts/        phase 2: a folder for each unit (see `parts`)
+    LATENTS/.work/done/         a file for each unit that is finished
+    LATENTS/.work/plan.json     which samples of which parts make up which shard
+    LATENTS/.work/shards/       phase 3: a file for each shard that is finished
+    LATENTS/encode.json         job.json of the finished set
+
+A unit is one shard of the source. What marks a thing as done is written under a temporary name and renamed, after
+all else that belongs to it; a thing that is claimed but not done was left by a process that died, and is made anew.
+So a process may be killed at any moment, and any process started with the same command, on any machine that sees
+the folder, goes on. The shared file system must have POSIX locks (`fcntl`) that work across machines: local ones,
+NFS 4, Lustre with -o flock, GPFS and CephFS do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_tools.output import JOB, WORK, clear_folder, is_alone, lock_folder
+from finetune import UserError
+from finetune.data.shards import MANIFEST, write_atomic
+
+# Bytes of the lock file. `lock_folder` holds number 0: shared by all who encode, or alone by another command.
+_SETUP = 1
+_FIRST_CLAIM = 1 << 20
+_PHASE = 1 << 40
+
+_POLL_SECONDS = 0.05, 1.0  # between looks at what the other processes have done: first, at most
+
+
+class Work:
+    """A claimed folder of latents in progress."""
+
+    def __init__(self, out: Path, lock: int) -> None:
+        self.out = out
+        self.root = out / WORK
+        self._lock = lock
+
+    @contextlib.contextmanager
+    def claim(self, phase: int, number: int = 0) -> Iterator[bool]:
+        """Try to claim one thing of a phase; True if nobody else holds it."""
+        start = phase * _PHASE + _FIRST_CLAIM + number
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, start)
+        except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another one holds
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, start)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder for a moment, against others who start or finish."""
+        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, _SETUP)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _SETUP)
+
+    def is_finished(self) -> bool:
+        """Whether somebody has written the manifest."""
+        return (self.out / MANIFEST).exists()
+
+    def share(
+        self,
+        phase: int,
+        count: int,
+        done: Callable[[], set[int]],
+        do: Callable[[int], None],
+        seen: Callable[[set[int]], None] = lambda _: None,
+    ) -> None:
+        """Do what is to be done of 0..count-1 together with all other processes; return when all is done.
+
+        Args:
+            done: what is done by now, by anyone.
+            do: does one thing, and leaves it done.
+            seen: told what is done, now and then.
+        """
+        left = list(range(count))
+        wait = _POLL_SECONDS[0]
+        while left:
+            finished = done()
+            seen(finished)
+            left = [number for number in left if number not in finished]
+            idle = True
+            for number in left:
+                with self.claim(phase, number) as mine:
+                    # It may have been done since we looked: who does it lets go of the claim afterwards. And when
+                    # the set is finished, what was done is no longer to be seen.
+                    if mine and number not in done() and not self.is_finished():
+                        do(number)
+                        idle = False
+                        seen(done())
+            if idle and left:
+                if self.is_finished():
+                    return
+                time.sleep(wait)
+                wait = min(2 * wait, _POLL_SECONDS[1])
+            else:
+                wait = _POLL_SECONDS[0]
+
+    def publish(self, name: str, content: Any) -> None:
+        """Write one of the files that mark a thing as done."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(content, separators=(",", ":")).encode())
+
+    def read(self, name: str) -> Any:
+        """Read what `publish` wrote.
+
+        Raises:
+            UserError: it isn't JSON: the file system has lost what was written.
+        """
+        try:
+            return json.loads((self.root / name).read_bytes())
+        except ValueError:
+            path = self.root / name
+            raise UserError(f"{path} is damaged; delete {self.out} and encode again") from None
+
+    def remove(self) -> None:
+        """Delete what only the work needed."""
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def numbers(self, folder: str) -> set[int]:
+        """Which NNNNN.json there are in a folder."""
+        try:
+            names = os.listdir(self.root / folder)  # an open of the folder: a network file system looks again
+        except FileNotFoundError:
+            return set()
+        return {int(name.partition(".")[0]) for name in names if name.endswith(".json") and name[0] != "."}
+
+
+@contextlib.contextmanager
+def join(out: Path, job: Mapping[str, Any], overwrite: bool) -> Iterator[Work | None]:
+    """Start the work in a folder, or join it, or go on with what dead processes left.
+
+    Gives None if the folder holds the finished set of this very job.
+
+    Raises:
+        UserError: the folder holds something else, or is in use by another command.
+    """
+    with lock_folder(out, shared=True) as lock:
+        work = Work(out, lock)
+        with work.alone():
+            state = _state(work)
+            if state != "empty" and overwrite:
+                if not is_alone(lock):
+                    raise UserError(f"{out} is in use by another process; --overwrite needs it for itself")
+                clear_folder(out, overwrite=True)
+                state = "empty"
+            if state == "finished":
+                then = json.loads((out / JOB).read_bytes())
+                if (what := difference(then, job)) is not None:
+                    raise UserError(f"{out} is a finished set made with {what}; give --overwrite or another folder")
+                work.remove()  # its last process was killed while tidying up
+            elif state == "unfinished":
+                if (what := difference(work.read("job.json"), job)) is not None:
+                    remedy = "go on with the same settings, or give --overwrite to begin anew"
+                    raise UserError(f"{out} was begun with {what}; {remedy}")
+            else:
+                work.remove()
+                clear_folder(out, overwrite)
+                work.publish("job.json", job)
+        yield None if state == "finished" else work
+
+
+def _state(work: Work) -> str:
+    if work.is_finished() and (work.out / JOB).is_file():
+        return "finished"
+    if not work.is_finished() and (work.root / "job.json").is_file():
+        return "unfinished"
+    # Another command's set is dealt with by `clear_folder`.
+    return "empty"
+
+
+def difference(then: Any, now: Mapping[str, Any]) -> str | None:
+    """The first setting in which two jobs differ, in words; None if they are the same.
+
+    `then` is what a file said, so it may be anything.
+    """
+    if not isinstance(then, dict):
+        return f"unknown settings ({JOB} is damaged)"
+    now = json.loads(json.dumps(now))
+    for name in (*now, *(name for name in then if name not in now)):
+        before, after = then.get(name), now.get(name)
+        if before != after:
+            if isinstance(before, dict) and isinstance(after, dict):
+                inner = next(key for key in (*after, *before) if before.get(key) != after.get(key))
+                name, before, after = f"{name} {inner}", before.get(inner), after.get(inner)
+            return f"{name} {_short(before)}, not {_short(after)}"
+    return None
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
