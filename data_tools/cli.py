@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_tools import encode, inspect, preview, verify
-from data_tools.ingest import folder, iconify, tars
+from data_tools.ingest import folder, iconify, table, tars
 from finetune import __version__, run_cli
 
 _EXAMPLES = """\
@@ -26,6 +26,7 @@ examples:
   data-tools ingest folder photos --out shards/photos
   data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
   data-tools ingest tars laion-art --out shards/laion-art --min-size 512
+  data-tools ingest table pictures.csv --url-column link --caption-column title --out shards/pictures
 """
 
 
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
         (sources, "folder", folder),
         (sources, "iconify", iconify),
         (sources, "tars", tars),
+        (sources, "table", table),
         (commands, "encode", encode),
         (commands, "verify", verify),
         (commands, "inspect", inspect),

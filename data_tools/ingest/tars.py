@@ -168,7 +168,7 @@ def _rows(table: Path, failed: Counter[str]) -> dict[str, dict[str, Any]] | None
     from pyarrow import parquet
 
     rows = {}
-    with parquet.ParquetFile(table) as file:
+    with parquet.ParquetFile(table, page_checksum_verification=True) as file:
         if not {"key", "status"} <= set(file.schema_arrow.names):
             return None
         counts: Counter[str] = Counter()
