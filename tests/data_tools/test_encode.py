@@ -5,11 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -86,27 +82,6 @@ def test_manifest_statistics_are_those_of_fresh_draws(
     np.testing.assert_allclose(z.std(dim=(0, 2, 3)), stats.channel_std, atol=bound)
     assert abs(float(z.mean()) - stats.mean) < bound
     assert abs(float(z.std()) - stats.std) < bound
-
-
-def test_same_bytes_whatever_the_number_of_threads(
-    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path
-) -> None:
-    for out, workers in (("a", 1), ("b", 4), ("c", 4)):
-        cli(
-            "encode",
-            image_shards,
-            "--vae",
-            vae_folder,
-            "--out",
-            tmp_path / out,
-            "--workers",
-            workers,
-            "--shard-samples",
-            4,
-        )
-    for path in (tmp_path / "a").iterdir():
-        for other in ("b", "c"):
-            assert path.read_bytes() == (tmp_path / other / path.name).read_bytes(), path.name
 
 
 def test_resize_and_crop(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
@@ -313,36 +288,3 @@ def test_sources_that_cannot_be_encoded(cli: Cli, image_shards: Path, vae_folder
     ]:
         result = cli("encode", source, "--vae", vae_folder, "--out", tmp_path / "out")
         assert (result.code, says in result.err) == (2, True), result.err
-
-
-def test_a_kill_leaves_nothing_that_loads(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "images", "images") as writer:
-        for number in range(160):
-            data = encoded(smooth_picture(number % 7, 16, 16))
-            writer.write(f"{number:04d}", {"png": data, "json": json_bytes({"captions": ["a"]})}, (16, 16))
-        writer.finish()
-    common = ["--vae", str(vae_folder), "--batch", "4", "--shard-samples", "8"]
-    command = [sys.executable, "-m", "data_tools", "encode", str(tmp_path / "images"), *common]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "00003.tar").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        process.wait()
-    assert not (tmp_path / "out" / "manifest.json").exists()
-    with pytest.raises(ShardError, match="never finished"):
-        ShardSet.open(tmp_path / "out")
-    result = cli("encode", tmp_path / "images", *common, "--out", tmp_path / "out")
-    assert (result.code, "is not empty" in result.err) == (2, True)
-    assert cli("encode", tmp_path / "images", *common, "--out", tmp_path / "out", "--overwrite").code == 0
-    assert verify(tmp_path / "out") == []
-    assert cli("encode", tmp_path / "images", *common, "--out", tmp_path / "whole").code == 0
-    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
-    for name in names:
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
