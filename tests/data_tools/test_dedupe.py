@@ -1,0 +1,238 @@
+"""Duplicates are found, listed, and nothing else is."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance
+
+from data_tools import dedupe
+from data_tools.dedupe import Part, fingerprint
+from data_tools.pictures import Picture, PictureSource
+from finetune.data.shards import ShardSet, ShardWriter
+from tests.conftest import ROOT
+from tests.data_tools.conftest import Result, encoded
+
+Cli = Callable[..., Result]
+EMOJI = ROOT / "data_tools" / "emoji" / "fluent-emoji"
+
+
+def scene(seed: int, side: int = 96) -> Image.Image:
+    """A picture with detail at all scales, as photographs have."""
+    rng = np.random.default_rng(seed)
+    f = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.fftfreq(side)[None])
+    f[0, 0] = 1 / side
+    field = np.stack([np.fft.ifft2(np.fft.fft2(rng.normal(size=(side, side))) / f).real for _ in range(3)], axis=-1)
+    field = field[..., :1] + 0.4 * field
+    return Image.fromarray((field / field.std() * 45 + rng.uniform(100, 150, 3)).clip(0, 255).astype(np.uint8))
+
+
+def write_set(root: Path, pictures: dict[str, bytes], per_shard: int = 3) -> Path:
+    with ShardWriter(root, "images", max_samples=per_shard) as writer:
+        for key, data in pictures.items():
+            member = {b"\x89P": "png", b"\xff\xd8": "jpg", b"RI": "webp"}[data[:2]]
+            writer.write(key, {member: data, "txt": key.encode()}, None)
+        writer.finish()
+    return root
+
+
+def rows(root: Path) -> dict[str, dict[str, object]]:
+    lines = (root / "duplicates.jsonl").read_text().splitlines()
+    return {row["key"]: row for row in map(json.loads, lines)}
+
+
+def test_exact_and_near_duplicates(cli: Cli, tmp_path: Path) -> None:
+    first, second = scene(1), scene(2)
+    half = second.resize((48, 48), Image.Resampling.LANCZOS)
+    root = write_set(
+        tmp_path / "set",
+        {
+            "a": encoded(first),
+            "b": encoded(half),
+            "c": encoded(first, compress_level=0),  # other bytes, the same pixels
+            "d": encoded(second),
+            "e": encoded(first, "JPEG", quality=80),
+            "f": encoded(scene(3)),
+            "g": encoded(second.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+            "h": encoded(ImageEnhance.Color(first).enhance(0)),
+        },
+    )
+    result = cli("dedupe", root, "--workers", 1)
+    assert result.code == 0, result.err
+    assert "8 pictures, 1 exact and 2 near duplicates" in result.out
+    found = rows(root)
+    assert list(found) == ["b", "c", "e"]
+    assert found["c"] == {"key": "c", "duplicate_of": "a", "distance": 0, "exact": True}
+    assert (found["e"]["duplicate_of"], found["e"]["exact"]) == ("a", False)
+    assert found["b"]["duplicate_of"] == "d"  # the one with more pixels stays, though it comes later
+    assert cli("dedupe", root, "--workers", 1, "--exact").code == 0
+    assert list(rows(root)) == ["c"]
+    assert cli("verify", root).code == 0
+
+
+def test_across_sets_and_foreign_tars(cli: Cli, tmp_path: Path) -> None:
+    ours = write_set(tmp_path / "ours", {f"k{n}": encoded(scene(n)) for n in range(4)}, per_shard=2)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    with tarfile.open(foreign / "00.tar", "w") as tar:
+        for name, data in (
+            ("x.jpg", encoded(scene(2), "JPEG", quality=90)),
+            ("bad.png", b"no picture"),
+            ("y.png", encoded(scene(9))),
+            ("z.png", encoded(scene(3).resize((192, 192), Image.Resampling.LANCZOS))),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    result = cli("dedupe", ours, foreign)
+    assert result.code == 0, result.err
+    keys = {picture.key: picture for picture in PictureSource.open(foreign) if isinstance(picture, Picture)}
+    x, _, _, z = keys
+    assert rows(foreign) == {
+        x: {
+            "key": x,
+            "duplicate_of": "k2",
+            "set": "../ours",
+            "distance": rows(foreign)[x]["distance"],
+            "exact": False,
+        }
+    }
+    assert [(row["key"], row["duplicate_of"], row["set"]) for row in rows(ours).values()] == [
+        ("k3", z, "../foreign")
+    ]
+    assert "can't be read" in result.out
+
+
+def test_what_is_known_is_kept_and_renewed(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_set(tmp_path / "set", {f"k{n}": encoded(scene(n % 5)) for n in range(7)})
+    assert cli("dedupe", root).code == 0
+    first = (root / "duplicates.jsonl").read_bytes()
+    assert [row["key"] for row in rows(root).values()] == ["k5", "k6"]
+    known = sorted((root / ".dedupe").iterdir())
+    assert [path.name for path in known] == ["00000.tar.known", "00001.tar.known", "00002.tar.known"]
+
+    looked: list[int] = []
+
+    def spy(item: dedupe.Item) -> bytes | None:
+        looked.append(item[1])
+        return fingerprint(item)
+
+    monkeypatch.setattr(dedupe, "fingerprint", spy)
+    monkeypatch.setattr(dedupe, "Workers", lambda count: _Inline())
+    # Half a file, another file, none: only these shards are read again, and the list is the same.
+    whole = known[0].read_bytes()
+    for damage, unit in (
+        (lambda: known[0].write_bytes(whole[:-1]), 0),
+        (lambda: known[1].write_bytes(whole), 1),
+        (lambda: known[2].unlink(), 2),
+    ):
+        looked.clear()
+        damage()
+        assert cli("dedupe", root).code == 0
+        assert set(looked) == {unit}
+        assert (root / "duplicates.jsonl").read_bytes() == first
+    looked.clear()
+    assert cli("dedupe", root, "--distance", 3).code == 0
+    assert looked == []
+
+
+class _Inline:
+    """`Workers(0)`, which sees what a test puts in the place of a function."""
+
+    def __enter__(self) -> dedupe.Workers:
+        from data_tools.workers import Workers
+
+        return Workers(0)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_same_list_whatever_the_workers(cli: Cli, tmp_path: Path) -> None:
+    pictures = {f"k{n}": encoded(scene(n % 7), "JPEG", quality=60 + n) for n in range(20)}
+    lists = []
+    for workers in (1, 3):
+        root = write_set(tmp_path / f"set{workers}", pictures)
+        assert cli("dedupe", root, "--workers", workers).code == 0
+        lists.append((root / "duplicates.jsonl").read_bytes())
+    assert lists[0] == lists[1]
+    assert lists[0].count(b"\n") == 13
+
+
+def test_dry_run_and_report(cli: Cli, tmp_path: Path) -> None:
+    root = write_set(
+        tmp_path / "set", {"a": encoded(scene(1)), "b": encoded(scene(1), "JPEG"), "c": encoded(scene(2))}
+    )
+    result = cli("dedupe", root, "--dry-run", "--report", tmp_path / "new" / "pairs.png")
+    assert result.code == 0, result.err
+    assert "1 near duplicates; nothing written" in result.out
+    assert not (root / "duplicates.jsonl").exists()
+    sheet = np.asarray(Image.open(tmp_path / "new" / "pairs.png")).astype(int)
+    left, right = sheet[2:98, 2 + 16 : 2 + 112], sheet[2:98, 2 + 128 + 16 : 2 + 128 + 112]
+    shift = [np.abs(np.roll(left, s, axis=0)[30:60] - np.roll(right, s, axis=0)[30:60]).mean() for s in (0,)]
+    assert min(shift) < 12
+
+
+def test_nothing_found_replaces_the_old_list(cli: Cli, tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", {"a": encoded(scene(1)), "b": encoded(scene(2))})
+    (root / "duplicates.jsonl").write_text('{"key": "b"}\n')
+    assert cli("dedupe", root).code == 0
+    assert rows(root) == {}
+
+
+def test_mistakes(cli: Cli, tmp_path: Path) -> None:
+    root = write_set(tmp_path / "set", {"a": encoded(scene(1))})
+    for options, message in (
+        ((root, root / "."), "is given twice"),
+        ((root, "--distance", 99), "--distance 99 is outside 0 to 32"),
+        ((root, "--colour", -1), "--colour -1 is outside"),
+        ((root, "--report", "pairs.txt"), "should end in .png"),
+        ((tmp_path / "nowhere",), "no folder"),
+    ):
+        result = cli("dedupe", *options)
+        assert (result.code, message in result.err) == (2, True), result.err
+
+
+def test_emoji_are_all_different(cli: Cli, tmp_path: Path) -> None:
+    """300 of the bundled ones: flat pictures on white, alike in shape, some in colour alone."""
+    shards = ShardSet.open(EMOJI)
+    chosen = {sample["__key__"]: sample["webp"] for sample in map(shards.read, range(0, 1200, 4))}
+    hearts = [key for key in (shards.key(n) for n in range(1200)) if key.endswith("-heart")]
+    assert len(hearts) > 5  # red, blue, green, ...
+    chosen |= {shards.key(n): shards.read(n)["webp"] for n in range(1200) if shards.key(n) in hearts}
+    root = write_set(tmp_path / "set", chosen, per_shard=500)
+    assert cli("dedupe", root, "--workers", 2).code == 0
+    assert rows(root) == {}
+
+
+def test_blank_pictures_of_any_size_are_alike_by_colour(cli: Cli, tmp_path: Path) -> None:
+    pictures = {}
+    for number, colour in enumerate(["white", "red", "#fdfdfd", "white", "black", "#ff0202"]):
+        pictures[f"k{number}"] = encoded(Image.new("RGB", (40 - number, 40), colour))
+    root = write_set(tmp_path / "set", pictures)
+    assert cli("dedupe", root).code == 0
+    assert {key: row["duplicate_of"] for key, row in rows(root).items()} == {"k2": "k0", "k3": "k0", "k5": "k1"}
+
+
+def test_a_chain_keeps_its_ends(tmp_path: Path) -> None:
+    """Each is near the next: the first goes with the second, the third stays, being near none that stays."""
+    levels = [100, 106, 112, 118, 124]
+    rows_ = [np.zeros((), dedupe._ROW) for _ in levels]
+    for number, (row, level) in enumerate(zip(rows_, levels)):
+        row["cells"], row["digest"] = level, number
+    known = tmp_path / "part"
+    dedupe._save(known, {}, [row.tobytes() for row in rows_], [f"k{n}" for n in range(5)], 0)
+    start = known.read_bytes().index(b"\n") + 1
+    part = Part(PictureSource(tmp_path, None, None), 0, known, start, 5, 0)
+    (tmp_path / "work").mkdir()
+    table = dedupe.Table.gather([part], tmp_path / "work")
+    assert [table.key(place) for place in range(5)] == ["k0", "k1", "k2", "k3", "k4"]
+    assert dedupe.find_duplicates(table, 10, 8).kept.tolist() == [0, 0, 2, 2, 4]
+    assert dedupe.find_duplicates(table, 10, 5).kept.tolist() == [0, 1, 2, 3, 4]
+    assert dedupe.find_duplicates(table, None, 8).kept.tolist() == [0, 1, 2, 3, 4]
