@@ -15,6 +15,7 @@ import math
 import os
 import re
 import stat
+import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
 from data_tools.output import SOURCE, Rejects, claimed_folder
@@ -60,6 +62,40 @@ class SetAside:
     reason: str
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A picture of a source that must be downloaded first."""
+
+    key: str
+    file: str
+    url: str
+    record: Mapping[str, Any]
+
+
+@contextlib.contextmanager
+def downloads(
+    items: Iterable[Found | SetAside | Wanted], limits: Limits
+) -> Generator[Iterable[Found | SetAside], None, None]:
+    """The items with their downloads, in the same order; large ones are kept in a folder that goes in the end."""
+    with (
+        tempfile.TemporaryDirectory(prefix="data-tools-") as folder,
+        Fetcher(limits, Path(folder)) as fetcher,
+        contextlib.closing(
+            fetcher.map(items, lambda item: item.url if isinstance(item, Wanted) else None)
+        ) as pairs,
+    ):
+        yield itertools.starmap(_downloaded, pairs)
+
+
+def _downloaded(item: Found | SetAside | Wanted, result: bytes | Path | FetchError | None) -> Found | SetAside:
+    if not isinstance(item, Wanted):
+        return item
+    if isinstance(result, FetchError):
+        return SetAside(item.file, str(result))
+    assert result is not None
+    return Found(item.key, item.file, result, item.record, temporary=isinstance(result, Path))
+
+
 # --- arguments
 
 
@@ -84,6 +120,17 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that check pictures; 0: this one (default: one a core, at most 8)",
     )
     add_filter_arguments(parser)
+
+
+def add_caption_argument(parser: argparse.ArgumentParser) -> None:
+    """--caption-column."""
+    parser.add_argument(
+        "--caption-column",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="column of captions, a text or a list of texts; may be repeated",
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ...], default: str) -> None:
@@ -198,6 +245,25 @@ def check_columns(flag: str, names: Iterable[str], columns: Iterable[str]) -> No
     for name in names:
         if name not in known:
             raise UserError(f"{flag} {name}: no such column (columns: {', '.join(known)})")
+
+
+def named(columns: Iterable[str], names: Iterable[str]) -> list[str]:
+    """The columns that have one of the names, in any case."""
+    known = set(names)
+    return [column for column in columns if column.strip().lower() in known]
+
+
+def caption_columns(asked: list[str], columns: list[str], texts: list[str]) -> list[str]:
+    """The columns of --caption-column, or the one column of texts whose name says that it has captions.
+
+    Raises:
+        UserError: no such column, or several that may be meant.
+    """
+    if asked:
+        check_columns("--caption-column", asked, columns)
+        return asked
+    found = choose_column("--caption-column", "captions", columns, named(texts, CAPTION_COLUMNS))
+    return [] if found is None else [found]
 
 
 # --- pictures to shards

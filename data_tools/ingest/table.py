@@ -24,25 +24,27 @@ import functools
 import gzip
 import io
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.fetch import Fetcher, FetchError, Limits
+from data_tools.fetch import Limits
 from data_tools.ingest.common import (
-    CAPTION_COLUMNS,
     Found,
     Options,
     SetAside,
+    Wanted,
+    add_caption_argument,
     add_picture_arguments,
+    caption_columns,
     captions_of,
     check_columns,
     choose_column,
+    downloads,
     ingest,
     labels_of,
+    named,
     number_or_text,
     positive,
 )
@@ -103,17 +105,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_caption_argument(parser: argparse.ArgumentParser) -> None:
-    """--caption-column."""
-    parser.add_argument(
-        "--caption-column",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="column of captions, a text or a list of texts; may be repeated",
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools ingest table`."""
     options = Options.from_args(args)
@@ -123,15 +114,10 @@ def run(args: argparse.Namespace) -> int:
         columns = [column for column in columns if column in table.columns]
     plan = _Plan.choose(columns, args.url_column, args.path_column, args.caption_column)
     limits = Limits(args.downloads, float(args.timeout), 30.0 * args.timeout, args.tries, args.max_bytes)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="data-tools-")))
-        fetcher = stack.enter_context(Fetcher(limits, folder))
-        wanted = _wanted(tables, plan)
-        items = stack.enter_context(closing(fetcher.map(wanted, lambda item: getattr(item, "url", None))))
-        known = [table.rows for table in tables if table.rows is not None]
-        total = sum(known) if len(known) == len(tables) else None
-        source = ", ".join(map(str, args.sources))
-        return ingest(args, options, map(_downloaded, items), source=source, total=total)
+    known = [table.rows for table in tables if table.rows is not None]
+    total = sum(known) if len(known) == len(tables) else None
+    with downloads(_pictures(tables, plan), limits) as items:
+        return ingest(args, options, items, source=", ".join(map(str, args.sources)), total=total)
 
 
 @dataclass(frozen=True)
@@ -149,11 +135,7 @@ class _Plan:
         Raises:
             UserError: no such column, none that can be meant, or several.
         """
-        if captions:
-            check_columns("--caption-column", captions, columns)
-        else:
-            found = choose_column("--caption-column", "captions", columns, _named(columns, CAPTION_COLUMNS))
-            captions = [] if found is None else [found]
+        captions = caption_columns(captions, columns, columns)
         if url is not None:
             check_columns("--url-column", [url], columns)
             return cls(url, True, captions)
@@ -161,28 +143,13 @@ class _Plan:
             check_columns("--path-column", [path], columns)
             return cls(path, False, captions)
         flags = "--url-column or --path-column"
-        place = choose_column(flags, "pictures' places", columns, _named(columns, (*URL_COLUMNS, *PATH_COLUMNS)))
+        place = choose_column(flags, "pictures' places", columns, named(columns, (*URL_COLUMNS, *PATH_COLUMNS)))
         if place is None:
             raise UserError(f"no column has a known name; give {flags} (columns: {', '.join(columns)})")
         return cls(place, None, captions)
 
 
-def _named(columns: Iterable[str], names: Iterable[str]) -> list[str]:
-    known = set(names)
-    return [column for column in columns if column.strip().lower() in known]
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """A picture of the table that is still at its URL."""
-
-    key: str
-    where: str
-    url: str
-    record: dict[str, Any]
-
-
-def _wanted(tables: list[Table], plan: _Plan) -> Iterator[_Wanted | Found | SetAside]:
+def _pictures(tables: list[Table], plan: _Plan) -> Iterator[Wanted | Found | SetAside]:
     number = -1
     for table in tables:
         folder = table.path.parent
@@ -205,21 +172,11 @@ def _wanted(tables: list[Table], plan: _Plan) -> Iterator[_Wanted | Found | SetA
                 if plan.is_url is False:
                     yield SetAside(shown, "a URL, not a path; name its column by --url-column")
                 else:
-                    yield _Wanted(key, shown, place, {"captions": captions, **labels, "url": place})
+                    yield Wanted(key, shown, place, {"captions": captions, **labels, "url": place})
             elif plan.is_url:
                 yield SetAside(shown, "not a URL")
             else:
                 yield Found(key, shown, folder / place, {"captions": captions, "file": place, **labels})
-
-
-def _downloaded(pair: tuple[_Wanted | Found | SetAside, bytes | Path | FetchError | None]) -> Found | SetAside:
-    item, result = pair
-    if not isinstance(item, _Wanted):
-        return item
-    if isinstance(result, FetchError):
-        return SetAside(item.where, str(result))
-    assert result is not None
-    return Found(item.key, item.where, result, item.record, temporary=isinstance(result, Path))
 
 
 def _listed(cell: Any) -> Any:
