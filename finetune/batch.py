@@ -18,6 +18,7 @@ class Batch:
         clock: int64 [B], the run's images seen before each sample: the address of its random draws.
         sample_ids: int64 [B], numbers of the samples in their set of shards.
         bucket: (height, width) in pixels.
+        text_states: float16 [B, L, D], the text encoder's states of `captions`, or None where they are not cached.
     """
 
     moments: Tensor
@@ -25,17 +26,15 @@ class Batch:
     clock: Tensor
     sample_ids: Tensor
     bucket: tuple[int, int]
+    text_states: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
-
-    def pin(self) -> Batch:
-        """The same in page-locked memory, so that copies to a GPU need not wait."""
-        return replace(self, moments=self.moments.pin_memory(), clock=self.clock.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         return replace(
             self,
             moments=self.moments.to(device, non_blocking=True),
             clock=self.clock.to(device, non_blocking=True),
+            text_states=None if self.text_states is None else self.text_states.to(device, non_blocking=True),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -19,9 +18,9 @@ from finetune import UserError, diffusion, lr, tracking
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
-from finetune.data.loader import Data, captions_of, hold_out, read_batch
-from finetune.data.order import Order
-from finetune.data.shards import MANIFEST, ShardSet
+from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
+from finetune.data.order import Order, Source
+from finetune.data.shards import ShardSet
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.latents import LatentSpace
@@ -151,37 +150,89 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     """Open the shards, fix the order of their samples, and read held-out ones in batches of `held_out_batch`.
 
     Raises:
-        UserError: no latent shards there, or too few samples.
+        UserError: no latent shards there, sets that don't go together, or too few samples.
     """
-    shards = ShardSet.open(config.data.shards)
-    encoder = shards.manifest.encoder
-    if shards.manifest.kind != "latents" or encoder is None:
-        raise UserError(
-            f"data.shards={config.data.shards} holds pictures, not latents: run "
-            f"`data-tools encode {config.data.shards} --vae MODEL --out LATENTS` and train on LATENTS"
-        )
-    sizes = list(shards.buckets)
-    train_ids, held_ids = hold_out([shards.buckets[size] for size in sizes], config.validation.samples)
+    named = _sources(config)
+    opened = {name: _open_latents(root, config) for name, (root, _) in named.items()}
+    first, *others = opened
+    for name in others:
+        _check_same_encoder(first, opened[first], name, opened[name])
+    buckets = sorted({bucket for shards in opened.values() for bucket in shards.bucket_sizes})
+    sizes = [[shards.bucket_sizes.get(bucket, 0) for bucket in buckets] for shards in opened.values()]
+    held = hold_out([size for row in sizes for size in row], config.validation.samples)
+    sources: list[Samples] = []
+    for shards in opened.values():
+        mine, held = held[: len(buckets)], held[len(buckets) :]
+        sources.append(Samples(shards, buckets, mine, first_id=sum(len(each.shards) for each in sources)))
     order = Order(
-        [len(ids) for ids in train_ids],
+        [Source(each.sizes, weight) for each, (_, weight) in zip(sources, named.values(), strict=True)],
         seed=fold(config.seed, "order"),
         global_batch=config.train.global_batch,
         shuffle=config.data.shuffle,
+        window=config.data.shuffle_window,
     )
     held_out = [
-        read_batch(shards, piece, size, piece.astype(np.int64), seed=0)
-        for size, ids in zip(sizes, held_ids, strict=True)
+        read_batch(sources, np.full(len(piece), number), piece, bucket, piece.astype(np.int64), seed=0)
+        for number, each in enumerate(sources)
+        for index, bucket in enumerate(buckets)
+        for ids in [each.held_out_ids(index)]
         for piece in np.split(ids, range(held_out_batch, len(ids), held_out_batch))
         if len(piece)
     ]
-    space = LatentSpace(encoder.scale, encoder.shift)
-    return Data(shards, order, list(zip(sizes, train_ids, strict=True)), held_out, space)
+    encoder = opened[first].manifest.encoder
+    assert encoder is not None
+    return Data(sources, buckets, order, held_out, LatentSpace(encoder.scale, encoder.shift))
 
 
-def captions(shards: ShardSet) -> Iterator[str]:
-    """All captions, in the order of the manifest."""
-    for sample_id in range(shards.manifest.samples):
-        yield from captions_of(shards.read_json(sample_id))
+def _sources(config: Config) -> dict[str, tuple[str, float]]:
+    """(folder or URL of the shards, weight) of each source, by name."""
+    if config.data.shards is not None:
+        if config.data.sources:
+            raise UserError("data.shards and data.sources are both given: put the first among data.sources")
+        return {"data.shards": (config.data.shards, 1.0)}
+    if not config.data.sources:
+        raise UserError("no data: give data.shards=FOLDER, or several as data.sources.NAME.shards=FOLDER")
+    sources = {}
+    for name, given in config.data.sources.items():
+        key = f"data.sources.{name}"
+        if not isinstance(given, dict) or not isinstance(given.get("shards"), str):
+            raise UserError(f"no value for {key}.shards: give {key}.shards=FOLDER")
+        if unknown := given.keys() - {"shards", "weight"}:
+            raise UserError(f"unknown key {key}.{min(unknown)}: a source has shards and weight")
+        weight = given.get("weight", 1.0)
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise UserError(f"{key}.weight={weight} must be a number greater than 0; leave out what is not wanted")
+        sources[name] = (given["shards"], float(weight))
+    return sources
+
+
+def _open_latents(root: str, config: Config) -> ShardSet:
+    shards = ShardSet.open(root)
+    if shards.manifest.kind != "latents":
+        raise UserError(
+            f"{root} holds pictures, not latents: run "
+            f"`data-tools encode {root} --vae MODEL --out LATENTS` and train on LATENTS"
+        )
+    return shards
+
+
+def _check_same_encoder(first: str, one: ShardSet, name: str, other: ShardSet) -> None:
+    """Refuse sets whose latents mean different things."""
+    for field in ("sha256", "scale", "shift", "channels", "downsample"):
+        said, differs = (getattr(shards.manifest.encoder, field) for shards in (one, other))
+        if said != differs:
+            short = [str(value)[:12] for value in (said, differs)]
+            raise UserError(
+                f"sources {first} and {name} are not of one autoencoder: {field} is {short[0]} and {short[1]}; "
+                "encode both with the same VAE"
+            )
+
+
+def captions(data: Data) -> Iterator[str]:
+    """All captions, source by source in the order of the manifests."""
+    for source in data.sources:
+        for sample_id in range(len(source.shards)):
+            yield from captions_of(source.shards.read_json(sample_id))
 
 
 def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.Module, bool]:
@@ -193,7 +244,7 @@ def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.
 
     def make() -> None:
         if not folder.exists():
-            all_captions = islice(captions(data.shards), _TOKENIZER_CAPTIONS)
+            all_captions = islice(captions(data), _TOKENIZER_CAPTIONS)
             made = train_tokenizer(all_captions, settings.vocab_size, settings.max_length)
             temporary = folder.with_name(".tokenizer.tmp")
             save_tokenizer(made, temporary)
@@ -218,7 +269,8 @@ def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | 
         UserError: another autoencoder made them, or a named one can't be loaded.
     """
     named = config.model.vae or config.model.pretrained
-    source = named or data.encoder.locate(data.shards.root)
+    shards = data.sources[0].shards
+    source = named or data.encoder.locate(shards.root)
     try:
         vae = load_autoencoder(source, revision=None if config.model.vae else config.model.revision)
     except UserError as error:
@@ -226,7 +278,7 @@ def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | 
             raise
         notices.append(f"no sample grids: {error}; name the autoencoder with model.vae=...")
         return None
-    data.shards.manifest.require_encoder(encoder_sha256(vae), str(source))
+    shards.manifest.require_encoder(encoder_sha256(vae), str(source))
     return vae
 
 
@@ -241,11 +293,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     data = open_data(config, micro_batch * world.size)
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
-    if any(data.order.left_out):
-        notices.append(
-            f"each epoch leaves out {sum(data.order.left_out)} of {sum(data.order.bucket_sizes)} samples: "
-            f"the rest of a bucket that fills no global batch of {config.train.global_batch}"
-        )
+    notices += _left_out(data)
     decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
     if config.model.pretrained is not None:
@@ -324,6 +372,30 @@ def build(config: Config, world: World, run: Path) -> Parts:
     )
 
 
+def _left_out(data: Data) -> list[str]:
+    """What is not trained on, or not in every epoch."""
+    notices = []
+    order = data.order
+    never_K = (order.batches == 0) | (order.left_out == order.sizes).all(axis=0)
+    if small := {
+        bucket: int(count)
+        for bucket, count, never in zip(data.buckets, order.sizes.sum(axis=0), never_K, strict=True)
+        if never and count
+    }:
+        named = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(small.items())[:8])
+        notices.append(
+            f"{sum(small.values())} samples are never trained on: {len(small)} buckets are smaller than a global "
+            f"batch of {order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; "
+            "merge them with `data-tools encode --min-bucket`"
+        )
+    if rest := int(order.left_out[:, ~never_K].sum()):
+        notices.append(
+            f"each epoch leaves out {rest} of {int(order.sizes.sum())} samples, others each time: "
+            f"the rest of a bucket that fills no global batch of {order.global_batch}"
+        )
+    return notices
+
+
 def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None:
     encoder = data.encoder
     if unet.config.in_channels != encoder.channels:
@@ -340,7 +412,7 @@ def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None
     if config.sample.every:
         height, width = data.largest_bucket
         check_size(config.sample.height or height, config.sample.width or width, multiple)
-    for (height, width), _ in data.buckets:
+    for height, width in data.buckets:
         if height % multiple or width % multiple:
             raise UserError(
                 f"pictures of {height}x{width} px do not fit this U-Net: sides must be multiples of {multiple}; "
@@ -381,9 +453,8 @@ def _strategy(
     )
 
 
-def depends_on(config: Config) -> dict[str, Any]:
+def depends_on(config: Config, data: Data) -> dict[str, Any]:
     """What a run must keep to be the same run when it goes on, by config key."""
-    manifest = hashlib.sha256((Path(config.data.shards) / MANIFEST).read_bytes()).hexdigest()
     adapter = (
         {
             "rank": config.adapter.rank,
@@ -398,7 +469,9 @@ def depends_on(config: Config) -> dict[str, Any]:
         "train.global_batch": config.train.global_batch,
         "validation.samples": config.validation.samples,
         "data.shuffle": config.data.shuffle,
-        "data.shards (manifest's sha256)": manifest,
+        "data.shuffle_window": config.data.shuffle_window,
+        "data.sources (manifests' sha256)": [source.shards.manifest.sha256 for source in data.sources],
+        "data.sources (weights)": data.order.weights.tolist(),
         "adapter.kind": config.adapter.kind,
         **{f"adapter.{name}": value for name, value in adapter.items()},
         "model.pretrained": config.model.pretrained,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import rng
+from finetune.batch import Batch
 
 
 def drop_captions(captions: Sequence[str], clock_B: Tensor, probability: float, seed: int) -> list[str]:
@@ -29,6 +30,7 @@ class TextConditioner(nn.Module):
         encode: token ids to context [B, L, D] by `encoder`, as at sampling.
         encoder: a `CLIPTextModel`, held here for its parameters.
         trained: False freezes the encoder and runs it without a graph, in eval mode.
+        empty_states_LD: the empty caption's states, where batches bring the states of theirs.
     """
 
     def __init__(
@@ -38,17 +40,34 @@ class TextConditioner(nn.Module):
         encoder: nn.Module,
         *,
         trained: bool,
+        empty_states_LD: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.tokenize = tokenize
         self.encode = encode
         self.encoder = encoder
         self.trained = trained
+        self.empty_states_LD = empty_states_LD
 
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and self.trained)
 
-    def forward(self, token_ids_BL: Tensor) -> Tensor:
-        """Context [B, L, D]."""
+    def text_of(self, batch: Batch, dropout: float, seed: int) -> Tensor:
+        """What `forward` takes for a batch: token ids [B, L], or [B, L, D] states that the batch brings.
+
+        Captions are dropped here, at each visit anew (see `drop_captions`).
+        """
+        captions = drop_captions(batch.captions, batch.clock, dropout, seed)
+        if batch.text_states is None:
+            return self.tokenize(captions)
+        assert self.empty_states_LD is not None
+        device = batch.text_states.device
+        empty_B11 = torch.tensor([not caption for caption in captions]).view(-1, 1, 1).to(device)
+        return torch.where(empty_B11, self.empty_states_LD.to(device), batch.text_states)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Context [B, L, D] of token ids (int64 [B, L]); states (floating [B, L, D]) are context already."""
+        if text.is_floating_point():
+            return text
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
-            return self.encode(token_ids_BL)
+            return self.encode(text)

@@ -21,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import UserError
@@ -131,10 +131,19 @@ class EmaConfig:
 
 @dataclass
 class DataConfig:
-    shards: str = MISSING
+    """One set of latent shards (`shards`), or several mixed by weight (`sources`); folders or URLs."""
+
+    shards: str | None = None
+    sources: dict[str, Any] = field(
+        default_factory=dict
+    )  # data.sources.NAME.shards=..., data.sources.NAME.weight=1
     shuffle: bool = True
+    shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
     readers: int = 2  # threads that read batches ahead
     prefetch: int = 4  # micro-batches held ready
+    text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
+    cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder
+    cache_gib: float = 100.0  # bytes kept there, by all runs of a machine
 
 
 @dataclass

@@ -56,15 +56,15 @@ class LatentDiffusion(nn.Module):
                 return self.conditioner(*args)
         raise AssertionError(what)
 
-    def loss(self, moments_B2CHW: Tensor, token_ids_BL: Tensor, clock_B: Tensor) -> Tensor:
+    def loss(self, moments_B2CHW: Tensor, text: Tensor, clock_B: Tensor) -> Tensor:
         """Float32 [B]: each sample's loss at its own timestep, posterior sample and noise, drawn by its clock."""
         timesteps_B = rng.integers(self.seed, "timestep", clock_B, len(self.alphas_cumprod_T))
-        return self.loss_at(moments_B2CHW, token_ids_BL, clock_B, timesteps_B, self.seed)
+        return self.loss_at(moments_B2CHW, text, clock_B, timesteps_B, self.seed)
 
     def loss_at(
         self,
         moments_B2CHW: Tensor,
-        token_ids_BL: Tensor,
+        text: Tensor,
         draw_ids_B: Tensor,
         timesteps_B: Tensor,
         seed: int,
@@ -77,7 +77,7 @@ class LatentDiffusion(nn.Module):
         z_BCHW = sample_latents(moments_B2CHW.float(), posterior_BCHW, self.space)
         alpha_bar_B = self.alphas_cumprod_T.to(moments_B2CHW.device)[timesteps_B]
         noised_BCHW = diffusion.add_noise(z_BCHW, noise_BCHW, alpha_bar_B)
-        prediction_BCHW = self.predict(noised_BCHW, timesteps_B, self.conditioner(token_ids_BL))
+        prediction_BCHW = self.predict(noised_BCHW, timesteps_B, self.conditioner(text))
         return diffusion.per_sample_mse(prediction_BCHW, diffusion.target(self.prediction, z_BCHW, noise_BCHW))
 
     def predict(self, noised_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune import rng
 from finetune.batch import Batch
-from finetune.conditioning import TextConditioner, drop_captions
+from finetune.conditioning import TextConditioner
 from finetune.distributed import Strategy
 from finetune.ema import Average
 
@@ -49,13 +49,12 @@ def optimizer_step(
         started = time.perf_counter()
         batch = next(batches)
         data_seconds += time.perf_counter() - started
-        captions = drop_captions(batch.captions, batch.clock, caption_dropout, seed)
-        tokens = conditioner.tokenize(captions).to(device, non_blocking=True)
         # Layers that draw from torch's own generator (LoRA's dropout) are made a function of the clock as well.
         torch.manual_seed(rng.fold(seed, f"layers:{int(batch.clock[0])}"))
+        text = conditioner.text_of(batch, caption_dropout, seed).to(device, non_blocking=True)
         batch = batch.to(device)
         loss_sum += strategy.backward(
-            ("loss", batch.moments, tokens, batch.clock),
+            ("loss", batch.moments, text, batch.clock),
             global_batch=global_batch,
             last=index == micro_batches - 1,
         )

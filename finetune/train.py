@@ -76,7 +76,7 @@ def run(config: Config, composed: DictConfig) -> int:
         folder = box[0] if box else None
         path = Path(config.run.dir)
         parts = build.build(config, world, path)
-        progress = loop.resume(config, world, parts, build.depends_on(config))
+        progress = loop.resume(config, world, parts, build.depends_on(config, parts.data))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(
             path,

@@ -290,7 +290,7 @@ def test_a_change_is_named_with_both_values() -> None:
 def test_what_depends_on_compares_survives_json(overrides: list[str]) -> None:
     """Tuples or numpy numbers would differ from what the file gives back, and no run would go on."""
     config = compose("train", [*overrides, "adapter=lora", "model.pretrained=x"], Config)[0]
-    now = build.depends_on(config)
+    now = build.depends_on(config, build.open_data(config, held_out_batch=8))
     assert json.loads(json.dumps(now)) == now
 
 

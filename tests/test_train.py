@@ -92,8 +92,8 @@ def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
     data: Data = parts.data
     clock = torch.arange(8)
     rows = data.order.batch(0).rows
-    ids = data.buckets[0][1][rows]
-    moments = torch.stack([torch.from_numpy(load_npy(data.shards.read(int(i))["latent.npy"])).float() for i in ids])
+    ids = data.sources[0].training_ids(0, rows)
+    moments = torch.stack([torch.from_numpy(load_npy(data.sources[0].shards.read(int(i))["latent.npy"])).float() for i in ids])
     mean, std = moments.chunk(2, dim=1)
     z = (mean + std * rng.normal(0, "posterior", clock, (4, 8, 8))) * 0.5  # the fixture's scaling factor
     noise = rng.normal(0, "noise", clock, (4, 8, 8))
@@ -102,7 +102,7 @@ def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
     dropped = rng.uniform(0, "caption-dropout", clock) < 0.5
     assert 0 < dropped.sum() < 8
     captions = [
-        "" if drop else json.loads(data.shards.read(int(i))["json"])["captions"][int(u * 2)]
+        "" if drop else json.loads(data.sources[0].shards.read(int(i))["json"])["captions"][int(u * 2)]
         for i, u, drop in zip(ids, which, dropped, strict=True)
     ]
     tokens = tokenizer(captions, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
@@ -178,7 +178,7 @@ def test_latents_seen_have_the_mean_and_std_of_the_manifest(overrides, monkeypat
     config, parts = parts_of(overrides, "train.global_batch=80")
     step_of(config, parts)
     z = torch.cat(seen).double()
-    stats = parts.data.shards.manifest.latents
+    stats = parts.data.sources[0].shards.manifest.latents
     assert len(z) == 80
     assert z.std().item() == pytest.approx(stats.std, rel=0.05)
     assert z.mean().item() == pytest.approx(stats.mean, abs=0.1 * stats.std)

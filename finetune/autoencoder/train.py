@@ -151,7 +151,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.pictures import Pictures
     from finetune.checkpoint import RunFolder, require_same
-    from finetune.data.order import Order
+    from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
 
     run = Path(config.run.dir)
@@ -169,7 +169,8 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         readers=config.data.readers,
     )
     with closing(pictures), closing(RunFolder(run)):
-        order = Order([len(ids) for ids in pictures.train_ids], seed=config.seed, global_batch=batch)
+        sizes = [np.array([len(ids)]) for ids in pictures.train_ids]
+        order = Order([Source(sizes)], seed=config.seed, global_batch=batch)
         (run / "samples").mkdir(exist_ok=True)
         (run / "checkpoints").mkdir(exist_ok=True)
 

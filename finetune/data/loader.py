@@ -18,33 +18,12 @@ import torch
 
 from finetune import rng
 from finetune.batch import Batch
-from finetune.data.order import Order
-from finetune.data.shards import EncoderInfo, ShardSet
+from finetune.data.order import Order, permute
+from finetune.data.shards import TEXT, Bucket, EncoderInfo, ShardSet
 from finetune.latents import LatentSpace
 
-
-def hold_out(buckets: Sequence[np.ndarray], samples: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Split sample ids into training and held-out parts, bucket by bucket, in proportion.
-
-    The choice depends on the ids alone, not on the run's seed, so runs over one set of shards compare.
-
-    Args:
-        buckets: sample ids of each bucket.
-        samples: how many to hold out; at most a tenth of each bucket is taken.
-
-    Returns:
-        Training ids and held-out ids of each bucket, each in ascending order.
-    """
-    total = sum(map(len, buckets))
-    train, held = [], []
-    for ids in buckets:
-        count = min(len(ids) // 10, round(samples * len(ids) / max(1, total)))
-        chosen = np.random.Generator(np.random.Philox(len(ids))).permutation(len(ids))[:count]
-        mask = np.zeros(len(ids), dtype=bool)
-        mask[chosen] = True
-        train.append(ids[~mask])
-        held.append(ids[mask])
-    return train, held
+_LOOK_AHEAD_SAMPLES = 1 << 16  # of a rank, whose shards are asked for beforehand where they are remote
+_LOOK_EVERY_STEPS = 32
 
 
 def captions_of(record: dict) -> list[str]:
@@ -52,35 +31,132 @@ def captions_of(record: dict) -> list[str]:
     return record.get("captions") or [record.get("caption") or ""]
 
 
-def caption_of(record: dict, draw: float) -> str:
-    """One of the record's captions, chosen by `draw` in [0, 1); "" where there is none."""
-    captions = captions_of(record)
-    return str(captions[int(draw * len(captions))])
+def hold_out(sizes: Sequence[int], samples: int) -> list[np.ndarray]:
+    """Positions (int64, ascending) held out of each bucket, in proportion to the buckets' sizes.
+
+    The choice depends on the sizes alone, not on the run's seed, so runs over one set of shards compare.
+
+    Args:
+        samples: how many to hold out; at most a tenth of each bucket is taken.
+    """
+    total = max(1, sum(sizes))
+    counts = [min(size // 10, round(samples * size / total)) for size in sizes]
+    return [
+        np.sort(permute(np.arange(count), size, size)) if count else np.empty(0, np.int64)
+        for size, count in zip(sizes, counts, strict=True)
+    ]
+
+
+class Samples:
+    """The samples of one source: which ids are trained on, and which are held out, by bucket.
+
+    Args:
+        shards: latent shards; first_id: added to their sample ids, so that ids of several sources differ.
+        buckets: of all sources, in one order.
+        held_out: positions held out of each bucket, ascending.
+    """
+
+    def __init__(
+        self, shards: ShardSet, buckets: Sequence[Bucket], held_out: Sequence[np.ndarray], first_id: int = 0
+    ) -> None:
+        self.shards, self.first_id = shards, first_id
+        starts = shards.starts
+        self._starts = [starts[:-1][shards.bucket_shards(bucket)] for bucket in buckets]
+        sizes = [np.diff(starts)[shards.bucket_shards(bucket)] for bucket in buckets]
+        self._ends = [np.cumsum(each) for each in sizes]
+        self._held = list(held_out)
+        # Training rows skip the held-out positions: the i-th of these comes before row held[i] - i.
+        self._gaps = [held - np.arange(len(held)) for held in held_out]
+        self.sizes = [
+            each - np.bincount(np.searchsorted(ends, held, side="right"), minlength=len(each))
+            for each, ends, held in zip(sizes, self._ends, held_out, strict=True)
+        ]
+
+    def training_ids(self, bucket: int, rows: np.ndarray) -> np.ndarray:
+        """Sample ids (int64) of training rows of a bucket."""
+        return self._ids(bucket, rows + np.searchsorted(self._gaps[bucket], rows, side="right"))
+
+    def held_out_ids(self, bucket: int) -> np.ndarray:
+        """Sample ids (int64) held out of a bucket."""
+        return self._ids(bucket, self._held[bucket])
+
+    def _ids(self, bucket: int, positions: np.ndarray) -> np.ndarray:
+        ends, starts = self._ends[bucket], self._starts[bucket]
+        place = np.searchsorted(ends, positions, side="right")
+        begins = np.concatenate([np.zeros(1, np.int64), ends])[place]
+        return self.first_id + (starts[place] + positions - begins if len(starts) else positions)
 
 
 def read_batch(
-    shards: ShardSet, sample_ids: np.ndarray, bucket: tuple[int, int], clock: np.ndarray, seed: int
+    sources: Sequence[Samples],
+    chosen: np.ndarray,
+    sample_ids: np.ndarray,
+    bucket: Bucket,
+    clock: np.ndarray,
+    seed: int,
+    *,
+    text_states: bool = False,
+    pin: bool = False,
 ) -> Batch:
-    """Read named samples into one batch (see `Batch`); raises `ShardError` naming what can't be read."""
-    encoder = shards.manifest.encoder
+    """Read samples into one batch (see `Batch`).
+
+    Args:
+        chosen: [B] each sample's source; sample_ids: [B]; clock: [B].
+        seed: of the captions drawn.
+        text_states: read the drawn captions' states as well.
+        pin: in page-locked memory.
+
+    Raises:
+        ShardError: naming what can't be read.
+    """
+    manifest = sources[0].shards.manifest
+    encoder = manifest.encoder
     assert encoder is not None
-    height, width = bucket[0] // encoder.downsample, bucket[1] // encoder.downsample
-    shape = (len(sample_ids), 2 * encoder.channels, height, width)
-    moments = torch.empty(shape, dtype=torch.float16)
-    shards.read_latents(sample_ids, moments.numpy())
+    count = len(sample_ids)
+    shape = (count, 2 * encoder.channels, bucket[0] // encoder.downsample, bucket[1] // encoder.downsample)
+    moments = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
+    out = moments.numpy()
+    records: list[dict[str, Any]] = [{}] * count
+    for source in np.unique(chosen).tolist():
+        places = np.flatnonzero(chosen == source)
+        samples = sources[source]
+        read = samples.shards.read_samples(sample_ids[places] - samples.first_id, out, places)
+        for place, record in zip(places.tolist(), read, strict=True):
+            records[place] = record
     clock_B = torch.from_numpy(clock)
     draws = rng.uniform(seed, "caption", clock_B).tolist()
-    captions = [caption_of(shards.read_json(int(i)), draw) for i, draw in zip(sample_ids, draws, strict=True)]
-    return Batch(moments, captions, clock_B, torch.from_numpy(sample_ids), bucket)
+    captions = [captions_of(record) for record in records]
+    drawn = [int(draw * len(several)) for draw, several in zip(draws, captions, strict=True)]
+    states = None
+    if text_states:
+        assert manifest.text is not None
+        states = torch.empty(
+            (count, manifest.text.length, manifest.text.width), dtype=torch.float16, pin_memory=pin
+        )
+        for place in range(count):
+            samples = sources[chosen[place]]
+            samples.shards.read_row(
+                int(sample_ids[place] - samples.first_id),
+                TEXT,
+                drawn[place],
+                len(captions[place]),
+                states[place].numpy(),
+            )
+    return Batch(
+        moments,
+        [str(several[index]) for several, index in zip(captions, drawn, strict=True)],
+        clock_B.pin_memory() if pin else clock_B,
+        torch.from_numpy(sample_ids),
+        bucket,
+        states,
+    )
 
 
 class Loader:
     """Iterates over this rank's micro-batches for ever, from optimizer step `start_step`.
 
     Args:
-        shards: latent shards.
-        buckets: per bucket of `order`, its (height, width) in pixels and its sample ids.
-        order: which rows of which bucket form each global batch.
+        data: what is read, in which order.
         seed: of the captions drawn.
         rank, world_size: this rank's place; `world_size * micro_batch` divides the global batch.
         micro_batch: samples in one `Batch`.
@@ -90,9 +166,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
-        buckets: Sequence[tuple[tuple[int, int], np.ndarray]],
-        order: Order,
+        data: Data,
         *,
         seed: int,
         rank: int = 0,
@@ -103,26 +177,54 @@ class Loader:
         prefetch: int = 4,
         pin: bool = False,
     ) -> None:
-        assert order.global_batch % (world_size * micro_batch) == 0
-        self.shards, self.buckets, self.order, self.seed = shards, buckets, order, seed
-        self.share = order.global_batch // world_size
+        self.data, self.order, self.seed = data, data.order, seed
+        assert self.order.global_batch % (world_size * micro_batch) == 0
+        self.share = self.order.global_batch // world_size
         self.first = rank * self.share
         self.micro_batch, self.start_step, self.pin = micro_batch, start_step, pin
         self.prefetch = max(1, prefetch)
         self.pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="reader")
+        self.scout: ThreadPoolExecutor | None = None
+        if any(samples.shards.remote for samples in data.sources):
+            self.scout = ThreadPoolExecutor(1, thread_name_prefix="reader-scout")
 
     def _read(self, step: int, offset: int) -> Batch:
-        chosen = self.order.batch(step)
-        bucket, ids = self.buckets[chosen.bucket]
-        begin = self.first + offset
-        rows = chosen.rows[begin : begin + self.micro_batch]
-        clock = step * self.order.global_batch + np.arange(begin, begin + self.micro_batch, dtype=np.int64)
-        batch = read_batch(self.shards, ids[rows], bucket, clock, self.seed)
-        return batch.pin() if self.pin else batch
+        chosen = self.order.batch(step, self.first, self.first + self.share)
+        cut = slice(offset, offset + self.micro_batch)
+        sources, rows = chosen.sources[cut], chosen.rows[cut]
+        begin = step * self.order.global_batch + self.first + offset
+        clock = np.arange(begin, begin + self.micro_batch, dtype=np.int64)
+        return read_batch(
+            self.data.sources,
+            sources,
+            self.data.ids(chosen.bucket, sources, rows),
+            self.data.buckets[chosen.bucket],
+            clock,
+            self.seed,
+            text_states=self.data.text_states,
+            pin=self.pin,
+        )
+
+    def _look_ahead(self, step: int) -> None:
+        """Ask for the remote shards of the next steps, in the order of their first use."""
+        steps = max(2 * _LOOK_EVERY_STEPS, _LOOK_AHEAD_SAMPLES // self.share)
+        wanted: list[dict[int, None]] = [{} for _ in self.data.sources]
+        for ahead in range(step, step + steps):
+            chosen = self.order.batch(ahead, self.first, self.first + self.share)
+            ids = self.data.ids(chosen.bucket, chosen.sources, chosen.rows)
+            for source in np.unique(chosen.sources).tolist():
+                samples = self.data.sources[source]
+                local = ids[chosen.sources == source] - samples.first_id
+                shards = np.searchsorted(samples.shards.starts, local, side="right") - 1
+                wanted[source].update(dict.fromkeys(shards.tolist()))
+        for samples, shards_wanted in zip(self.data.sources, wanted, strict=True):
+            samples.shards.prefetch(list(shards_wanted))
 
     def _positions(self) -> Iterator[tuple[int, int]]:
         step = self.start_step
         while True:
+            if self.scout is not None and (step - self.start_step) % _LOOK_EVERY_STEPS == 0:
+                self.scout.submit(self._look_ahead, step)
             for offset in range(0, self.share, self.micro_batch):
                 yield step, offset
             step += 1
@@ -140,31 +242,49 @@ class Loader:
                 future.cancel()
 
     def close(self) -> None:
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self.scout, self.pool):
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
 @dataclass
 class Data:
-    """Training order and held-out batches over one set of latent shards."""
+    """Training order and held-out batches over one or several sets of latent shards.
 
-    shards: ShardSet
+    `buckets` ((height, width) in pixels) are numbered alike in `order` and in every source. `text_states`: batches
+    carry the states of their captions, and `empty_text` [L, D] float16 is the empty caption's.
+    """
+
+    sources: list[Samples]
+    buckets: list[Bucket]
     order: Order
-    buckets: list[tuple[tuple[int, int], np.ndarray]]  # (height, width) in pixels, ids of training samples
     held_out: list[Batch]
     space: LatentSpace
+    text_states: bool = False
+    empty_text: torch.Tensor | None = None
 
     @property
-    def largest_bucket(self) -> tuple[int, int]:
+    def largest_bucket(self) -> Bucket:
         """(height, width) in pixels of the bucket with most samples."""
-        return max(self.buckets, key=lambda bucket: len(bucket[1]))[0]
+        return self.buckets[int(self.order.sizes.sum(axis=0).argmax())]
 
     @property
     def encoder(self) -> EncoderInfo:
         """The autoencoder that made the latents."""
-        encoder = self.shards.manifest.encoder
+        encoder = self.sources[0].shards.manifest.encoder
         assert encoder is not None
         return encoder
 
+    def ids(self, bucket: int, sources: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Sample ids (int64 [B]) of training rows of a bucket, each in its source."""
+        if len(self.sources) == 1:
+            return self.sources[0].training_ids(bucket, rows)
+        ids = np.empty_like(rows)
+        for source in np.unique(sources).tolist():
+            mine = sources == source
+            ids[mine] = self.sources[source].training_ids(bucket, rows[mine])
+        return ids
+
     def loader(self, **settings: Any) -> Loader:
         """A `Loader` over the training samples; `settings` are its keyword arguments."""
-        return Loader(self.shards, self.buckets, self.order, **settings)
+        return Loader(self, **settings)

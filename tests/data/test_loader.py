@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import threading
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,13 +15,23 @@ import numpy as np
 import pytest
 import torch
 
-from finetune import rng
+from finetune import UserError, rng
 from finetune.batch import Batch
-from finetune.data.loader import Data, Loader, caption_of, hold_out, read_batch
-from finetune.data.order import Order
-from finetune.data.shards import EncoderInfo, ShardError, ShardSet, ShardWriter, json_bytes, latent_bytes
+from finetune.data.loader import Data, Loader, Samples, captions_of, hold_out, read_batch
+from finetune.data.order import Order, Source
+from finetune.data.shards import (
+    EncoderInfo,
+    Manifest,
+    ShardError,
+    ShardInfo,
+    ShardSet,
+    ShardWriter,
+    json_bytes,
+    latent_bytes,
+)
 from finetune.latents import LatentSpace
 
+ROOT = Path(__file__).resolve().parents[2]
 BUCKETS = {(32, 32): 30, (24, 40): 21}  # height, width in pixels: samples
 ENCODER = EncoderInfo("org/vae", "0" * 64, 0.5, 0.0, "float32", (-1.0, 1.0), channels=2, downsample=8)
 
@@ -42,11 +55,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def data_of(folder: Path, global_batch: int = 6, seed: int = 3) -> Data:
-    shards = ShardSet.open(folder)
-    buckets = list(shards.buckets.items())
-    order = Order([len(ids) for _, ids in buckets], seed=seed, global_batch=global_batch)
-    return Data(shards, order, buckets, [], LatentSpace(0.5))
+def data_of(*folders: Path, global_batch: int = 6, seed: int = 3, held_out: int = 0) -> Data:
+    """Training data over one or several folders, of equal weights."""
+    opened = [ShardSet.open(folder) for folder in folders]
+    buckets = sorted({bucket for shards in opened for bucket in shards.bucket_sizes})
+    sources: list[Samples] = []
+    for shards in opened:
+        held = hold_out([shards.bucket_sizes.get(bucket, 0) for bucket in buckets], held_out)
+        sources.append(Samples(shards, buckets, held, first_id=sum(len(each.shards) for each in sources)))
+    order = Order([Source(each.sizes) for each in sources], seed=seed, global_batch=global_batch)
+    return Data(sources, buckets, order, [], LatentSpace(0.5))
 
 
 def take(loader: Loader, count: int) -> list[Batch]:
@@ -107,11 +125,11 @@ def test_each_batch_holds_one_bucket_and_each_sample_its_own_latent(folder: Path
         height, width = batch.bucket
         assert batch.moments.shape == (6, 4, height // 8, width // 8)
         assert batch.moments.dtype == torch.float16
-        assert set(batch.sample_ids.tolist()) <= set(data.shards.buckets[batch.bucket].tolist())
+        assert set(batch.sample_ids.tolist()) <= set(data.sources[0].shards.buckets[batch.bucket].tolist())
         for moments, sample_id, caption in zip(
             batch.moments, batch.sample_ids.tolist(), batch.captions, strict=True
         ):
-            index = int(data.shards.key(sample_id))
+            index = int(data.sources[0].shards.key(sample_id))
             assert (moments == index).all()
             assert caption in captions(index)
 
@@ -128,7 +146,7 @@ def test_captions_are_drawn_for_each_visit_by_the_clock_alone(folder: Path) -> N
     for batch in batches:
         draws = rng.uniform(9, "caption", batch.clock).tolist()
         for sample_id, draw, caption in zip(batch.sample_ids.tolist(), draws, batch.captions, strict=True):
-            assert caption == captions(int(data.shards.key(sample_id)))[int(3 * draw)]
+            assert caption == captions(int(data.sources[0].shards.key(sample_id)))[int(3 * draw)]
             seen.setdefault(sample_id, set()).add(caption)
     assert all(len(found) == 3 for found in seen.values())
     assert [b.captions for b in take(data_of(folder).loader(seed=8, micro_batch=6), 9)] != [
@@ -140,27 +158,64 @@ def test_captions_are_drawn_for_each_visit_by_the_clock_alone(folder: Path) -> N
     ("record", "said"),
     [
         ({"captions": ["a", "b"]}, ["a", "b"]),
-        ({"caption": "one"}, ["one", "one"]),
-        ({"captions": []}, ["", ""]),
-        ({"caption": None}, ["", ""]),
-        ({}, ["", ""]),
+        ({"caption": "one"}, ["one"]),
+        ({"captions": []}, [""]),
+        ({"caption": None}, [""]),
+        ({}, [""]),
     ],
 )
 def test_records_with_few_captions(record: dict, said: list[str]) -> None:
-    assert [caption_of(record, draw) for draw in (0.0, 1 - 2**-24)] == said
+    assert captions_of(record) == said
 
 
-def test_hold_out_is_disjoint_exhaustive_and_small() -> None:
-    buckets = [np.arange(0, 200), np.arange(200, 300), np.arange(300, 307), np.arange(0)]
+def test_hold_out_is_small_and_in_proportion() -> None:
+    sizes = [200, 100, 7, 0]
     for samples in (0, 1, 16, 30, 10**6):
-        train, held = hold_out(buckets, samples)
-        for ids, left, right in zip(buckets, train, held, strict=True):
-            assert sorted([*left, *right]) == ids.tolist()
-            assert len(right) <= len(ids) // 10
-            assert (np.diff(left) > 0).all() and (np.diff(right) > 0).all()
-        assert sum(map(len, held)) <= max(samples + len(buckets), 0)
-    assert [len(ids) for ids in hold_out(buckets, 16)[1]] == [10, 5, 0, 0]
-    assert [len(ids) for ids in hold_out(buckets, 10**6)[1]] == [20, 10, 0, 0]
+        held = hold_out(sizes, samples)
+        for size, positions in zip(sizes, held, strict=True):
+            assert len(positions) <= size // 10
+            assert (np.diff(positions) > 0).all() and (positions < size).all()
+        assert sum(map(len, held)) <= max(samples + len(sizes), 0)
+    assert [len(positions) for positions in hold_out(sizes, 16)] == [10, 5, 0, 0]
+    assert [len(positions) for positions in hold_out(sizes, 10**6)] == [20, 10, 0, 0]
+
+
+def test_training_rows_are_all_but_those_held_out(folder: Path) -> None:
+    shards = ShardSet.open(folder)
+    buckets = list(shards.bucket_sizes)
+    held = [np.array([0, 7, 8, 20]), np.array([29])]
+    samples = Samples(shards, buckets, held, first_id=100)
+    for index, bucket in enumerate(buckets):
+        ids = shards.buckets[bucket] + 100
+        rows = np.arange(int(samples.sizes[index].sum()))
+        assert samples.held_out_ids(index).tolist() == ids[held[index]].tolist()
+        assert samples.training_ids(index, rows).tolist() == np.delete(ids, held[index]).tolist()
+        # Rows are numbered shard by shard: the order's sizes are these shards' own.
+        starts = np.searchsorted(shards.starts, samples.training_ids(index, rows) - 100, side="right")
+        assert np.unique(starts, return_counts=True)[1].tolist() == samples.sizes[index].tolist()
+
+
+def test_sources_are_mixed_sample_by_sample(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    with ShardWriter(other, "latents", members=["latent.npy", "json"]) as writer:
+        for index in range(12):
+            moments = np.full((4, 4, 4), 1000 + index, np.float16)
+            record = {"captions": [f"other {index}"]}
+            writer.write(f"{index}", {"latent.npy": latent_bytes(moments), "json": json_bytes(record)}, (32, 32))
+        writer.finish(encoder=ENCODER)
+    data = data_of(folder, other)
+    batches = take(data.loader(seed=0, micro_batch=3), 400)
+    total = sum(BUCKETS.values())
+    for batch in batches:
+        for moments, sample_id, caption in zip(batch.moments, batch.sample_ids.tolist(), batch.captions):
+            value = int(moments[0, 0, 0])
+            if sample_id >= total:
+                assert (value, caption) == (1000 + sample_id - total, f"other {sample_id - total}")
+            else:
+                assert caption in captions(int(data.sources[0].shards.key(sample_id)))
+                assert value == int(data.sources[0].shards.key(sample_id))
+    share = np.mean([(batch.sample_ids >= total).float().mean() for batch in batches])
+    assert abs(share - 0.5) < 0.05
 
 
 def test_hold_out_depends_on_the_set_not_on_the_run(folder: Path) -> None:
@@ -170,7 +225,12 @@ def test_hold_out_depends_on_the_set_not_on_the_run(folder: Path) -> None:
     def held(*overrides: str) -> tuple[list[int], set[int]]:
         settings = ["experiment=smoke", f"data.shards={folder}", "train.global_batch=6", "validation.samples=5"]
         data = open_data(compose("train", [*settings, *overrides], Config)[0], held_out_batch=4)
-        trained = {int(i) for _, ids in data.buckets for i in ids}
+        source = data.sources[0]
+        trained = {
+            int(i)
+            for index in range(len(data.buckets))
+            for i in source.training_ids(index, np.arange(int(source.sizes[index].sum())))
+        }
         return [int(i) for batch in data.held_out for i in batch.sample_ids], trained
 
     ids, trained = held()
@@ -181,7 +241,8 @@ def test_hold_out_depends_on_the_set_not_on_the_run(folder: Path) -> None:
 def test_held_out_batches_are_named_by_sample_ids(folder: Path) -> None:
     shards = ShardSet.open(folder)
     ids = shards.buckets[32, 32][[4, 2, 9]]
-    batch = read_batch(shards, ids, (32, 32), ids.astype(np.int64), seed=0)
+    sources = data_of(folder).sources
+    batch = read_batch(sources, np.zeros(3, np.int64), ids, (32, 32), ids.astype(np.int64), seed=0)
     assert torch.equal(batch.sample_ids, batch.clock)
     assert [int(m[0, 0, 0]) for m in batch.moments] == [int(shards.key(int(i))) for i in ids]
 
@@ -202,7 +263,7 @@ def test_a_missing_shard_reaches_the_consumer_by_name(folder: Path, tmp_path: Pa
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     data = data_of(broken)
-    victim = data.shards.manifest.shards[1].name
+    victim = data.sources[0].shards.manifest.shards[1].name
     (broken / victim).unlink()
     loader = data.loader(seed=0, micro_batch=6)
     with pytest.raises(ShardError, match=f"{victim} is missing"):
@@ -243,3 +304,63 @@ def test_it_reads_ahead_and_no_further(folder: Path) -> None:
 def test_an_uneven_cut_is_no_loader(folder: Path) -> None:
     with pytest.raises(AssertionError):
         data_of(folder).loader(seed=0, micro_batch=4)
+
+
+_HUNDRED_MILLION = """
+import resource, sys
+from finetune.build import open_data
+from finetune.config import Config, compose
+settings = ["data.shards=" + sys.argv[1], "train.global_batch=2048", "validation.samples=0"]
+config = compose("train", settings, Config)[0]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+data = open_data(config, held_out_batch=64)
+for step in (100_000_000 // 2048, 3):
+    batch = data.order.batch(step, 512, 1024)
+    ids = data.ids(batch.bucket, batch.sources, batch.rows)
+    for sample_id in ids.tolist():
+        shard, row = data.sources[0].shards.locate(sample_id)
+        assert data.sources[0].shards.bucket_of(shard) == data.buckets[batch.bucket]
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_hundred_million_samples_need_no_list(tmp_path: Path) -> None:
+    """100,000 shards in 3 buckets, opened and asked for its 100,000,000th sample: memory far below 1 GiB."""
+    shapes = [(512, 512), (512, 768), (768, 512)]
+    rows = [ShardInfo(f"{n:05d}.tar", shapes[n % 3], 1_000, 1, "") for n in range(100_000)]
+    Manifest("latents", ["latent.npy", "json"], rows, ENCODER).save(tmp_path)
+    command = [sys.executable, "-c", _HUNDRED_MILLION, str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) * 1024 < 512 << 20
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        ([], "no data: give data.shards=FOLDER, or several as data.sources.NAME.shards=FOLDER"),
+        (["data.shards=A", "data.sources.b.shards=A"], "data.shards and data.sources are both given"),
+        (["data.sources.b.weight=2"], "no value for data.sources.b.shards: give data.sources.b.shards=FOLDER"),
+        (["data.sources.b={shards: A, wieght: 2}"], "unknown key data.sources.b.wieght"),
+        (["data.sources.b={shards: A, weight: 0}"], "data.sources.b.weight=0 must be a number greater than 0"),
+        (["data.sources.b={shards: A, weight: much}"], "data.sources.b.weight=much must be a number"),
+        (
+            ["data.sources.a.shards=A", "data.sources.b.shards=B"],
+            "sources a and b are not of one autoencoder: scale is 0.5 and 0.25; encode both with the same VAE",
+        ),
+    ],
+)
+def test_mistakes_about_sources_get_one_line(folder: Path, tmp_path: Path, overrides: list[str], says: str) -> None:
+    from finetune.build import open_data
+    from finetune.config import Config, compose
+
+    shutil.copytree(folder, tmp_path / "b")
+    manifest = Manifest.load(folder)
+    replace(manifest, encoder=replace(ENCODER, scale=0.25)).save(tmp_path / "b")
+    named = [
+        o.replace("=A", f"={folder}").replace(": A", f": {folder}").replace("=B", f"={tmp_path / 'b'}")
+        for o in overrides
+    ]
+    with pytest.raises(UserError) as caught:
+        open_data(compose("train", [*named, "train.global_batch=6"], Config)[0], held_out_batch=4)
+    assert says in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finetune.data.shards.files import MANIFEST, ShardError, write_atomic
+from finetune.data.shards.store import Root, Store, is_remote, resolve
 
 FORMAT_VERSION = 1
 
@@ -49,7 +51,18 @@ class EncoderInfo:
     downsample: int
 
     def locate(self, root: str | os.PathLike[str]) -> str:
-        """The folder of the autoencoder, for a manifest in `root`; a hub id is returned as it is."""
+        """The folder of the autoencoder, for a manifest in `root`; a hub id is returned as it is.
+
+        Raises:
+            ShardError: it lies beside shards that are not on this machine.
+        """
+        if is_remote(root):
+            if self.source.startswith("."):
+                raise ShardError(
+                    f"the latents in {root} were made by {self.source} beside them, which is not here; give a copy "
+                    "of that autoencoder, or its hub id (model.vae=... in training, --vae in data-tools)"
+                )
+            return self.source
         path = Path(root) / self.source
         return os.path.normpath(path) if self.source.startswith(".") or path.is_dir() else self.source
 
@@ -102,26 +115,16 @@ class Manifest:
         return sum(shard.bytes for shard in self.shards)
 
     @classmethod
-    def load(cls, root: str | os.PathLike[str]) -> Manifest:
-        """Read ROOT/manifest.json.
+    def load(cls, root: Root) -> Manifest:
+        """Read ROOT/manifest.json; `root` is a folder, a URL, a `pipe:`, or a `Store`.
 
         Raises:
-            ShardError: folder or manifest missing, not JSON, without a field it needs, or of another version.
+            ShardError: folder or manifest missing or out of reach, not JSON, without a field it needs, or of
+                another version.
         """
-        path = Path(root) / MANIFEST
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            if not Path(root).exists():
-                raise ShardError(f"no folder of shards at {root}; check the path") from None
-            raise ShardError(
-                f"{root} has no {MANIFEST}: not a set of shards, or one that was never finished; "
-                "make it with `data-tools ingest` or `data-tools encode`"
-            ) from None
-        except NotADirectoryError:
-            raise ShardError(f"{root} is a file; give the folder that holds {MANIFEST}") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ShardError(f"cannot read {path}: {error}") from None
+        home = resolve(root)
+        path = home.url(MANIFEST) if isinstance(home, Store) else home / MANIFEST
+        text = _read_remote(home) if isinstance(home, Store) else _read_local(home)
         try:
             data = json.loads(text)
         except ValueError as error:
@@ -138,8 +141,8 @@ class Manifest:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise ShardError(f"{path} is not a valid manifest: {what}; make the shards again") from None
 
-    def save(self, root: str | os.PathLike[str]) -> None:
-        """Write ROOT/manifest.json at once or not at all; the same manifest gives the same bytes."""
+    def to_json(self) -> str:
+        """The content of manifest.json; equal for equal manifests."""
         data = dataclasses.asdict(self)
         shards = data.pop("shards")
         if self.text is None:
@@ -149,7 +152,16 @@ class Manifest:
         lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
         rows = ",\n".join("    " + json.dumps(shard) for shard in shards)  # a line a shard: 10,000 stay legible
         lines += [f'  "shards": [\n{rows}\n  ]']
-        write_atomic(Path(root) / MANIFEST, ("{\n" + "\n".join(lines) + "\n}\n").encode())
+        return "{\n" + "\n".join(lines) + "\n}\n"
+
+    @property
+    def sha256(self) -> str:
+        """Of `to_json`."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def save(self, root: str | os.PathLike[str]) -> None:
+        """Write ROOT/manifest.json at once or not at all."""
+        write_atomic(Path(root) / MANIFEST, self.to_json().encode())
 
     def require_encoder(self, sha256: str, source: str) -> None:
         """Refuse an autoencoder other than the one that made these latents.
@@ -166,6 +178,33 @@ class Manifest:
             )
 
 
+def _read_local(root: Path) -> str:
+    try:
+        return (root / MANIFEST).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if not root.exists():
+            raise ShardError(f"no folder of shards at {root}; check the path") from None
+        raise ShardError(
+            f"{root} has no {MANIFEST}: not a set of shards, or one that was never finished; "
+            "make it with `data-tools ingest` or `data-tools encode`"
+        ) from None
+    except NotADirectoryError:
+        raise ShardError(f"{root} is a file; give the folder that holds {MANIFEST}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"cannot read {root / MANIFEST}: {error}") from None
+
+
+def _read_remote(store: Store) -> str:
+    try:
+        return store.read(MANIFEST).decode("utf-8")
+    except FileNotFoundError:
+        raise ShardError(
+            f"{store.name} has no {MANIFEST}: not a set of shards, or not a whole copy of one; check the address"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise ShardError(f"cannot read {store.url(MANIFEST)}: {error}") from None
+
+
 def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     if data["kind"] not in ("images", "latents"):
         raise ValueError(f"kind {data['kind']!r} is neither images nor latents")
@@ -176,7 +215,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     for row in data["shards"]:
         bucket = None if row["bucket"] is None else (int(row["bucket"][0]), int(row["bucket"][1]))
         shard = ShardInfo(str(row["name"]), bucket, int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
-        if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
+        if "/" in shard.name or "\0" in shard.name or not shard.name.endswith(".tar"):
             raise ValueError(f"shard name {shard.name!r} is not that of a tar in this folder")
         if shard.samples < 0 or shard.bytes < 0 or (bucket is not None and min(bucket) < 1):
             raise ValueError(f"shard {shard.name} has impossible numbers")
