@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data_tools import encode, inspect, preview, verify
-from data_tools.ingest import folder, iconify, table, tars
+from data_tools import dedupe, encode, inspect, preview, verify
+from data_tools.ingest import folder, hf, iconify, table, tars
 from finetune import __version__, run_cli
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ _INGEST_EXAMPLES = """\
 examples:
   data-tools ingest folder photos --out shards/photos
   data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
+  data-tools ingest hf lambdalabs/naruto-blip-captions --out shards/naruto
   data-tools ingest tars laion-art --out shards/laion-art --min-size 512
   data-tools ingest table pictures.csv --url-column link --caption-column title --out shards/pictures
 """
@@ -52,8 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
     for group, name, module in (
         (sources, "folder", folder),
         (sources, "iconify", iconify),
+        (sources, "hf", hf),
         (sources, "tars", tars),
         (sources, "table", table),
+        (commands, "dedupe", dedupe),
         (commands, "encode", encode),
         (commands, "verify", verify),
         (commands, "inspect", inspect),

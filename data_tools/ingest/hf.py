@@ -1,0 +1,308 @@
+"""Make image shards from a Hugging Face data set: on this machine or on the hub.
+
+SOURCE is a .parquet or .arrow file, a folder (of parquet or arrow files, of pictures with metadata, or one that
+`save_to_disk` wrote), or the name of a data set on the hub. The pictures stand in the column of images, or the one
+that --image-column names, which may also hold plain bytes, or paths relative to the folder. Captions are in columns
+called captions, caption or text, or those named by --caption-column. Columns of texts, numbers and lists of them
+become labels; a class becomes its number, and its name beside it as COLUMN_name.
+
+Rows are streamed: nothing is downloaded or converted beforehand, unless --no-streaming asks for it. Pictures keep
+their bytes unless --size or --format is given; what can't be used is listed in SHARDS/rejects.jsonl.
+
+examples:
+  data-tools ingest hf lambdalabs/naruto-blip-captions --out shards/naruto
+  data-tools ingest hf exports/cats.parquet --image-column img --caption-column title --out shards/cats
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_tools.fetch import Limits
+from data_tools.ingest.common import (
+    Found,
+    Options,
+    SetAside,
+    Wanted,
+    add_caption_argument,
+    add_picture_arguments,
+    caption_columns,
+    captions_of,
+    check_columns,
+    choose_column,
+    downloads,
+    ingest,
+    labels_of,
+    named,
+)
+from data_tools.tars import printable
+from finetune import UserError
+
+_PATH_COLUMNS = ("image", "image_path", "img", "img_path", "file_name", "filename", "file", "file_path", "path")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `data-tools ingest hf`."""
+    parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
+    parser.add_argument("--config", metavar="NAME", help="configuration, where the data set has several")
+    parser.add_argument("--split", metavar="NAME", help="default: train, or the only one there is")
+    parser.add_argument("--revision", metavar="REV", help="commit, tag or branch on the hub")
+    parser.add_argument("--image-column", metavar="NAME", help="column of the pictures")
+    add_caption_argument(parser)
+    parser.add_argument(
+        "--streaming",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read rows as they come, or first all of them into the cache of `datasets` (default: streaming)",
+    )
+    add_picture_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run `data-tools ingest hf`."""
+    options = Options.from_args(args)
+    opened = _open(args.source, args.config, args.split, args.revision, args.streaming)
+    plan = _Plan.choose(opened.data.features, args.image_column, args.caption_column)
+    origin = None if opened.root else json.dumps(opened.origin(args), indent=2, ensure_ascii=False) + "\n"
+    if plan.left_out:
+        print(f"columns left out: {', '.join(plan.left_out)}")
+    with downloads(_pictures(opened, plan), Limits()) as items:
+        return ingest(
+            args,
+            options,
+            items,
+            source=args.source,
+            total=opened.rows,
+            origin=None if origin is None else origin.encode(),
+        )
+
+
+# --- the data set
+
+
+@dataclass(frozen=True)
+class _Opened:
+    data: Any  # datasets.Dataset or IterableDataset
+    split: str
+    rows: int | None
+    root: Path | None  # folder that paths are relative to; None for a data set of the hub
+
+    def origin(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Where the pictures come from, for SOURCE.json."""
+        info = self.data.info
+        return {
+            "dataset": args.source,
+            "config": args.config,
+            "split": self.split,
+            "revision": args.revision,
+            "license": info.license or None,
+            "homepage": info.homepage or None,
+            "citation": info.citation or None,
+        }
+
+
+def _open(source: str, config: str | None, split: str | None, revision: str | None, streaming: bool) -> _Opened:
+    """Find the data set, without reading its rows.
+
+    Raises:
+        UserError: there is none, or several splits and none is named.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
+    try:
+        if path.is_dir() and (path / "dataset_dict.json").is_file():
+            splits = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+            split = _choose_split(source, split, splits)
+            data = datasets.load_from_disk(str(path / split))
+        elif path.is_dir() and (path / "state.json").is_file():
+            data = datasets.load_from_disk(str(path))
+            split = _choose_split(source, split, [str(data.split or "train")])
+        elif path.is_file():
+            kind = path.suffix.lower().removeprefix(".")
+            if kind not in ("parquet", "arrow"):
+                raise UserError(
+                    f"{source} is no .parquet or .arrow file; `ingest table` and `ingest tars` take others"
+                )
+            data, split = _load(datasets, source, split, streaming, path=kind, data_files=str(path))
+        elif path.is_dir():
+            data, split = _load(datasets, source, split, streaming, path=str(path), name=config)
+        elif looks_local or path.suffix in (".parquet", ".arrow"):
+            raise UserError(f"no file or folder {source}; give one, or the name of a data set on the hub")
+        else:
+            data, split = _load(datasets, source, split, streaming, path=source, name=config, revision=revision)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # of `datasets`, the hub's client, pyarrow, fsspec, ...
+        raise UserError(f"cannot open the data set {source} ({_line(error)})") from None
+    if data.features is None:
+        data = data._resolve_features()
+    rows = getattr(data, "num_rows", None)
+    if rows is None and data.info.splits and split in data.info.splits:
+        rows = data.info.splits[split].num_examples or None
+    root = None
+    if path.exists():
+        root = path if path.is_dir() else path.parent
+    return _Opened(data, split, rows, root)
+
+
+def _load(datasets: Any, source: str, split: str | None, streaming: bool, **what: Any) -> tuple[Any, str]:
+    every = datasets.load_dataset(streaming=streaming, **what)
+    chosen = _choose_split(source, split, list(every))
+    return every[chosen], chosen
+
+
+def _choose_split(source: str, asked: str | None, splits: list[str]) -> str:
+    if asked is None and (len(splits) == 1 or "train" in splits):
+        return splits[0] if len(splits) == 1 else "train"
+    if asked in splits:
+        return str(asked)
+    what = "several splits" if asked is None else f"no split {asked}"
+    raise UserError(f"{source} has {what}; give --split with one of {', '.join(splits)}")
+
+
+def _line(error: Exception) -> str:
+    cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" and error.__cause__ else error
+    return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0][:300]}"
+
+
+# --- its columns
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Which column is what."""
+
+    image: str
+    captions: list[str]
+    labels: list[str]
+    classes: dict[str, list[str]]  # the names of the classes of columns that have such
+    left_out: list[str]
+    cast: bool  # the images would come decoded
+
+    @classmethod
+    def choose(cls, features: Any, image: str | None, captions: list[str]) -> _Plan:
+        """From the arguments, or else by the columns' types and names.
+
+        Raises:
+            UserError: no such column, none that can be meant, or several.
+        """
+        import datasets
+
+        columns = list(features)
+        texts = [name for name in columns if _dtype(features[name]) in ("string", "large_string")]
+        if image is None:
+            blobs = [name for name in columns if _is_blob(features[name])]
+            binary = [name for name in columns if _dtype(features[name]) in ("binary", "large_binary")]
+            paths = named((name for name in texts if not isinstance(features[name], datasets.List)), _PATH_COLUMNS)
+            image = choose_column("--image-column", "pictures", columns, blobs or binary or paths)
+            if image is None:
+                raise UserError(f"no column has pictures; give --image-column (columns: {', '.join(columns)})")
+        else:
+            check_columns("--image-column", [image], columns)
+        captions = caption_columns(captions, columns, texts)
+        rest = [name for name in columns if name != image and name not in captions]
+        labels = [name for name in rest if _holds_values(features[name])]
+        classes = {name: features[name].names for name in labels if isinstance(features[name], datasets.ClassLabel)}
+        left_out = [name for name in rest if name not in labels]
+        return cls(image, captions, labels, classes, left_out, isinstance(features[image], datasets.Image))
+
+
+def _is_blob(feature: Any) -> bool:
+    """An image column, also one that was written without saying so: {"bytes", "path"}."""
+    import datasets
+
+    return isinstance(feature, datasets.Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
+
+
+def _dtype(feature: Any) -> str:
+    """The type of a column's values, or of the items of its lists."""
+    import datasets
+
+    while isinstance(feature, datasets.List | datasets.LargeList):
+        feature = feature.feature
+    return feature.dtype if isinstance(feature, datasets.Value) else ""
+
+
+def _holds_values(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, dict):
+        return all(map(_holds_values, feature.values()))
+    if isinstance(feature, datasets.List | datasets.LargeList):
+        return _holds_values(feature.feature)
+    if isinstance(feature, datasets.Value):
+        return "binary" not in feature.dtype
+    return isinstance(feature, datasets.ClassLabel)
+
+
+# --- its rows
+
+
+def _pictures(opened: _Opened, plan: _Plan) -> Iterator[Found | SetAside | Wanted]:
+    for number, row in enumerate(_rows(opened, plan)):
+        image = row.pop(plan.image)
+        captions = captions_of(row.pop(column) for column in plan.captions)
+        labels = labels_of(row)
+        for name, names in plan.classes.items():
+            value = labels.pop(name, None)
+            if isinstance(value, int) and 0 <= value < len(names):  # -1: not known
+                labels |= {name: value, f"{name}_name": names[value]}
+        record = {"captions": captions, **labels}
+        yield _picture(f"{number:09d}", f"row {number}", image, record, opened.root)
+
+
+def _rows(opened: _Opened, plan: _Plan) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    data = opened.data.select_columns([plan.image, *plan.captions, *plan.labels])
+    if plan.cast:
+        data = data.cast_column(plan.image, datasets.Image(decode=False))  # the bytes as they are
+    number = 0
+    try:
+        rows: Iterable[dict[str, Any]] = data.with_format(None)
+        for row in rows:
+            yield dict(row)
+            number += 1
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the data set can't be read at row {number} ({_line(error)}); mend it or try again"
+        ) from None
+
+
+def _picture(
+    key: str, where: str, image: Any, record: dict[str, Any], root: Path | None
+) -> Found | SetAside | Wanted:
+    data, place = image, None
+    if isinstance(image, dict):
+        data, place = image.get("bytes"), image.get("path")
+    if isinstance(data, str):
+        data, place = None, data
+    if isinstance(place, str) and place:
+        where = f"{where} ({printable(place)})"
+    if data is not None:
+        return Found(key, where, bytes(data), record)
+    if not isinstance(place, str) or not place:
+        return SetAside(where, "no picture")
+    if "::" in place:
+        return SetAside(where, "a picture inside of an archive; take --no-streaming")
+    if "://" in place:
+        return Wanted(key, where, place, record)
+    path = Path(place)
+    if root is None:  # a row from the hub may name no file of this machine but those that came from there
+        import datasets
+
+        if not path.resolve().is_relative_to(Path(datasets.config.HF_CACHE_HOME).resolve()):
+            return SetAside(where, "a path on the machine where the data set was made")
+        return Found(key, where, path, record)
+    return Found(key, where, root / path, record)
