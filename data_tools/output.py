@@ -13,14 +13,12 @@ from pathlib import Path
 
 from finetune import UserError
 from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError, write_atomic
+from finetune.data.shards.files import WORK
 
 REJECTS = "rejects.jsonl"
 SOURCE = "SOURCE.json"
 LOCK = ".lock"
 JOB = "encode.json"
-WORK = ".work"
-"""The folder inside a set of latents where `encode` keeps what isn't finished."""
-
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
 _FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT)
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.output import WORK
 from data_tools.tars import TarSample, Unreadable, iter_tar
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet
+from finetune.data.shards.files import WORK
 
 __all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
 

@@ -29,9 +29,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_tools.output import JOB, WORK, clear_folder, is_alone, lock_folder
+from data_tools.output import JOB, clear_folder, is_alone, lock_folder
 from finetune import UserError
 from finetune.data.shards import MANIFEST, write_atomic
+from finetune.data.shards.files import WORK
 
 # Bytes of the lock file. `lock_folder` holds number 0: shared by all who encode, or alone by another command.
 _SETUP = 1

@@ -21,6 +21,7 @@ MANIFEST = "manifest.json"
 LATENT = "latent.npy"
 TEXT = "text.npy"
 EMPTY_TEXT = "empty.text.npy"
+WORK = ".work"  # where `data-tools encode` keeps what isn't finished
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 
 BLOCK = tarfile.BLOCKSIZE

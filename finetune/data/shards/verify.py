@@ -16,17 +16,20 @@ from typing import IO
 import numpy as np
 
 from finetune.data.shards.files import (
+    EMPTY_TEXT,
     IMAGE_MEMBERS,
     KEY,
     LATENT,
     MANIFEST,
     MEMBER,
     TEMPORARY,
+    TEXT,
+    WORK,
     ShardError,
     index_name,
     parse_npy,
 )
-from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo
+from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo, TextInfo
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,32 @@ def _verify_folder(root: Path, manifest: Manifest) -> Iterator[Problem]:
             yield Problem(path.name, None, "not in the manifest")
         elif TEMPORARY.fullmatch(path.name):
             yield Problem(path.name, None, "left by a writer that was stopped; delete it")
+        elif path.name == WORK:
+            yield Problem(
+                path.name, None, "left by an encoder that was stopped; run the same `data-tools encode` again"
+            )
+    if manifest.text is not None:
+        yield from _verify_empty_text(root, manifest.text)
     data = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     for field in ("samples", "bytes"):
         total = getattr(manifest, field)
         if field in data and data[field] != total:
             yield Problem(MANIFEST, None, f"{field} is {data[field]}, the shards sum to {total}")
+
+
+def _verify_empty_text(root: Path, text: TextInfo) -> Iterator[Problem]:
+    try:
+        array = parse_npy((root / EMPTY_TEXT).read_bytes())
+    except OSError:
+        yield Problem(EMPTY_TEXT, None, "missing")
+        return
+    if array is None:
+        yield Problem(EMPTY_TEXT, None, "not a numpy array")
+    elif array.dtype != np.float16 or array.shape != (text.length, text.width):
+        want = [text.length, text.width]
+        yield Problem(EMPTY_TEXT, None, f"{array.dtype} {list(array.shape)}, the text encoder needs float16 {want}")
+    elif not np.isfinite(array).all():
+        yield Problem(EMPTY_TEXT, None, "values that are not finite")
 
 
 def _verify_shard(
@@ -161,9 +185,12 @@ def _verify_index(
     if not (root / name).is_file():
         return
     try:
-        index = np.load(root / name, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        problems.append(Problem(name, None, f"not a numpy array ({error})"))
+        index = parse_npy((root / name).read_bytes())
+    except OSError as error:
+        problems.append(Problem(name, None, f"can't be read ({error.strerror})"))
+        return
+    if index is None:
+        problems.append(Problem(name, None, "not a numpy array"))
         return
     if index.dtype != np.int64 or index.shape != (shard.samples, len(manifest.members), 2):
         want = [shard.samples, len(manifest.members), 2]
@@ -184,7 +211,8 @@ def _verify_sample(
     check: Callable[[str, bytes], str | None] | None,
 ) -> Iterator[str]:
     if manifest.kind == "latents":
-        missing = [member for member in (LATENT, "json") if member not in places]
+        needed = (LATENT, "json", TEXT) if manifest.text is not None else (LATENT, "json")
+        missing = [member for member in needed if member not in places]
     else:
         missing = [] if any(member in places for member in IMAGE_MEMBERS) else ["picture"]
     if missing:
@@ -196,6 +224,9 @@ def _verify_sample(
             yield from _verify_latent(data, manifest.encoder, shard.bucket)
         elif member == "json":
             yield from _verify_record(data, manifest.kind)
+        elif member == TEXT and manifest.text and "json" in places:
+            file.seek(places["json"][0])
+            yield from _verify_text(data, manifest.text, _captions(file.read(places["json"][1])))
         if check is not None and (what := check(member, data)):
             yield f"{member}: {what}"
 
@@ -213,10 +244,33 @@ def _verify_latent(data: bytes, encoder: EncoderInfo, bucket: Bucket) -> Iterato
         yield f"{LATENT} has negative standard deviations"
 
 
+def _verify_text(data: bytes, text: TextInfo, captions: int | None) -> Iterator[str]:
+    """States of captions: a row for each, or one, the empty caption's, where there are none."""
+    array = parse_npy(data)
+    if array is None:
+        yield f"{TEXT} is not a numpy array"
+    elif array.dtype != np.float16 or array.shape[1:] != (text.length, text.width) or not len(array):
+        want = f"[captions, {text.length}, {text.width}]"
+        yield f"{TEXT} is {array.dtype} {list(array.shape)}, the text encoder needs float16 {want}"
+    elif captions is not None and len(array) != max(captions, 1):
+        yield f"{TEXT} has {len(array)} rows for {captions} captions"
+    elif not np.isfinite(array).all():
+        yield f"{TEXT} has values that are not finite"
+
+
+def _captions(record: bytes) -> int | None:
+    """The number of captions; None if the record is damaged, which is said elsewhere."""
+    try:
+        captions = json.loads(record).get("captions", [])
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return len(captions) if isinstance(captions, list) else None
+
+
 def _verify_record(data: bytes, kind: Kind) -> Iterator[str]:
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         yield f"json is not JSON ({error})"
         return
     if not isinstance(record, dict):
@@ -228,8 +282,12 @@ def _verify_record(data: bytes, kind: Kind) -> Iterator[str]:
     lengths = {"original_size": 2, "crop": 4} if kind == "latents" else {}
     for field, length in lengths.items():
         value = record.get(field)
-        if not isinstance(value, list) or len(value) != length or not all(isinstance(n, int) for n in value):
+        if not isinstance(value, list) or len(value) != length or not all(type(n) is int for n in value):
             yield f"json: {field} is not {length} whole numbers"
+        elif min(value) < 0 or 0 in value[-2:]:  # both end with a height and a width
+            yield f"json: {field} {value} is impossible"
+    if kind == "latents" and not isinstance(record.get("flipped", False), bool):
+        yield f"json: flipped is {record['flipped']!r}, not true or false"
 
 
 def _hash(key: str) -> int:
