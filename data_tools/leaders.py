@@ -38,7 +38,7 @@ def find_leaders(
     near: Near,
     *,
     among: np.ndarray | None = None,
-    rows: int = 1 << 24,
+    rows: int = 1 << 23,
     small: int = 64,
     most: int = 8,
 ) -> np.ndarray:
@@ -221,26 +221,29 @@ def _scan(
             pairs_n3 = _earliest(pairs_n3, most, doubt_N)
             found.append(pairs_n3)
             led |= np.isin(block, pairs_n3[:, 0])
-        rest = block[~led | ~is_open]  # whoever has a leader is none
-        inside_n3 = _check_all(block[~led], rest, hashes_N4, distance, near)
+        led_open = led & is_open  # whoever has a leader is none, and needs no further look here
+        doubt_N[block[led_open]] = True
+        followers_before = followers or bool(led_open.any())
+        first_led = -1 if followers else int(led_open.argmax()) if followers_before else len(block)
+        rest = np.flatnonzero(~led_open)
+        inside_n3 = _check_all(block[~led], block[rest], hashes_N4, distance, near)
         inside_n3 = inside_n3[inside_n3[:, 0] > inside_n3[:, 1]]
         others: dict[int, list[int]] = {}
         for pair, row in enumerate(inside_n3[:, 0].tolist()):
             others.setdefault(row, []).append(pair)
-        new: set[int] = set()
-        for row, open_row, has_leader in zip(block.tolist(), is_open.tolist(), led.tolist(), strict=True):
-            if not open_row:
-                new.add(row)
+        new = set(block[~is_open].tolist())
+        for place, row in zip(rest.tolist(), block[rest].tolist(), strict=True):
+            if row in new:
                 continue
-            doubt_N[row] |= followers
-            mine = [pair for pair in others.get(row, []) if int(inside_n3[pair, 1]) in new]
+            mine = [pair for pair in others.get(row, ()) if int(inside_n3[pair, 1]) in new]
+            doubt_N[row] |= bool(mine) or place > first_led
             if mine:
                 found.append(inside_n3[mine])
-            if mine or has_leader:
-                followers = True
-                doubt_N[row] = True
+                followers_before = True
+                first_led = min(first_led, place)
             else:
                 new.add(row)
+        followers = followers_before
         leaders = np.concatenate([leaders, np.array(sorted(new), np.int64)])
     return np.concatenate(found) if found else np.zeros((0, 3), np.int64)
 
