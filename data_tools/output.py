@@ -1,10 +1,9 @@
-"""Where a command writes: the folder is claimed, its earlier content is respected, rejects are listed."""
+"""Where a command writes: the folder is claimed, its earlier content is respected."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import UserError
-from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError, write_atomic
+from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError
 from finetune.data.shards.files import WORK
 
 REJECTS = "rejects.jsonl"
@@ -121,43 +120,3 @@ def clear_folder(out: Path, overwrite: bool) -> None:
             shutil.rmtree(out / name)
         elif name in _FILES or _OURS.fullmatch(name):
             (out / name).unlink()
-
-
-class Rejects:
-    """What was set aside, and why; written beside the shards when there is any."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, str]] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, file: str, reason: str) -> None:
-        """Set one picture aside."""
-        self.rows.append({"file": file, "reason": reason})
-
-    def save(self, root: Path) -> None:
-        """Write rejects.jsonl, one object a line: file, reason."""
-        if self.rows:
-            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows]
-            write_atomic(root / REJECTS, "".join(lines).encode())
-
-    def summary(self, root: Path) -> str:
-        """A clause for the command's last line; empty when nothing was set aside."""
-        return f"; {len(self.rows)} set aside, listed in {root / REJECTS}" if self.rows else ""
-
-    def require_some_left(self, samples: int, source: str) -> None:
-        """Refuse to finish an empty set.
-
-        Raises:
-            UserError: there are no samples; names the first reject.
-        """
-        if samples:
-            return
-        if not self.rows:
-            raise UserError(f"no pictures in {source}; nothing was written")
-        first = self.rows[0]
-        raise UserError(
-            f"none of {len(self.rows)} pictures in {source} can be used; "
-            f"the first, {first['file']}: {first['reason']}"
-        )

@@ -28,7 +28,9 @@ from tqdm import tqdm
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
-from data_tools.output import SOURCE, Rejects, claimed_folder
+from data_tools.output import SOURCE, claimed_folder
+from data_tools.rejects import Rejects
+from data_tools.tars import printable
 from data_tools.workers import Workers
 from finetune import UserError
 from finetune.data.shards import Bucket, Manifest, ShardError, ShardWriter, json_bytes, write_atomic
@@ -39,6 +41,7 @@ FORMATS = ("keep", "png", "webp", "jpg")
 MAX_FILE_BYTES = 512 << 20
 _FEW, _FEW_BYTES = 64, 64 << 20  # a source of no more than this isn't worth the start of workers
 _REASONS_SHOWN = 10
+_MAX_OTHERS = 64  # kinds of optional members: an index has a column for each
 _NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})(\.\d{1,17})?([eE][+-]?\d{1,3})?")
 
 
@@ -394,15 +397,16 @@ def ingest(
     Raises:
         UserError: nothing is left, or a mistake found on the way.
     """
-    rejects = Rejects()
     filtered: Counter[str] = Counter()
     samples = without_caption = carried = 0
     first_without = ""
     sizes: set[Bucket] = set()
+    others: set[str] = set()
     with claimed_folder(args.out, args.overwrite) as out:
         if origin is not None:
             write_atomic(out / SOURCE, origin)
         with (
+            Rejects(out) as rejects,
             ShardWriter(out, "images", max_samples=args.shard_samples) as writer,
             tqdm(total=total, unit="picture", disable=None) as bar,
             contextlib.ExitStack() as stack,
@@ -419,6 +423,11 @@ def ingest(
                         filtered[reason] += 1
                     case _Prepared(member, data, record, bucket):
                         assert isinstance(item, Found)
+                        if len(others | item.extra.keys()) > _MAX_OTHERS:
+                            what = f"more than {_MAX_OTHERS} kinds of members in the set; has its name dots in it?"
+                            rejects.add(item.file, f"{what} ({printable(', '.join(item.extra))})")
+                            continue
+                        others |= item.extra.keys()
                         try:
                             writer.write(item.key, _members(item, member, data, record))
                         except ShardError as error:
@@ -433,10 +442,11 @@ def ingest(
                             without_caption += 1
                     case _:
                         raise AssertionError(f"an unforeseen result {result!r}")
-            if filtered and not samples and not rejects:
-                raise UserError(f"the filters leave none of the pictures in {source} ({_counts(filtered)})")
+            if filtered and not samples:
+                what = f"; {len(rejects)} more can't be used" if rejects else ""
+                raise UserError(f"the filters leave none of the pictures in {source} ({_counts(filtered)}){what}")
             rejects.require_some_left(samples, source)
-            rejects.save(out)
+            rejects.save()
             # Only now is it known whether all pictures share one size, which `encode` then takes as its own.
             uniform = sizes.pop() if len(sizes) == 1 else None
             shards = [replace(shard, bucket=uniform) for shard in writer.close()]
@@ -447,7 +457,7 @@ def ingest(
         print(f"{without_caption} pictures have no caption, the first is {first_without}")
     if filtered:
         print(f"{filtered.total()} pictures left out by filters: {_counts(filtered)}")
-    print(f"{samples} pictures in {args.out}{rejects.summary(args.out)}")
+    print(f"{samples} pictures in {args.out}{rejects.summary()}")
     return 0
 
 

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from data_tools.images import PictureError, encode_image, parse_colour
 from data_tools.ingest.common import add_output_arguments, check_quality, positive
-from data_tools.output import SOURCE, Rejects, claimed_folder
+from data_tools.output import SOURCE, claimed_folder
+from data_tools.rejects import Rejects
 from finetune import UserError
 from finetune.data.shards import ShardError, ShardWriter, json_bytes, write_atomic
 
@@ -65,9 +66,8 @@ def run(args: argparse.Namespace) -> int:
     icons = IconSet.load(args.package)
     names = _choose(icons, args)
     member = args.format or "webp"
-    rejects = Rejects()
     samples = 0
-    with claimed_folder(args.out, args.overwrite) as out:
+    with claimed_folder(args.out, args.overwrite) as out, Rejects(out) as rejects:
         write_atomic(out / SOURCE, (json.dumps(icons.source(), indent=2, ensure_ascii=False) + "\n").encode())
         with ShardWriter(out, "images", max_samples=args.shard_samples) as writer:
             for name in tqdm(names, unit="icon", disable=None):
@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
                     continue
                 samples += 1
             rejects.require_some_left(samples, str(args.package))
-            rejects.save(out)
+            rejects.save()
             writer.finish()
     licence = icons.info.get("license", {}).get("title", "not stated")
-    print(f"{samples} icons of {icons.title} (licence: {licence}) in {args.out}{rejects.summary(args.out)}")
+    print(f"{samples} icons of {icons.title} (licence: {licence}) in {args.out}{rejects.summary()}")
     return 0
 
 

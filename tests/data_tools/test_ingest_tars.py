@@ -272,6 +272,37 @@ def test_keys_of_tars_with_one_name_differ(cli: Cli, tmp_path: Path) -> None:
     assert verify(tmp_path / "out") == []
 
 
+def test_names_with_dots_do_not_widen_the_index(cli: Cli, tmp_path: Path) -> None:
+    files = {}
+    for n in range(70):
+        files |= {f"{n}.jpg": jpeg(0), f"{n}.{n}.5.npy": b"x"}
+    write_tar(tmp_path / "a.tar", files)
+    assert cli("ingest", "tars", tmp_path / "a.tar", "--out", tmp_path / "out").code == 0
+    assert len(ShardSet.open(tmp_path / "out").manifest.members) == 66
+    assert len(rejects(tmp_path / "out")) == 6
+    assert "more than 64 kinds of members" in rejects(tmp_path / "out")["a.tar: 69"]
+
+
+def test_rejects_are_not_held_in_memory(tmp_path: Path) -> None:
+    import tracemalloc
+
+    from data_tools.rejects import Rejects
+
+    tracemalloc.start()
+    with Rejects(tmp_path) as found:
+        for n in range(20_000):
+            found.add(f"{n}.jpg \udcff", "a reason of some length" * 4)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        found.save()
+    tracemalloc.stop()
+    assert len(rejects(tmp_path)) == 20_000
+    with Rejects(tmp_path) as found:
+        found.add("a", "b")
+        with pytest.raises(UserError, match="none of 1 pictures in x can be used; the first, a: b"):
+            found.require_some_left(0, "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["rejects.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("name", "safe"),
     [
