@@ -1,22 +1,29 @@
 """Show what is in a set of shards: kind, shards, buckets, encoder, latent statistics, captions.
 
+Captions are read of at most 20,000 samples, evenly spaced over the set; the table says so. --plot draws the
+samples in each bucket and the words in each caption.
+
 examples:
   data-tools inspect latents/photos
   data-tools inspect latents/photos --json
+  data-tools inspect latents/photos --plot photos.png
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from finetune import UserError
 from finetune.data.shards import ShardError, ShardSet
 
 _READ_AT_MOST = 20_000  # records; of a larger set, evenly spaced ones
+_ROWS_AT_MOST = 40  # buckets in the table and the plot; --json has all
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,11 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument("--captions", type=int, default=5, metavar="N", help="captions to show (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw histograms of buckets and caption lengths")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools inspect`."""
-    facts = describe(args.shards, max(args.captions, 0))
+    if args.plot is not None:
+        if args.plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+            raise UserError(f"--plot {args.plot} should end in .png, .pdf or .svg")
+        _require_matplotlib()
+    lengths: list[int] = []
+    facts = describe(args.shards, max(args.captions, 0), lengths)
     if args.json:
         print(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
@@ -36,11 +49,13 @@ def run(args: argparse.Namespace) -> int:
         width = max(len(name) for name, _ in rows)
         for name, value in rows:
             print(f"{name:<{width}}  {value}")
+    if args.plot is not None:
+        draw(args.plot, facts, lengths)
     return 0
 
 
-def describe(root: str | Path, captions: int = 5) -> dict[str, Any]:
-    """What `inspect` prints, as plain values.
+def describe(root: str | Path, captions: int = 5, lengths: list[int] | None = None) -> dict[str, Any]:
+    """What `inspect` prints, as plain values; appends to `lengths` the words of each caption that was read.
 
     Raises:
         ShardError: no finished set at `root`.
@@ -64,13 +79,12 @@ def describe(root: str | Path, captions: int = 5) -> dict[str, Any]:
         "encoder": None if manifest.encoder is None else vars(manifest.encoder),
         "latents": None if manifest.latents is None else vars(manifest.latents),
     }
-    facts["captions"] = _caption_facts(shards, captions)
+    facts["captions"] = _caption_facts(shards, captions, [] if lengths is None else lengths)
     return facts
 
 
-def _caption_facts(shards: ShardSet, show: int) -> dict[str, Any]:
+def _caption_facts(shards: ShardSet, show: int, lengths: list[int]) -> dict[str, Any]:
     count = min(len(shards), _READ_AT_MOST)
-    lengths: list[int] = []
     missing = 0
     first: list[str] = []
     for sample_id in np.linspace(0, len(shards) - 1, count).round().astype(int).tolist():
@@ -108,8 +122,12 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("shards", f"{facts['shards']:,} ({facts['bytes']:,} bytes)"),
         ("members", ", ".join(facts["members"])),
     ]
-    for name, bucket in facts["buckets"].items():
+    buckets = list(facts["buckets"].items())
+    for name, bucket in buckets[:_ROWS_AT_MOST]:
         rows.append(("bucket " + name, f"{bucket['samples']:,} samples in {bucket['shards']:,} shards"))
+    if rest := buckets[_ROWS_AT_MOST:]:
+        samples = sum(bucket["samples"] for _, bucket in rest)
+        rows.append((f"{len(rest)} more buckets", f"{samples:,} samples; --json lists them"))
     if encoder := facts["encoder"]:
         rows.append(("encoder", f"{encoder['source']} (sha256 {encoder['sha256'][:12]}..., {encoder['dtype']})"))
         space = f"{encoder['channels']} channels, 1/{encoder['downsample']} size"
@@ -120,10 +138,73 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("  by channel", "  ".join(f"{mean:+.3f} ± {std:.3f}" for mean, std in pairs)))
     captions = facts["captions"]
     read = captions["samples_read"]
-    of = "" if read == facts["samples"] else f" of {read:,} evenly spaced samples"
+    of = "" if read == facts["samples"] else f" (of {read:,} evenly spaced samples of {facts['samples']:,})"
     rows.append(("no caption", f"{captions['missing']:,} samples{of}"))
     if words := captions["words"]:
         spread = ", ".join(f"{name} {value:g}" for name, value in words.items())
-        rows.append(("words a caption", f"{spread}; {captions['per_sample']:.3g} captions a sample"))
+        rows.append(("words a caption", f"{spread}; {captions['per_sample']:.3g} captions a sample{of}"))
     rows += [("caption", text) for text in captions["first"]]
     return rows
+
+
+def _require_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("--plot needs matplotlib; run `pip install matplotlib`") from None
+
+
+def draw(out: Path, facts: dict[str, Any], lengths: list[int]) -> None:
+    """Draw samples by bucket and words by caption; the same facts give the same bytes of a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names, counts = bars(facts["buckets"])
+    figure = Figure(figsize=(11, max(4.0, 1.5 + 0.22 * len(names))), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{Path(facts['path']).name}: {facts['samples']:,} {facts['kind']}")
+    left, right = figure.subplots(1, 2)
+    left.barh(names, counts, color="tab:blue")
+    left.invert_yaxis()
+    left.set(xlabel="samples", title="buckets, height x width")
+    if counts and max(counts) > 200 * min(counts):
+        left.set(xscale="log", xlabel="samples (log scale)")
+    captions = facts["captions"]
+    title = f"captions of {captions['samples_read']:,} of {facts['samples']:,} samples"
+    right.set(xlabel="words in a caption", ylabel="captions", title=title)
+    if lengths:
+        edges, heights, cut = caption_bins(lengths)
+        right.stairs(heights, edges, fill=True, color="tab:blue")
+        if cut:
+            right.set(xlabel=f"words in a caption (the last bar: and more, up to {max(lengths):,})")
+    else:
+        right.text(0.5, 0.5, "no captions", ha="center", va="center", transform=right.transAxes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".tmp.{out.name}")
+    suffix = out.suffix.lower()[1:]
+    dated = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[suffix]  # left out: the same bytes each time
+    figure.savefig(temporary, format=suffix, dpi=120, metadata={dated: None})
+    os.replace(temporary, out)
+
+
+def bars(buckets: dict[str, dict[str, int]]) -> tuple[list[str], list[int]]:
+    """Names and samples of the largest buckets; the others, if there are more than fit, in one bar."""
+    rows = [(name, bucket["samples"]) for name, bucket in buckets.items()]
+    if len(rows) > _ROWS_AT_MOST:
+        rest = rows[_ROWS_AT_MOST - 1 :]
+        rows = [*rows[: _ROWS_AT_MOST - 1], (f"{len(rest)} others", sum(count for _, count in rest))]
+    return [name for name, _ in rows], [count for _, count in rows]
+
+
+def caption_bins(lengths: list[int], most: int = 60) -> tuple[list[int], list[int], bool]:
+    """(edges, counts, does the last bar hold longer ones too?) of a histogram of whole numbers.
+
+    All bars are as many words wide, at most `most` of them up to the 99.5th percentile: one huge caption
+    doesn't press the others into a corner.
+    """
+    longest = max(lengths)
+    end = int(np.ceil(np.percentile(lengths, 99.5)))
+    width = -(-(end + 1) // most)
+    edges = list(range(0, end + width + 1, width))
+    counts, _ = np.histogram(np.minimum(lengths, edges[-1] - 1), edges)
+    return edges, counts.tolist(), longest >= edges[-1]

@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.inspect import bars, caption_bins
 from finetune.data.shards import ShardSet, ShardWriter, json_bytes
 from finetune.models.autoencoder import decode, load_autoencoder
 from tests.data_tools.conftest import Result, encoded, smooth_picture
@@ -87,6 +90,56 @@ def test_inspect_counts_captions(cli: Cli, tmp_path: Path) -> None:
     assert facts["captions"]["first"] == ["one two three", "one", "one two three four"]
 
 
+def test_inspect_plots(cli: Cli, latents: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("one.png", "two.png"):
+        assert cli("inspect", latents, "--plot", tmp_path / "new" / name).code == 0
+    one, two = ((tmp_path / "new" / name).read_bytes() for name in ("one.png", "two.png"))
+    assert one == two
+    sheet = np.asarray(Image.open(tmp_path / "new" / "one.png").convert("RGB")).reshape(-1, 3)
+    assert (sheet == (31, 119, 180)).all(axis=1).mean() > 0.05  # bars
+    result = cli("inspect", latents, "--plot", tmp_path / "plot.txt")
+    assert (result.code, "should end in .png" in result.err) == (2, True)
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from data_tools.cli import entry; "
+        f"sys.argv = ['data-tools', 'inspect', {str(latents)!r}, '--plot', 'x.png']; entry()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (2, "error: --plot needs matplotlib; run `pip install matplotlib`\n")
+
+
+def test_plots_of_large_sets_stay_readable(tmp_path: Path) -> None:
+    buckets = {f"{64 * n}x64": {"samples": 1000 - n, "shards": 1} for n in range(1, 101)}
+    names, counts = bars(buckets)
+    assert len(names) == 40
+    assert names[-1] == "61 others"
+    assert sum(counts) == sum(bucket["samples"] for bucket in buckets.values())
+    assert bars({"64x64": {"samples": 3, "shards": 1}}) == (["64x64"], [3])
+
+
+@given(st.lists(st.integers(0, 3000), min_size=1, max_size=300))
+def test_caption_bins_count_every_caption(lengths: list[int]) -> None:
+    edges, counts, cut = caption_bins(lengths)
+    assert len(counts) <= 62
+    assert sum(counts) == len(lengths)
+    assert cut == (max(lengths) >= edges[-1])
+    for low, high, count in zip(edges[:-2], edges[1:-1], counts):
+        assert count == sum(low <= length < high for length in lengths)
+
+
+def test_inspect_says_when_it_samples(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_tools.inspect._READ_AT_MOST", 3)
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        for number in range(50):
+            data = encoded(smooth_picture(0, 8, 8))
+            writer.write(f"s{number}", {"png": data, "txt": b"one two"}, (8, 8 + number))
+        writer.finish()
+    table = cli("inspect", tmp_path / "set").out
+    assert "0 samples (of 3 evenly spaced samples of 50)" in table
+    assert "10 more buckets" in table
+    assert len(json.loads(cli("inspect", tmp_path / "set", "--json").out)["buckets"]) == 50
+
+
 def test_preview_of_pictures(cli: Cli, image_shards: Path, tmp_path: Path) -> None:
     result = cli("preview", image_shards, "--out", tmp_path / "new" / "sheet.png", "--count", 6, "--columns", 4)
     assert result.code == 0, result.err
@@ -133,6 +186,7 @@ def test_preview_refuses_another_vae(cli: Cli, latents: Path, vae_folder: Path, 
         ["ingest"],
         ["ingest", "folder"],
         ["ingest", "iconify"],
+        ["dedupe"],
         ["encode"],
         ["verify"],
         ["inspect"],
