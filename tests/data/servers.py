@@ -28,9 +28,9 @@ class Fault:
     """What goes wrong with one answer; `after`: bytes of the body that are sent before.
 
     status: that answer instead. reset: the connection breaks. cut: it ends before Content-Length; cut on release:
-    once `Server.release` is set. short: it ends, and Content-Length says so. flip: a byte is another. stall: no more
-    bytes until `Server.release`. trickle: in many pieces with pauses. long: more bytes than there are. html: a login
-    page with status 200.
+    once `Server.release` is set. short: it ends, and Content-Length says so. flip: a byte is another. stall: no
+    more bytes until `Server.release`. trickle: in many pieces with pauses. long: more bytes than there are. html: a
+    login page with status 200.
     """
 
     kind: str
@@ -56,6 +56,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # else each answer waits 40 ms for an acknowledgement
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -10,15 +10,21 @@ and `KEY.json`; an image sample is `KEY.jpg|png|webp` with `KEY.json` or `KEY.tx
 optional.
 
 Sample ids 0..N-1 number the samples in the order of the manifest's shards. A shard holds one aspect bucket.
+A set may lie elsewhere (`s3://`, `gs://`, `https://`, `pipe:`): its shards are then copied, as they are needed,
+into a bounded folder that the processes of a machine share.
+
 This package knows neither torch nor pictures, and needs a POSIX system (`pread`).
 
     files       names, .npy bytes, files that are whole or absent
+    store       URLs and pipes: files from elsewhere, tried again when they break
+    cache       copies of remote shards on this machine, bounded, fetched ahead of need
     manifest    what a folder of shards holds
     writer      samples -> shards
     reader      sample ids -> samples, at random
     verify      is a set what its manifest says?
 """
 
+from finetune.data.shards.cache import Cache
 from finetune.data.shards.files import (
     EMPTY_TEXT,
     IMAGE_MEMBERS,
@@ -43,6 +49,7 @@ from finetune.data.shards.manifest import (
     TextInfo,
 )
 from finetune.data.shards.reader import ShardSet
+from finetune.data.shards.store import Retry, Store, is_remote
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 
@@ -54,17 +61,21 @@ __all__ = [
     "MANIFEST",
     "TEXT",
     "Bucket",
+    "Cache",
     "EncoderInfo",
     "Kind",
     "LatentStats",
     "Manifest",
     "Problem",
+    "Retry",
     "ShardError",
     "ShardInfo",
     "ShardSet",
     "ShardWriter",
+    "Store",
     "TextInfo",
     "index_name",
+    "is_remote",
     "json_bytes",
     "latent_bytes",
     "parse_npy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from finetune.data.shards.cache import Cache, Prefetcher
 from finetune.data.shards.files import BLOCK, LATENT, NAME_BYTES, ShardError, index_name, npy_header, parse_npy
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
+from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
 
 _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
 
@@ -21,39 +24,52 @@ _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
 class _Tar:
     """An open tar and its index. Closed when its last reader lets go, so eviction can't pull it away."""
 
-    def __init__(self, path: Path, samples: int, members: int) -> None:
-        self.fd = -1
-        self.name = path.name
+    def __init__(self, name: str, fd: int, index: np.ndarray) -> None:
+        self.name, self.fd, self.index = name, fd, index
+
+    @classmethod
+    def open(cls, path: Path, samples: int, members: int) -> _Tar:
+        """Of a local set.
+
+        Raises:
+            ShardError: tar or index is missing, or the index is another set's.
+        """
         index_path = path.with_name(index_name(path.name))
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            tar = cls(path.name, os.open(path, os.O_RDONLY | os.O_CLOEXEC), np.zeros(0))
             # A plain view of the map: np.memmap's own indexing is several times slower.
-            index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
+            tar.index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except (OSError, ValueError) as error:
             raise ShardError(f"cannot open {path} and its index: {error}; run `data-tools verify`") from None
-        if index.dtype != np.int64 or index.shape != (samples, members, 2):
+        if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
             raise ShardError(
-                f"{index_path} is {index.dtype} {list(index.shape)}, the manifest needs int64 "
+                f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "
                 f"{[samples, members, 2]}; run `data-tools verify`"
             )
-        self.index = index
+        return tar
 
     def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+        os.close(self.fd)
 
 
 class ShardSet:
-    """Random access to the samples of a folder of shards.
+    """Random access to the samples of a folder of shards, on this machine or elsewhere.
 
-    Safe in threads and over `fork`; a pickled copy opens its own files. At most `max_open` shards are
-    open at a time.
+    Safe in threads and over `fork`; a pickled copy opens its own files. At most `max_open` shards are open at a
+    time, of a remote set at most its process's share of the cache's bytes.
+
+    Args:
+        root: a local folder, or what `store.resolve` takes: a URL, `pipe:COMMAND {}`, a `Store`.
+        cache: where remote shards are kept; null: `Cache()`. A local set is read where it lies.
     """
 
-    def __init__(self, root: str | os.PathLike[str], manifest: Manifest, *, max_open: int = 256) -> None:
-        self.root = Path(root)
+    def __init__(self, root: Root, manifest: Manifest, *, max_open: int = 256, cache: Cache | None = None) -> None:
+        home = resolve(root)
+        self.store = home if isinstance(home, Store) else None
+        self.root: Path | str = home.name if isinstance(home, Store) else home
+        self.cache = (cache or Cache()) if self.store is not None else None
         self.manifest = manifest
         self.max_open = max_open
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)], dtype=np.int64)
@@ -61,24 +77,30 @@ class ShardSet:
         self._reset()
 
     @classmethod
-    def open(cls, root: str | os.PathLike[str], kind: Kind | None = None, *, max_open: int = 256) -> ShardSet:
-        """Open the set in `root`; `kind` is what the caller needs.
+    def open(
+        cls, root: Root, kind: Kind | None = None, *, max_open: int = 256, cache: Cache | None = None
+    ) -> ShardSet:
+        """Open the set in `root`; `kind` is what the caller needs. The manifest is read anew, never from a cache.
 
         Raises:
-            ShardError: no finished set there, or one of the other kind.
+            ShardError: no finished set there, one of the other kind, or one that can't be reached.
         """
-        manifest = Manifest.load(root)
+        home = resolve(root)
+        manifest = Manifest.load(home)
         if kind is not None and manifest.kind != kind:
             remedy = "run `data-tools encode` on it" if kind == "latents" else "give the set it was made from"
-            raise ShardError(f"{root} holds {manifest.kind}, {kind} are needed; {remedy}")
-        return cls(root, manifest, max_open=max_open)
+            name = home.name if isinstance(home, Store) else home
+            raise ShardError(f"{name} holds {manifest.kind}, {kind} are needed; {remedy}")
+        return cls(home, manifest, max_open=max_open, cache=cache)
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._tars: OrderedDict[int, _Tar] = OrderedDict()
+        self._prefetcher: Prefetcher | None = None
+        reset_after_fork(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_tars")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_tars", "_prefetcher")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -88,9 +110,13 @@ class ShardSet:
         return int(self._starts[-1])
 
     def close(self) -> None:
-        """Let go of all open files; reading opens them again."""
+        """Let go of all open files and end fetching ahead; reading opens them again."""
         with self._lock:
             self._tars.clear()
+            prefetcher, self._prefetcher = self._prefetcher, None
+        if prefetcher is not None:
+            prefetcher.stop()
+            prefetcher.join(timeout_s=1.0)
 
     # which sample is where
 
@@ -137,10 +163,24 @@ class ShardSet:
     @property
     def remote(self) -> bool:
         """Whether the shards have to be fetched."""
-        return False
+        return self.store is not None
 
     def prefetch(self, shards: Sequence[int]) -> None:
-        """Fetch shards that are needed next, in the order of first use; nothing where they are local."""
+        """Fetch the shards (their numbers) needed next into the cache, in the order of first use, by threads.
+
+        A later call replaces what is still to be fetched. At most the process's share of half the cache is fetched
+        ahead of reading; a shard that can't be fetched is an error for its reader alone, who tries again. Does
+        nothing where the shards are local.
+        """
+        if self.store is None or self.cache is None:
+            return
+        with self._lock:
+            if self._prefetcher is None:
+                members = len(self.manifest.members)
+                self._prefetcher = Prefetcher(self.cache, self.store, self.manifest.shards, members)
+                weakref.finalize(self, self._prefetcher.stop)
+            wanted = [shard for shard in shards if int(shard) not in self._tars]
+            self._prefetcher.want(wanted)
 
     @property
     def starts(self) -> np.ndarray:
@@ -317,15 +357,36 @@ class ShardSet:
         shard, row = self.locate(sample_id)
         with self._lock:
             tar = self._tars.get(shard)
-            if tar is None:
-                info = self.manifest.shards[shard]
-                tar = _Tar(self.root / info.name, info.samples, len(self.manifest.members))
-                self._tars[shard] = tar
-                while len(self._tars) > self.max_open:
-                    self._tars.popitem(last=False)
-            else:
+            if tar is not None:
                 self._tars.move_to_end(shard)
+                return tar, row
+            if self.cache is not None:
+                self._let_go(shard, self.cache)
+        tar = self._open_tar(shard)  # may take long: other threads go on with other shards
+        with self._lock:
+            tar = self._tars.setdefault(shard, tar)
+            self._tars.move_to_end(shard)
+            while len(self._tars) > self.max_open:
+                self._tars.popitem(last=False)
         return tar, row
+
+    def _open_tar(self, shard: int) -> _Tar:
+        info, members = self.manifest.shards[shard], len(self.manifest.members)
+        if self.store is None or self.cache is None:
+            return _Tar.open(Path(self.root) / info.name, info.samples, members)
+        tar = _Tar(info.name, *self.cache.open(self.store, info, members))
+        if (prefetcher := self._prefetcher) is not None:
+            prefetcher.taken(shard)
+        return tar
+
+    def _let_go(self, coming: int, cache: Cache) -> None:
+        """Close what would keep the disk full: more than our share, and files that the cache has removed."""
+        infos, members = self.manifest.shards, len(self.manifest.members)
+        size = cache.need_bytes(infos[coming], members)
+        for shard in reversed(list(self._tars)):
+            size += cache.need_bytes(infos[shard], members)
+            if size > cache.share_bytes or os.fstat(self._tars[shard].fd).st_nlink == 0:
+                del self._tars[shard]
 
     def _pread(self, tar: _Tar, row: int, column: int, sample_id: int) -> bytes:
         offset, size = tar.index[row, column].tolist()
@@ -349,8 +410,11 @@ class ShardSet:
         return name.removesuffix(suffix)
 
     def _fail(self, tar: _Tar, sample_id: int, what: str) -> NoReturn:
-        remedy = f"run `data-tools verify {self.root}`"
-        raise ShardError(f"{self.root / tar.name}: sample {sample_id} {what}; {remedy}")
+        if self.store is None:
+            where, remedy = str(Path(self.root) / tar.name), f"run `data-tools verify {self.root}`"
+        else:  # its bytes were those of the manifest when they were fetched
+            where, remedy = self.store.url(tar.name), "run `data-tools verify` where the shards were made"
+        raise ShardError(f"{where}: sample {sample_id} {what}; {remedy}")
 
 
 def _pread_all(fd: int, size: int, offset: int) -> bytes:
