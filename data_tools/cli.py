@@ -17,6 +17,7 @@ from finetune import __version__, run_cli
 _EXAMPLES = """\
 examples:
   data-tools ingest folder photos --out shards/photos
+  data-tools dedupe shards/photos
   data-tools encode shards/photos --vae models/vae --size 512 --out latents/photos
   data-tools verify latents/photos
   data-tools preview latents/photos --out sheet.png

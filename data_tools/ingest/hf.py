@@ -68,7 +68,10 @@ def run(args: argparse.Namespace) -> int:
     options = Options.from_args(args)
     opened = _open(args.source, args.config, args.split, args.revision, args.streaming)
     plan = _Plan.choose(opened.data.features, args.image_column, args.caption_column)
-    origin = None if opened.root else json.dumps(opened.origin(args), indent=2, ensure_ascii=False) + "\n"
+    origin = None
+    if opened.root is None:
+        what = {"dataset": args.source, "config": args.config, "split": opened.split, **opened.card}
+        origin = (json.dumps(what, indent=2, ensure_ascii=False) + "\n").encode()
     if plan.left_out:
         print(f"columns left out: {', '.join(plan.left_out)}")
     with downloads(_pictures(opened, plan), Limits()) as items:
@@ -78,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             items,
             source=args.source,
             total=opened.rows,
-            origin=None if origin is None else origin.encode(),
+            origin=origin,
         )
 
 
@@ -91,19 +94,7 @@ class _Opened:
     split: str
     rows: int | None
     root: Path | None  # folder that paths are relative to; None for a data set of the hub
-
-    def origin(self, args: argparse.Namespace) -> dict[str, Any]:
-        """Where the pictures come from, for SOURCE.json."""
-        info = self.data.info
-        return {
-            "dataset": args.source,
-            "config": args.config,
-            "split": self.split,
-            "revision": args.revision,
-            "license": info.license or None,
-            "homepage": info.homepage or None,
-            "citation": info.citation or None,
-        }
+    card: dict[str, Any]  # commit and licence of a data set of the hub
 
 
 def _open(source: str, config: str | None, split: str | None, revision: str | None, streaming: bool) -> _Opened:
@@ -117,6 +108,7 @@ def _open(source: str, config: str | None, split: str | None, revision: str | No
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     path = Path(source)
+    card: dict[str, Any] = {}
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
     try:
         if path.is_dir() and (path / "dataset_dict.json").is_file():
@@ -138,6 +130,8 @@ def _open(source: str, config: str | None, split: str | None, revision: str | No
         elif looks_local or path.suffix in (".parquet", ".arrow"):
             raise UserError(f"no file or folder {source}; give one, or the name of a data set on the hub")
         else:
+            card = _card(source, revision)
+            revision = card["revision"]
             data, split = _load(datasets, source, split, streaming, path=source, name=config, revision=revision)
     except (UserError, KeyboardInterrupt):
         raise
@@ -151,7 +145,19 @@ def _open(source: str, config: str | None, split: str | None, revision: str | No
     root = None
     if path.exists():
         root = path if path.is_dir() else path.parent
-    return _Opened(data, split, rows, root)
+    return _Opened(data, split, rows, root, card)
+
+
+def _card(source: str, revision: str | None) -> dict[str, Any]:
+    """The commit that a revision names on the hub, so that all is read from one; and the licence on the card."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        info = HfApi().dataset_info(source, revision=revision, timeout=30)
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError):  # `datasets` may have it in its cache, or says why not
+        return {"revision": revision, "license": None}
+    return {"revision": info.sha or revision, "license": getattr(info.card_data, "license", None)}
 
 
 def _load(datasets: Any, source: str, split: str | None, streaming: bool, **what: Any) -> tuple[Any, str]:
