@@ -200,7 +200,7 @@ def captions_of(values: Iterable[Any]) -> list[str]:
 def labels_of(row: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
     """The fields of a row that a record keeps: those with a value that JSON can hold."""
     left_out = {*RESERVED, *leave_out}
-    labels = {name: _plain(value) for name, value in row.items() if name not in left_out}
+    labels = {name: _plain(value) for name, value in row.items() if name and name not in left_out}
     return {name: value for name, value in labels.items() if value is not None}
 
 

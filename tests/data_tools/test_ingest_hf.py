@@ -1,12 +1,19 @@
-"""Hugging Face data sets in each of their forms on disk; the hub can't be reached from here."""
+"""Hugging Face data sets in each of their forms on disk, and on a hub of our own."""
 
 from __future__ import annotations
 
+import hashlib
+import http.server
 import json
 import os
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import pytest
 
@@ -234,3 +241,97 @@ def test_the_same_source_gives_the_same_bytes(cli: Cli, tmp_path: Path) -> None:
         cli("ingest", "hf", source, "--image-column", "image", "--out", tmp_path / out)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+# --- the hub, as far as `datasets` asks for it
+
+COMMIT = "a" * 40
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """One data set, some/name, of a card and a parquet file."""
+
+    protocol_version = "HTTP/1.1"
+    files: ClassVar[dict[str, bytes]] = {}
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        api, files = "/api/datasets/some/name", f"/datasets/some/name/resolve/{COMMIT}/"
+        if path in (api, f"{api}/revision/main", f"{api}/revision/{COMMIT}"):
+            siblings = [{"rfilename": name} for name in self.files]
+            self.reply({"id": "some/name", "sha": COMMIT, "cardData": {"license": "mit"}, "siblings": siblings})
+        elif path.startswith(f"{api}/tree/{COMMIT}"):
+            folder = path.removeprefix(f"{api}/tree/{COMMIT}").strip("/")
+            self.reply([*self.listed(folder)])
+        elif path.startswith(files) and (data := self.files.get(path.removeprefix(files))) is not None:
+            asked = re.match(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            begin, end = (int(asked[1]), int(asked[2] or len(data)) + 1) if asked else (0, len(data))
+            part = data[begin:end]
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{self.oid(data)}"'}
+            if asked:
+                headers["Content-Range"] = f"bytes {begin}-{begin + len(part) - 1}/{len(data)}"
+            self.reply(part, 206 if asked else 200, headers)
+        else:
+            self.reply({"error": "not found"}, 404, {"X-Error-Code": "EntryNotFound"})
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def listed(self, folder: str) -> Iterator[dict[str, Any]]:
+        for name, data in self.files.items():
+            parent = name.rpartition("/")[0]
+            if parent == folder:
+                yield {"type": "file", "path": name, "size": len(data), "oid": self.oid(data)}
+            elif parent and not folder:
+                yield {"type": "directory", "path": parent, "size": 0, "oid": "b" * 40}
+
+    @staticmethod
+    def oid(data: bytes) -> str:
+        return hashlib.sha1(data).hexdigest()
+
+    def reply(self, body: Any, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("streaming", ["--streaming", "--no-streaming"])
+def test_a_data_set_of_the_hub(tmp_path: Path, streaming: str) -> None:
+    data_set().to_parquet(tmp_path / "d.parquet")
+    files = {
+        "README.md": b"---\nlicense: mit\n---\n",
+        "data/train-0.parquet": (tmp_path / "d.parquet").read_bytes(),
+    }
+    _Hub.files = files
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        done = subprocess.run(
+            [sys.executable, "-m", "data_tools", "ingest", "hf", "some/name", "--image-column", "image", streaming]
+            + ["--out", str(tmp_path / "out")],
+            env={  # read when the hub's client is imported
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_HUB_OFFLINE": "0",
+            },
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert [data for _, data in samples(tmp_path / "out")] == [picture(0), picture(1, "JPEG"), picture(4, "WEBP")]
+    assert json.loads((tmp_path / "out" / "SOURCE.json").read_text()) == {
+        "dataset": "some/name",
+        "config": None,
+        "split": "train",
+        "revision": COMMIT,
+        "license": "mit",
+    }

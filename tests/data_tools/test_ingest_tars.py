@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
+import random
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_tools.cli import main
 from data_tools.images import decode_rgb
 from data_tools.ingest.tars import find_tars, member_name, tar_names
 from finetune import UserError
@@ -281,6 +284,36 @@ def test_names_with_dots_do_not_widen_the_index(cli: Cli, tmp_path: Path) -> Non
     assert len(ShardSet.open(tmp_path / "out").manifest.members) == 66
     assert len(rejects(tmp_path / "out")) == 6
     assert "more than 64 kinds of members" in rejects(tmp_path / "out")["a.tar: 69"]
+
+
+def test_fuzzed_tars_end_in_shards_or_one_line(tmp_path: Path) -> None:
+    files: dict[str, bytes] = {}
+    for n in range(4):
+        record = {"caption": f"a {n}", "score": n}
+        files |= {f"{n}.jpg": jpeg(n, 8, 8), f"{n}.json": json.dumps(record).encode(), f"{n}.mask.png": b"mask"}
+    whole = write_tar(tmp_path / "whole.tar", files).read_bytes()
+    rng = random.Random(0)
+    for attempt in range(60):
+        data = bytearray(whole)
+        for _ in range(rng.randrange(1, 4)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        if attempt % 3 == 0:
+            del data[rng.randrange(len(data)) :]
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        (folder / "a.tar").write_bytes(data)
+        with contextlib.suppress(UserError):  # nothing is left
+            assert main(["ingest", "tars", str(folder / "a.tar"), "--out", str(folder / "out")]) == 0
+        if (folder / "out" / "manifest.json").exists():
+            assert verify(folder / "out") == []
+            for key, row in samples(folder / "out").items():
+                whole_json = files[f"{key.removeprefix('a_')}.json"]
+                if row["json"].get("captions"):  # members are never those of another sample
+                    was = json.loads(whole_json)
+                    assert (
+                        sum(a != b for a, b in zip(row["json"]["captions"][0], was["caption"], strict=False)) <= 3
+                    )
+        assert {path.name for path in folder.iterdir()} <= {"a.tar", "out"}
 
 
 def test_rejects_are_not_held_in_memory(tmp_path: Path) -> None:
