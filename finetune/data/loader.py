@@ -7,10 +7,14 @@ train on the same thing.
 
 from __future__ import annotations
 
+import math
+import threading
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,11 +28,55 @@ from finetune.latents import LatentSpace
 
 _LOOK_AHEAD_SAMPLES = 1 << 16  # of a rank, whose shards are asked for beforehand where they are remote
 _LOOK_EVERY_STEPS = 32
+_KEPT_BUFFERS = 16
+_DRAWS = 4096  # drawn at a time: one call for each batch would cost more than reading it
 
 
 def captions_of(record: dict) -> list[str]:
     """A record's captions; the empty one where it has none."""
     return record.get("captions") or [record.get("caption") or ""]
+
+
+def _caption_draws(seed: int, clock: np.ndarray) -> list[float]:
+    """Uniform in [0, 1) for each clock (int64 [B])."""
+    blocks = np.unique(clock // _DRAWS).tolist()
+    draws = np.concatenate([_draw_block(seed, block) for block in blocks])
+    return draws[np.searchsorted(blocks, clock // _DRAWS) * _DRAWS + clock % _DRAWS].tolist()
+
+
+@lru_cache(16)
+def _draw_block(seed: int, block: int) -> np.ndarray:
+    ids = torch.arange(block * _DRAWS, (block + 1) * _DRAWS)
+    return rng.uniform(seed, "caption", ids).numpy()
+
+
+class _Buffers:
+    """Memory of moments, used again once its last view is gone: fresh pages cost more than the copy into them."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], pin: bool) -> torch.Tensor:
+        """A float16 tensor of any content."""
+        if pin:  # torch keeps page-locked memory in a pool of its own
+            return torch.empty(shape, dtype=torch.float16, pin_memory=True)
+        count = math.prod(shape)
+        with self._lock:
+            free = self._free.get(count)
+            memory = free.pop() if free else np.empty(count, np.float16)
+        view = memory.reshape(shape)
+        weakref.finalize(view, self._give_back, memory).atexit = False
+        return torch.from_numpy(view)  # which holds `view` for as long as any tensor shares its storage
+
+    def _give_back(self, memory: np.ndarray) -> None:
+        # May run inside `take`, in the garbage collector: no lock here. `setdefault` and `append` are atomic.
+        free = self._free.setdefault(memory.size, [])
+        if len(free) < _KEPT_BUFFERS:
+            free.append(memory)
+
+
+_BUFFERS = _Buffers()
 
 
 def hold_out(sizes: Sequence[int], samples: int) -> list[np.ndarray]:
@@ -114,7 +162,7 @@ def read_batch(
     assert encoder is not None
     count = len(sample_ids)
     shape = (count, 2 * encoder.channels, bucket[0] // encoder.downsample, bucket[1] // encoder.downsample)
-    moments = torch.empty(shape, dtype=torch.float16, pin_memory=pin)
+    moments = _BUFFERS.take(shape, pin)
     out = moments.numpy()
     records: list[dict[str, Any]] = [{}] * count
     for source in np.unique(chosen).tolist():
@@ -124,7 +172,7 @@ def read_batch(
         for place, record in zip(places.tolist(), read, strict=True):
             records[place] = record
     clock_B = torch.from_numpy(clock)
-    draws = rng.uniform(seed, "caption", clock_B).tolist()
+    draws = _caption_draws(seed, clock)
     captions = [captions_of(record) for record in records]
     drawn = [int(draw * len(several)) for draw, several in zip(draws, captions, strict=True)]
     states = None

