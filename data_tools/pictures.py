@@ -12,7 +12,7 @@ from typing import Any
 
 from data_tools.tars import TarSample, Unreadable, iter_tar
 from finetune import UserError
-from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet
+from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
 
 __all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
@@ -38,6 +38,7 @@ class Unit:
     name: str
     samples: int | None  # None: a foreign tar, which doesn't say
     bytes: int
+    bucket: Bucket | None = None  # (height, width) of all its pictures, where that is known
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,9 @@ class PictureSource:
     def units(self) -> list[Unit]:
         """The shards, in their order."""
         if self.shards is not None:
-            return [Unit(shard.name, shard.samples, shard.bytes) for shard in self.shards.manifest.shards]
+            return [
+                Unit(shard.name, shard.samples, shard.bytes, shard.bucket) for shard in self.shards.manifest.shards
+            ]
         return [Unit(path.name, None, path.stat().st_size) for path in _tars(self.root)]
 
     def identity(self) -> str:
@@ -84,8 +87,14 @@ class PictureSource:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
     def read(self, unit: int) -> Iterator[Picture | Unreadable]:
-        """The pictures of one shard, in its order."""
-        return _read_tar(_tars(self.root)[unit]) if self.shards is None else _read_shard(self.shards, unit)
+        """The pictures of one shard, in its order.
+
+        Raises:
+            ShardError: a shard of a set of ours is missing.
+        """
+        return (
+            _read_tar(_tars(self.root)[unit]) if self.shards is None else _read_shard(self.root, self.shards, unit)
+        )
 
     def __iter__(self) -> Iterator[Picture | Unreadable]:
         """All pictures, in the order of the shards."""
@@ -93,7 +102,11 @@ class PictureSource:
             yield from self.read(unit)
 
 
-def _read_shard(shards: ShardSet, number: int) -> Iterator[Picture | Unreadable]:
+def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture | Unreadable]:
+    name = shards.manifest.shards[number].name
+    for needed in (name, index_name(name)):
+        if not (root / needed).is_file():  # one line, not as many rejects as it had pictures
+            raise ShardError(f"{root / needed} is missing; restore it or make the shards again")
     start = sum(shard.samples for shard in shards.manifest.shards[:number])
     for sample_id in range(start, start + shards.manifest.shards[number].samples):
         try:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.encode import assemble
-from data_tools.encode.buckets import candidates, choose_buckets, merge_small
+from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
 from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, stack
 from data_tools.encode.excluded import Excluded
 from data_tools.encode.parts import PartWriter, Tally
@@ -373,6 +373,10 @@ class Course:
 
     def _measure(self, unit: int, update: Callable[[int], None]) -> None:
         histogram: dict[int, int] = {}
+        about = self.units[unit]
+        if about.bucket and about.samples and not self.recipe.filters and not self.excluded:
+            self.work.publish(f"sizes/{unit:05d}.json", [[aspect_step(*about.bucket), about.samples]])
+            return
         for _, step in self.pool.map(functools.partial(measure, recipe=self.recipe), self._read(unit), name=_name):
             assert not isinstance(step, BaseException)
             if step is not None:

@@ -39,8 +39,11 @@ class Excluded:
         digests = np.unique(np.frombuffer(found, f"S{_DIGEST}"))
         return cls(digests, hashlib.sha256(digests.tobytes()).hexdigest())
 
+    def __bool__(self) -> bool:
+        return len(self.digests) > 0
+
     def __contains__(self, key: str) -> bool:
-        if not len(self.digests):
+        if not self:
             return False
         digest = np.frombuffer(_digest(key), f"S{_DIGEST}")[0]
         place = int(np.searchsorted(self.digests, digest))

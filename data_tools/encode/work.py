@@ -203,10 +203,12 @@ def difference(then: Any, now: Mapping[str, Any]) -> str | None:
             if isinstance(before, dict) and isinstance(after, dict):
                 inner = next(key for key in (*after, *before) if before.get(key) != after.get(key))
                 name, before, after = f"{name} {inner}", before.get(inner), after.get(inner)
-            return f"{name} {_short(before)}, not {_short(after)}"
+            return f"{name} {_short(before)} (now: {_short(after)})"
     return None
 
 
 def _short(value: Any) -> str:
+    if value in (None, "", {}):
+        return "not given"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:37]}..."

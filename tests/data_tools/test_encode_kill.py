@@ -204,7 +204,7 @@ def test_a_kill_leaves_no_process_and_nothing_that_loads(
     result = cli("encode", out, *arguments[1:], "--out", tmp_path / "other")
     assert (result.code, "unfinished set of latents" in result.err) == (2, True)
     result = cli("encode", *arguments, "--batch", 4, "--out", out)
-    assert (result.code, "was begun with batch 3, not 4" in result.err) == (2, True)
+    assert (result.code, "was begun with batch 3 (now: 4)" in result.err) == (2, True)
     assert cli("encode", *arguments, "--out", out).code == 0
     same(undisturbed, out)
 
@@ -216,7 +216,7 @@ def test_starting_on_what_is_finished(cli: Cli, arguments: list[str], undisturbe
     assert (result.code, "is complete" in result.out) == (0, True)
     same(undisturbed, out)
     result = cli("encode", *arguments, "--flip", "0", "--out", out)
-    assert (result.code, "made with flip 0.5, not 0.0" in result.err) == (2, True)
+    assert (result.code, "made with flip 0.5 (now: 0.0)" in result.err) == (2, True)
     (out / "00000.tar").write_bytes(b"broken")
     (out / "mine.txt").write_text("stays")
     assert cli("encode", *arguments, "--out", out, "--overwrite").code == 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -202,3 +204,41 @@ def test_foreign_tars_may_be_compressed(cli: Cli, vae_folder: Path, tmp_path: Pa
     result = cli("encode", tmp_path / "tars", "--vae", vae_folder, "--size", 16, "--out", tmp_path / "out")
     assert result.code == 0, result.err
     assert list(rows(tmp_path / "out")) == ["a_x", "b_x", "c_x"]
+
+
+def test_a_full_disk_is_one_line_and_the_rest_of_the_work_goes_on_later(
+    cli: Cli, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = image_set(tmp_path / "images", [(16, 16)] * 7, per_shard=3)
+    encode = ("encode", images, "--vae", vae_folder, "--size", 16, "--workers", 0)
+    assert cli(*encode, "--out", tmp_path / "whole").code == 0
+    failures = 0
+    while True:
+        left = [5]  # the fsync that fails: a unit or a shard needs fewer, so there is progress
+
+        def full(fd: int, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        result = cli(*encode, "--out", tmp_path / "out")
+        monkeypatch.undo()
+        if result.code == 0:
+            break
+        assert "no space left on device while writing" in result.err
+        failures += 1
+    assert failures >= 3
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_a_missing_shard_stops_the_work_instead_of_emptying_it(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    images = image_set(tmp_path / "images", [(16, 16)] * 9, per_shard=3)
+    (images / "00001.tar").rename(tmp_path / "00001.tar")
+    encode = ("encode", images, "--vae", vae_folder, "--size", 16, "--workers", 0, "--out", tmp_path / "out")
+    result = cli(*encode)
+    assert (result.code, "00001.tar is missing; restore it" in result.err) == (2, True)
+    (tmp_path / "00001.tar").rename(images / "00001.tar")
+    assert cli(*encode).code == 0
+    assert len(rows(tmp_path / "out")) == 9
