@@ -4,7 +4,7 @@
 
 Content: Stable Diffusion's moments, float16 [8, 64, 64], and a record with captions. Each peer gets its own format
 of it and its own shuffle; all files are in the page cache. The limit is a plain loop of `preadv` over the members,
-in random order, into one batch tensor. `mosaicml-streaming` and `litdata` are left out where they are not installed.
+in random order, into one batch tensor. `mosaicml-streaming` and `litdata` are left out where they are missing.
 Contenders take turns, round by round; the table has each one's median.
 
 "Waiting" is the share of a consumer's time spent in `next`, where it works 5 ms a batch otherwise.
