@@ -157,6 +157,7 @@ def test_s3(bucket: str, master: Path, tmp_path: Path) -> None:
     assert_same(ShardSet.open(bucket, "latents", cache=Cache(tmp_path / "cache")), master / "set")
 
 
+@pytest.mark.filterwarnings("ignore:.*trying on")
 def test_s3_through_faults(
     bucket: str, moto: str, master: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,6 +204,7 @@ def test_s3_says_what_is_not_allowed_or_absent(bucket: str, moto: str, monkeypat
         ShardSet.open(bucket)
 
 
+@pytest.mark.filterwarnings("ignore:.*trying on")
 def test_pipe(far: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(f"pipe:cat {far}/set/{{}}", cache=Cache(tmp_path / "cache"))
     assert_same(shards, far / "set")
@@ -680,5 +682,36 @@ def test_names_in_the_cache_can_be_read(server: Server, tmp_path: Path) -> None:
     shards = ShardSet.open(f"http://user:secret@{server.address}/set?token=secret", cache=cache)
     shards.read(0)
     names = json.dumps([str(path.relative_to(tmp_path)) for path in (tmp_path / "cache").rglob("*")])
-    assert "secret" not in names and "127.0.0.1" in names and f"00000/{index_name('00000.tar')}" not in names
+    assert "secret" not in names and "127-0-0-1" in names and f"00000/{index_name('00000.tar')}" not in names
     assert "secret" not in str(shards.root)
+
+
+def test_nothing_is_written_outside_or_removed_that_is_not_ours(server: Server, far: Path, tmp_path: Path) -> None:
+    """A manifest from elsewhere is not to be trusted, and a cache folder may hold other things."""
+    folder = tmp_path / "cache"
+    (folder / "project" / "src").mkdir(parents=True)
+    (folder / "project" / "src" / "a.tar").write_bytes(b"mine" * 100_000)
+    (folder / "project" / ".src.tmp").mkdir()
+    manifest = json.loads((far / "set" / "manifest.json").read_text())
+    manifest["shards"][0]["sha256"] = "../../../outside/" + "a" * 47
+    (far / "set" / "manifest.json").write_text(json.dumps(manifest))
+    bound = int(1.5 * shard_bytes(Manifest.load(far / "set")))
+    cache = Cache(folder, bound)
+    assert cache.held_bytes == 0
+    shards = ShardSet.open(store_of(server), cache=cache)
+    with pytest.raises(ShardError, match="sha256 is"), pytest.warns(UserWarning, match="trying on"):
+        shards.read(0)
+    for shard in range(1, 8):
+        shards.read(shard * A_SHARD)
+    assert cache.stats.evictions >= 5
+    assert (folder / "project" / "src" / "a.tar").stat().st_size == 400_000
+    assert (folder / "project" / ".src.tmp").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "far"}
+
+
+def test_a_file_beside_the_shards(server: Server, far: Path, tmp_path: Path) -> None:
+    (far / "set" / "empty.text.npy").write_bytes(b"states")
+    for shards in (ShardSet.open(far / "set"), ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))):
+        assert shards.read_file("empty.text.npy") == b"states"
+        with pytest.raises(ShardError, match="absent.npy is missing"):
+            shards.read_file("absent.npy")

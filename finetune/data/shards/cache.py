@@ -2,12 +2,13 @@
 
     FOLDER/.lock                            held while room is made
     FOLDER/<host-tail>-<hash of URL>/       one folder a store
-        00000-<sha256>/00000.tar            a shard as the manifest says it is, and
-        00000-<sha256>/00000.index.npy      its index: published together by one rename
-        00000-<sha256>.lock                 held by whoever fetches the shard
-        .00000-<sha256>.tmp/                being fetched; of its full size from the start, so that room is kept
+        00000-<hash>/00000.tar              a shard as the manifest says it is, and
+        00000-<hash>/00000.index.npy        its index: published together by one rename
+        00000-<hash>.lock                   held by whoever fetches the shard
+        .00000-<hash>.tmp/                  being fetched; of its full size from the start, so that room is kept
 
-The checksum in the name keeps a data set made anew apart from its older copies. All locks are `flock`s: a killed
+The hash is of name and checksum, so that a data set made anew is kept apart from its older copies. Folders of other
+names are not ours, and are neither counted nor removed. All locks are `flock`s: a killed
 process lets go of them by itself, and what it left half done the next one removes.
 
 Readers hold a shared lock on a tar while it is open. Room is made by removing what was opened longest ago, of what
@@ -46,6 +47,8 @@ GRACE_S = 600.0  # what was fetched ahead and not yet opened is spared so long, 
 HEADER_BYTES = 4096  # more than any .npy header of an index
 ROOM_POLL_S = 0.05  # other processes give no sign when they let go of a file
 PREFETCH_THREADS = 4  # one stream of an object store gives 50 to 100 MB/s; four fill a 10 Gb/s share
+SOURCE = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{16}")
+ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{16}|\.[A-Za-z0-9_-]*-[0-9a-f]{16}\.(tmp|gone)")
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -257,9 +260,10 @@ class Cache:
         return None
 
     def _entry(self, store: Store, shard: ShardInfo) -> Path:
-        tail = "-".join(re.findall(r"[A-Za-z0-9_.]+", store.name.partition(":")[2]))[-40:].strip(".-")
-        digest = hashlib.sha256(store.name.encode()).hexdigest()
-        return self.folder / f"{tail}-{digest[:12]}" / f"{shard.name.removesuffix('.tar')}-{shard.sha256[:16]}"
+        # The manifest comes from elsewhere: of its texts only harmless characters become names here.
+        source = f"{_harmless(store.name.partition(':')[2])}-{_hash(store.name)}"
+        name = f"{_harmless(shard.name.removesuffix('.tar'))}-{_hash(f'{shard.name} {shard.sha256}')}"
+        return self.folder / source / name
 
     # room
 
@@ -288,8 +292,8 @@ class Cache:
         held = sum(entry.bytes for entry in entries) + sum(size for _, size in unfinished)
         if held + need <= self.max_bytes:
             return True
-        for path, size in unfinished:
-            lock = path.with_name(path.name[1:].removesuffix(".tmp") + ".lock")
+        for path, size in unfinished:  # by those who hold no lock any more
+            lock = path.with_name(path.name.removeprefix(".").partition(".tmp")[0].partition(".gone")[0] + ".lock")
             with contextlib.suppress(BlockingIOError), self._locked(lock, wait=False):
                 shutil.rmtree(path, ignore_errors=True)
                 held -= size
@@ -329,8 +333,8 @@ class Cache:
     def _scan(self) -> tuple[list[_Entry], list[tuple[Path, int]]]:
         """What is here, and what is unfinished (with its bytes); others may come and go meanwhile."""
         entries, unfinished = [], []
-        for source in _folders(self.folder):
-            for path in _folders(Path(source)):
+        for source in _folders(self.folder, SOURCE):
+            for path in _folders(Path(source), ENTRY):
                 size, tar, unread = 0, "", False
                 try:
                     used_s = os.stat(path).st_mtime
@@ -389,10 +393,19 @@ class Cache:
                 setattr(self.stats, field, getattr(self.stats, field) + change)
 
 
-def _folders(path: Path) -> list[str]:
+def _harmless(text: str) -> str:
+    return "-".join(re.findall(r"[A-Za-z0-9_]+", text))[-40:].strip("-")
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _folders(path: Path, names: re.Pattern[str]) -> list[str]:
     try:
         with os.scandir(path) as found:
-            return sorted(entry.path for entry in found if entry.is_dir(follow_symlinks=False))
+            ours = [entry for entry in found if names.fullmatch(entry.name)]
+            return sorted(entry.path for entry in ours if entry.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return []
 

@@ -42,8 +42,9 @@ class _Tar:
             tar.index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
-        except (OSError, ValueError) as error:
-            raise ShardError(f"cannot open {path} and its index: {error}; run `data-tools verify`") from None
+        except NPY_ERRORS as error:
+            error_line = str(error).partition("\n")[0]
+            raise ShardError(f"cannot open {path} and its index: {error_line}; run `data-tools verify`") from None
         if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
             raise ShardError(
                 f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "
@@ -119,6 +120,20 @@ class ShardSet:
             prefetcher.stop()
             prefetcher.join(timeout_s=1.0)
 
+    def read_file(self, name: str) -> bytes:
+        """A small file that lies beside the shards.
+
+        Raises:
+            ShardError: it is missing or can't be read.
+        """
+        where: Any = Path(self.root) / name if self.store is None else self.store.url(name)
+        try:
+            return where.read_bytes() if self.store is None else self.store.read(name)
+        except FileNotFoundError:
+            raise ShardError(f"{where} is missing; restore it or make the shards again") from None
+        except OSError as error:
+            raise ShardError(f"cannot read {where}: {error}") from None
+
     # which sample is where
 
     def bucket_of(self, shard: int) -> Bucket | None:
@@ -191,11 +206,16 @@ class ShardSet:
     # the samples
 
     def read(self, sample_id: int) -> dict[str, Any]:
-        """All members of a sample as bytes, and its key (str) as `__key__`."""
+        """All members of a sample as bytes, and its key (str) as `__key__`.
+
+        Checks each member's name and size in the tar against the index, which the faster ways to read don't.
+        """
         tar, row = self._tar_of(sample_id)
-        sample: dict[str, Any] = {"__key__": self._key(tar, row, sample_id)}
+        key = self._key(tar, row, sample_id)
+        sample: dict[str, Any] = {"__key__": key}
         for column, member in enumerate(self.manifest.members):
             if tar.index[row, column, 0] >= 0:
+                self._require_header(tar, row, column, sample_id, f"{key}.{member}")
                 sample[member] = self._pread(tar, row, column, sample_id)
         return sample
 
@@ -340,7 +360,7 @@ class ShardSet:
             decoded = str(text, "utf-8")
             record, end = _DECODER.raw_decode(decoded)  # half the time of json.loads, which looks for encodings
             whole = end == len(decoded) or not decoded[end:].strip()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             self._fail(tar, sample_id, f"has a json member that is not JSON ({error})")
         if not whole or not isinstance(record, dict):
             self._fail(tar, sample_id, "has a json member that is no object")
@@ -405,12 +425,26 @@ class ShardSet:
         column = next((c for c in range(len(self.manifest.members)) if tar.index[row, c, 0] >= BLOCK), None)
         if column is None:
             self._fail(tar, sample_id, "has no members")
-        header = _pread_all(tar.fd, BLOCK, int(tar.index[row, column, 0]) - BLOCK)
-        name = header[:NAME_BYTES].rstrip(b"\0").decode("ascii", "replace")
+        name = self._header(tar, row, column, sample_id)[0]
         suffix = "." + self.manifest.members[column]
         if not name.endswith(suffix):
             self._fail(tar, sample_id, f"is {name!r} where the index has {suffix}: it is another tar's index")
         return name.removesuffix(suffix)
+
+    def _header(self, tar: _Tar, row: int, column: int, sample_id: int) -> tuple[str, bytes]:
+        """(a member's name, the digits of its size) as the tar has them."""
+        offset = int(tar.index[row, column, 0])
+        try:
+            header = _pread_all(tar.fd, BLOCK, offset - BLOCK)
+        except (OSError, ValueError, OverflowError) as error:
+            self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
+        return header[:NAME_BYTES].rstrip(b"\0").decode("ascii", "backslashreplace"), header[124:136].strip(b" \0")
+
+    def _require_header(self, tar: _Tar, row: int, column: int, sample_id: int, name: str) -> None:
+        found, digits = self._header(tar, row, column, sample_id)
+        size = int(tar.index[row, column, 1])
+        if found != name or not digits.isdigit() or digits != b"%011o" % size:
+            self._fail(tar, sample_id, f"is {found!r} where the index has {name} of {size} bytes")
 
     def _fail(self, tar: _Tar, sample_id: int, what: str) -> NoReturn:
         if self.store is None:

@@ -103,7 +103,9 @@ class _Body(Protocol):
 # which kind of root
 
 _forked: weakref.WeakSet[Any] = weakref.WeakSet()
-_inherited: list[Any] = []
+# fsspec's file systems, one a store that was used. They are never let go: closed in a forked child, when the
+# garbage is collected there, each would wait a second for the parent's thread.
+_kept: list[Any] = []
 
 
 def reset_after_fork(thing: Any) -> None:
@@ -174,9 +176,6 @@ class Store:
         self._reset()
 
     def _reset(self) -> None:
-        # A parent's file system is left alone in its child: closing it would wait for threads that are not there.
-        if (filesystem := self.__dict__.get("_filesystem")) is not None:
-            _inherited.append(filesystem)
         self._lock = threading.Lock()
         self._filesystem: Any = None
         self._random = random.Random()
@@ -426,6 +425,7 @@ class Store:
                 self._filesystem = self._class()(**self._class()._get_kwargs_from_urls(self.root) | made)
                 if hasattr(self._filesystem, "retries"):
                     self._filesystem.retries = 1
+                _kept.append(self._filesystem)
             return self._filesystem
 
 
