@@ -18,18 +18,20 @@ there is found by whoever decodes the picture or parses the record.
 from __future__ import annotations
 
 import gzip
+import math
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 MAX_MEMBER_BYTES = 512 << 20
 MAX_SAMPLE_BYTES = 1 << 30
 _MAX_MEMBERS = 1000  # of a sample; each costs memory even when it is empty
 _MAX_EXTENSION = 1 << 20  # bytes of a pax header or a long name; real ones take hundreds
 _MAX_NAME = 4096  # PATH_MAX
+_MAX_DEPTH = 32  # of lists and objects in a record
 _MAX_TRAILER = 16 << 20  # of zeros after the end mark that are looked through for more data
 # A gzip file may unpack to this many times its size (and always to 1 GiB): pictures hardly shrink, bombs do.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 30
@@ -338,6 +340,35 @@ def printable(text: str, length: int = 200) -> str:
     """Text of unknown origin for a line on the terminal: no control characters, and not too long."""
     clean = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
     return clean if len(clean) <= length else clean[:length] + "..."
+
+
+def sound_json(value: Any, depth: int = 0) -> Any:
+    """A value that can be written as JSON in UTF-8, and read again by anybody.
+
+    JSON may spell half a character ("\\ud83d"), as text that was cut does: it becomes U+FFFD. Dates become texts;
+    numbers that aren't finite, what is nested too deep, and all else become None.
+    """
+    match value:
+        case str():
+            return sound_text(value)
+        case float():
+            return value if math.isfinite(value) else None
+        case bool() | int():
+            return value
+        case list() | tuple() if depth < _MAX_DEPTH:
+            return [sound_json(item, depth + 1) for item in value]
+        case dict() if depth < _MAX_DEPTH:
+            return {sound_text(str(name)): sound_json(item, depth + 1) for name, item in value.items()}
+    return value.isoformat() if hasattr(value, "isoformat") else None
+
+
+def sound_text(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates become U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def _unpacked_size(raw: IO[bytes], packed: int) -> int:

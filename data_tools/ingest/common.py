@@ -30,7 +30,7 @@ from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
 from data_tools.output import SOURCE, claimed_folder
 from data_tools.rejects import Rejects
-from data_tools.tars import printable
+from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import Workers
 from finetune import UserError
 from finetune.data.shards import Bucket, Manifest, ShardError, ShardWriter, json_bytes, write_atomic
@@ -185,7 +185,7 @@ def check_quality(quality: int) -> None:
 
 def clean_captions(captions: Iterable[Any]) -> list[str]:
     """Captions with their white space collapsed, without empty ones and repeats."""
-    texts = (" ".join(str(caption).split()) for caption in captions if caption is not None)
+    texts = (" ".join(sound_text(str(caption)).split()) for caption in captions if caption is not None)
     return list(dict.fromkeys(text for text in texts if text))
 
 
@@ -198,26 +198,10 @@ def captions_of(values: Iterable[Any]) -> list[str]:
 
 
 def labels_of(row: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:
-    """The fields of a row that a record keeps: those with a value that JSON can hold."""
+    """The fields of a row that a record keeps: those with a name, and a value that JSON can hold."""
     left_out = {*RESERVED, *leave_out}
-    labels = {name: _plain(value) for name, value in row.items() if name and name not in left_out}
+    labels = {sound_text(name): sound_json(value) for name, value in row.items() if name and name not in left_out}
     return {name: value for name, value in labels.items() if value is not None}
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, or None: numbers that aren't finite, and bytes, have no form there."""
-    match value:
-        case bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case dict():
-            return {str(name): _plain(item) for name, item in value.items()}
-    if hasattr(value, "isoformat"):  # dates and times
-        return value.isoformat()
-    return None
 
 
 def number_or_text(cell: str) -> int | float | str:

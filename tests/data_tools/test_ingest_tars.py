@@ -316,6 +316,32 @@ def test_fuzzed_tars_end_in_shards_or_one_line(tmp_path: Path) -> None:
         assert {path.name for path in folder.iterdir()} <= {"a.tar", "out"}
 
 
+def test_records_of_any_json_can_be_written(cli: Cli, tmp_path: Path) -> None:
+    deep = b'{"caption": "deep", "nest": ' + b"[" * 500 + b"]" * 500 + b"}"
+    records = {
+        "a": b'{"caption": "half a face \\ud83d", "k\\udc00": "\\ude00", "whole": "\\ud83d\\ude00"}',
+        "b": deep,
+        "c": b'{"caption": "' + b"x" * 9 + b'", "nest": ' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        "d": b'{"n": ' + b"9" * 5000 + b"}",
+        "e": b'{"caption": 7, "x": [NaN, Infinity, 1e999, {"": null}], "y": 123456789012345678901234567890}',
+        "f": b"\xff\xfe",
+        "g": b"[]",
+    }
+    files = {}
+    for key, record in records.items():
+        files |= {f"{key}.jpg": jpeg(0), f"{key}.json": record}
+    write_tar(tmp_path / "a.tar", files)
+    assert cli("ingest", "tars", tmp_path / "a.tar", "--out", tmp_path / "out").code == 0
+    rows = {key: row["json"] for key, row in samples(tmp_path / "out").items()}
+    assert rows["a_a"]["captions"] == ["half a face \ufffd"]
+    assert (rows["a_a"]["k\ufffd"], rows["a_a"]["whole"]) == ("\ufffd", "\U0001f600")
+    assert rows["a_b"]["captions"] == ["deep"]
+    assert rows["a_e"]["x"] == [None, None, None, {"": None}]
+    assert (rows["a_e"]["captions"], rows["a_e"]["y"]) == (["7"], 123456789012345678901234567890)
+    assert set(rejects(tmp_path / "out")) == {f"a.tar: {key}" for key in "cdfg"}
+    assert verify(tmp_path / "out") == []
+
+
 def test_rejects_are_not_held_in_memory(tmp_path: Path) -> None:
     import tracemalloc
 
