@@ -9,6 +9,7 @@ import math
 import os
 import re
 import tarfile
+import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +30,11 @@ NAME_BYTES = 100  # the ustar name field: a longer name would need extra header 
 # webdataset cuts a key at its first dot, skips names like `__this__`, and lower-cases the names of members.
 KEY = re.compile(r"(?!__)[A-Za-z0-9_-]+(/[A-Za-z0-9_-]+)*")
 MEMBER = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+# What numpy raises on bytes that are no .npy file, or a damaged one: it parses the header as Python.
+NPY_ERRORS = (
+    *(ValueError, TypeError, EOFError, OSError, SyntaxError, tokenize.TokenError),
+    *(MemoryError, OverflowError, RecursionError, AttributeError),
+)
 TEMPORARY = re.compile(r"\..*\.tmp")
 
 
@@ -88,5 +94,5 @@ def parse_npy(data: bytes) -> np.ndarray | None:
     """The array in the bytes of a .npy file, or None if they are no such file (or hold objects)."""
     try:
         return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
-    except (ValueError, EOFError, OSError, SyntaxError, MemoryError, OverflowError):
+    except NPY_ERRORS:
         return None

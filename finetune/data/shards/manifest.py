@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.data.shards.files import MANIFEST, ShardError, write_atomic
+from finetune.data.shards.files import MANIFEST, MEMBER, WORK, ShardError, write_atomic
 from finetune.data.shards.store import Root, Store, is_remote, resolve
 
 FORMAT_VERSION = 1
@@ -127,7 +127,7 @@ class Manifest:
         text = _read_remote(home) if isinstance(home, Store) else _read_local(home)
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ShardError(f"{path} is not JSON ({error}); make the shards again") from None
         version = data.get("version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
@@ -137,7 +137,7 @@ class Manifest:
             )
         try:
             return _manifest_from_json(data)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
             what = f"no field {error}" if isinstance(error, KeyError) else str(error)
             raise ShardError(f"{path} is not a valid manifest: {what}; make the shards again") from None
 
@@ -184,6 +184,10 @@ def _read_local(root: Path) -> str:
     except FileNotFoundError:
         if not root.exists():
             raise ShardError(f"no folder of shards at {root}; check the path") from None
+        if (root / WORK).is_dir():
+            raise ShardError(
+                f"{root} is a set of latents that was never finished; run the same `data-tools encode` again"
+            ) from None
         raise ShardError(
             f"{root} has no {MANIFEST}: not a set of shards, or one that was never finished; "
             "make it with `data-tools ingest` or `data-tools encode`"
@@ -209,27 +213,60 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     if data["kind"] not in ("images", "latents"):
         raise ValueError(f"kind {data['kind']!r} is neither images nor latents")
     members = [str(name) for name in data["members"]]
+    if bad := [name for name in members if not MEMBER.fullmatch(name)]:
+        raise ValueError(f"{bad[0]!r} is no name of a member")
     if len(set(members)) != len(members):
         raise ValueError(f"members {members} repeat")
     shards = []
     for row in data["shards"]:
         bucket = None if row["bucket"] is None else (int(row["bucket"][0]), int(row["bucket"][1]))
         shard = ShardInfo(str(row["name"]), bucket, int(row["samples"]), int(row["bytes"]), str(row["sha256"]))
-        if "/" in shard.name or "\0" in shard.name or not shard.name.endswith(".tar"):
+        if "/" in shard.name or not shard.name.isprintable() or not shard.name.endswith(".tar"):
             raise ValueError(f"shard name {shard.name!r} is not that of a tar in this folder")
-        if shard.samples < 0 or shard.bytes < 0 or (bucket is not None and min(bucket) < 1):
-            raise ValueError(f"shard {shard.name} has impossible numbers")
+        possible = 0 <= shard.samples < 1 << 40 and 0 <= shard.bytes < 1 << 60
+        if not possible or (bucket is not None and not all(1 <= side < 1 << 31 for side in bucket)):
+            raise ValueError(f"shard {shard.name!r} has impossible numbers")
         shards.append(shard)
+    if sum(shard.samples for shard in shards) >= 1 << 60:
+        raise ValueError("it has impossible numbers of samples")
     encoder = latents = text = None
     if data["encoder"] is not None:
         low, high = data["encoder"]["pixel_range"]
         encoder = EncoderInfo(**{**data["encoder"], "pixel_range": (float(low), float(high))})
+        _require_types(encoder, "encoder")
         if encoder.scale == 0 or not all(map(math.isfinite, (encoder.scale, encoder.shift))):
             raise ValueError(f"latent scale {encoder.scale} and shift {encoder.shift} cannot be inverted")
     if data["latents"] is not None:
         latents = LatentStats(**data["latents"])
+        _require_types(latents, "latents")
+        if len(latents.channel_mean) != len(latents.channel_std):
+            raise ValueError("latents.channel_mean and latents.channel_std have different lengths")
     if data.get("text") is not None:
         text = TextInfo(**data["text"])
+        _require_types(text, "text")
     if data["kind"] == "latents" and (encoder is None or any(shard.bucket is None for shard in shards)):
         raise ValueError("latents need an encoder and a bucket for every shard")
     return Manifest(data["kind"], members, shards, encoder, latents, text, data["version"])
+
+
+def _require_types(part: EncoderInfo | LatentStats | TextInfo, name: str) -> None:
+    """Refuse fields of other types than their annotations say, and counts below one."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        match field.type:
+            case "str":
+                good = isinstance(value, str)
+            case "int":
+                good = isinstance(value, int) and not isinstance(value, bool) and 1 <= value < 1 << 31
+            case "float":
+                good = _is_number(value)
+            case "list[float]":
+                good = isinstance(value, list) and all(map(_is_number, value))
+            case _:  # checked where it is built
+                good = True
+        if not good:
+            raise ValueError(f"{name}.{field.name} is {value!r}, not {field.type}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

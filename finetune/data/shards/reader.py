@@ -14,7 +14,16 @@ from typing import Any, NoReturn
 import numpy as np
 
 from finetune.data.shards.cache import Cache, Prefetcher
-from finetune.data.shards.files import BLOCK, LATENT, NAME_BYTES, ShardError, index_name, npy_header, parse_npy
+from finetune.data.shards.files import (
+    BLOCK,
+    LATENT,
+    NAME_BYTES,
+    NPY_ERRORS,
+    ShardError,
+    index_name,
+    npy_header,
+    parse_npy,
+)
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
 from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
 

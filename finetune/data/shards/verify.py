@@ -27,6 +27,7 @@ from finetune.data.shards.files import (
     WORK,
     ShardError,
     index_name,
+    npy_bytes,
     parse_npy,
 )
 from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo, TextInfo
@@ -185,10 +186,11 @@ def _verify_index(
     if not (root / name).is_file():
         return
     try:
-        index = parse_npy((root / name).read_bytes())
+        data = (root / name).read_bytes()
     except OSError as error:
         problems.append(Problem(name, None, f"can't be read ({error.strerror})"))
         return
+    index = parse_npy(data)
     if index is None:
         problems.append(Problem(name, None, "not a numpy array"))
         return
@@ -196,6 +198,8 @@ def _verify_index(
         want = [shard.samples, len(manifest.members), 2]
         problems.append(Problem(name, None, f"{index.dtype} {list(index.shape)}, needs int64 {want}"))
         return
+    if data != npy_bytes(index):
+        problems.append(Problem(name, None, "has bytes that no index has"))
     for (key, places), row in zip(samples, index.tolist(), strict=False):
         told = {m: tuple(place) for m, place in zip(manifest.members, row, strict=True) if place[0] >= 0}
         if told != places:
