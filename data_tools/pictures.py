@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_tools.tars import TarSample, Unreadable, iter_tar
+from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
@@ -146,8 +146,8 @@ def _picture(key: str, members: dict[str, Any]) -> Picture | Unreadable:
     record: Any = {}
     if "json" in members:
         try:
-            record = json.loads(members["json"])
-        except ValueError as error:
+            record = sound_json(json.loads(members["json"]))
+        except (ValueError, RecursionError) as error:
             return Unreadable(key, f"json is not JSON ({error})")
         if not isinstance(record, dict):
             return Unreadable(key, "json is no object")
