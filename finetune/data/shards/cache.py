@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune.data.shards.files import ShardError, index_name, parse_npy
+from finetune.data.shards.files import NPY_ERRORS, ShardError, index_name, parse_npy
 from finetune.data.shards.store import StoppedError, Store, WriteError, reset_after_fork
 
 if TYPE_CHECKING:
@@ -249,12 +249,14 @@ class Cache:
                     (entry / "unread").unlink(missing_ok=True)
                 os.utime(entry)
                 return fd, index
-        except (FileNotFoundError, ValueError, EOFError):
+        except FileNotFoundError:
             pass
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
             raise ShardError(f"cannot use {self.folder} as cache ({error}); set LDM_FINETUNE_CACHE") from None
+        except NPY_ERRORS:
+            pass
         if fd >= 0:
             os.close(fd)
         return None
