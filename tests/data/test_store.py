@@ -317,6 +317,9 @@ def test_what_is_local_and_what_is_not(tmp_path: Path) -> None:
 
 
 def test_roots_that_cannot_be_used() -> None:
+    for url in ("s3://bucket/latents", "https://host/latents", "pipe:cat x/{}"):
+        with pytest.raises(ShardError, match="a folder of this machine is needed"):
+            resolve(Path(url))
     with pytest.raises(ShardError, match="unknown protocol 'nope'"):
         Store("nope://host/latents")
     with pytest.raises(ShardError, match="chained URL"):

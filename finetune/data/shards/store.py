@@ -42,6 +42,7 @@ T = TypeVar("T")
 CHUNK_BYTES = 4 << 20  # read, hashed and written at once: large beside the cost of a hop between threads
 BLOCK_BYTES = 8 << 20  # of ranged reads, where a store can't stream: one request each
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
+FOLDED = re.compile(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]+:/")
 LOCAL = ("file://", "local://")
 LATER = (408, 416, 425, 429)  # the client errors of HTTP that a later request may not meet
 
@@ -130,6 +131,11 @@ def resolve(root: Root) -> Path | Store:
     if isinstance(root, Store):
         return root
     text = os.fspath(root)
+    if isinstance(root, Path) and (is_remote(text) or FOLDED.match(text)):
+        # pathlib makes s3:/bucket of s3://bucket. Commands that take a path read all over a set.
+        raise ShardError(
+            f"{text} is a URL, a folder of this machine is needed here; copy the set (training reads URLs)"
+        )
     if is_remote(text):
         return Store(text)
     return Path(text.partition("://")[2] if text.startswith(LOCAL) else text)
