@@ -406,7 +406,7 @@ def _write(
 ) -> None:
     """SHARDS/duplicates.jsonl, in the order of the pictures."""
     path = source.root / DUPLICATES
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = source.root / _KNOWN / f"{path.name}.tmp"  # left by a kill, it doesn't make the set look unfinished
     names = {id(other): os.path.relpath(other.root, source.root) for other in sources if other is not source}
     with temporary.open("w", encoding="utf-8") as file:
         for number, part in enumerate(parts):
