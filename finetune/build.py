@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +20,7 @@ from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
 from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
 from finetune.data.order import Order, Source
-from finetune.data.shards import ShardSet
+from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, parse_npy
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.latents import LatentSpace
@@ -34,6 +34,7 @@ from finetune.models.text import (
     load_text,
     load_tokenizer,
     save_tokenizer,
+    text_encoder_sha256,
     tokenize,
     train_tokenizer,
 )
@@ -76,6 +77,8 @@ def check(config: Config) -> None:
         "sample.steps": config.sample.steps,
         "data.readers": config.data.readers,
         "data.prefetch": config.data.prefetch,
+        "data.shuffle_window": config.data.shuffle_window,
+        "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
         "train.threads": 1 if config.train.threads is None else config.train.threads,
         "optim.eps": config.optim.eps,
         "ema.halflife_images": config.ema.halflife_images,
@@ -153,7 +156,11 @@ def open_data(config: Config, held_out_batch: int) -> Data:
         UserError: no latent shards there, sets that don't go together, or too few samples.
     """
     named = _sources(config)
-    opened = {name: _open_latents(root, config) for name, (root, _) in named.items()}
+    cache = None
+    if any(is_remote(root) for root, _ in named.values()):
+        gib = config.data.cache_gib
+        cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30))
+    opened = {name: _open_latents(root, cache) for name, (root, _) in named.items()}
     first, *others = opened
     for name in others:
         _check_same_encoder(first, opened[first], name, opened[name])
@@ -206,8 +213,8 @@ def _sources(config: Config) -> dict[str, tuple[str, float]]:
     return sources
 
 
-def _open_latents(root: str, config: Config) -> ShardSet:
-    shards = ShardSet.open(root)
+def _open_latents(root: str, cache: Cache | None) -> ShardSet:
+    shards = ShardSet.open(root, cache=cache)
     if shards.manifest.kind != "latents":
         raise UserError(
             f"{root} holds pictures, not latents: run "
@@ -262,6 +269,32 @@ def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.
     return tokenizer, encoder, True
 
 
+def _with_text_states(data: Data, length: int, encoder: nn.Module, notices: list[str]) -> Data:
+    """The same data, whose batches bring the states of their captions where all sources have those of `encoder`."""
+    infos = [source.shards.manifest.text for source in data.sources]
+    if not any(infos):
+        return data
+    sha256 = text_encoder_sha256(encoder)  # type: ignore[arg-type]
+    for source, info in zip(data.sources, infos, strict=True):
+        if info is None or info.sha256 != sha256 or info.length != length:
+            what = "has none" if info is None else f"has those of {info.source}"
+            notices.append(
+                f"cached states of captions are not used: {source.shards.root} {what}, "
+                "not of this model's text encoder; captions are encoded at each visit"
+            )
+            return data
+    shards = data.sources[0].shards
+    empty_LD = parse_npy(shards.read_file(EMPTY_TEXT))
+    info = infos[0]
+    assert info is not None
+    if empty_LD is None or empty_LD.dtype != np.float16 or empty_LD.shape != (info.length, info.width):
+        raise UserError(
+            f"{shards.root}/{EMPTY_TEXT} is no float16 array {[info.length, info.width]}; encode again, "
+            "or give data.text_states=false"
+        )
+    return replace(data, text_states=True, empty_text=torch.from_numpy(empty_LD))
+
+
 def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | None:
     """The autoencoder for sample grids, proven to be the one that made the latents.
 
@@ -270,13 +303,14 @@ def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | 
     """
     named = config.model.vae or config.model.pretrained
     shards = data.sources[0].shards
-    source = named or data.encoder.locate(shards.root)
     try:
+        source = named or data.encoder.locate(shards.root)
         vae = load_autoencoder(source, revision=None if config.model.vae else config.model.revision)
     except UserError as error:
         if named is not None:
             raise
-        notices.append(f"no sample grids: {error}; name the autoencoder with model.vae=...")
+        remedy = "" if "model.vae" in str(error) else "; name the autoencoder with model.vae=..."
+        notices.append(f"no sample grids: {error}{remedy}")
         return None
     shards.manifest.require_encoder(encoder_sha256(vae), str(source))
     return vae
@@ -302,6 +336,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
         unet = build_unet(config.model.unet, seed=fold(config.seed, "unet"))
     tokenizer, text_encoder, train_text = _text(config, world, run, data)
     _check_fit(config, unet, text_encoder, data)
+    if config.data.text_states and not train_text:
+        data = _with_text_states(data, tokenizer.model_max_length, text_encoder, notices)
 
     unet.requires_grad_(config.adapter.kind == "full")
     text_encoder.requires_grad_(train_text and config.adapter.kind == "full")
@@ -341,6 +377,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
             partial(encode_text, text_encoder, pad_id=tokenizer.pad_token_id),
             text_encoder,
             trained=train_text,
+            empty_states_LD=data.empty_text,
         ),
         alphas_cumprod_T=diffusion.alphas_cumprod(betas_T).to(world.device),
         space=data.space,

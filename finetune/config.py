@@ -143,7 +143,9 @@ class DataConfig:
     prefetch: int = 4  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
     cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder
-    cache_gib: float = 100.0  # bytes kept there, by all runs of a machine
+    cache_gib: float | None = (
+        None  # kept there at most, by all runs of a machine; null: 100, or 80% of what is free
+    )
 
 
 @dataclass

@@ -93,7 +93,8 @@ def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
     clock = torch.arange(8)
     rows = data.order.batch(0).rows
     ids = data.sources[0].training_ids(0, rows)
-    moments = torch.stack([torch.from_numpy(load_npy(data.sources[0].shards.read(int(i))["latent.npy"])).float() for i in ids])
+    samples = [data.sources[0].shards.read(int(i)) for i in ids]
+    moments = torch.stack([torch.from_numpy(load_npy(sample["latent.npy"])).float() for sample in samples])
     mean, std = moments.chunk(2, dim=1)
     z = (mean + std * rng.normal(0, "posterior", clock, (4, 8, 8))) * 0.5  # the fixture's scaling factor
     noise = rng.normal(0, "noise", clock, (4, 8, 8))
@@ -266,6 +267,24 @@ def test_killed_and_restarted_ends_bit_identical(overrides, tmp_path, processes)
         same_files(calm / name, rough / name)
     picture = Path("samples") / "step-00000012.png"
     assert (calm / picture).read_bytes() == (rough / picture).read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_thirty_kills_lose_nothing_and_repeat_nothing(overrides, tmp_path):
+    """Two ranks on three uneven shards, SIGKILLed while they start, train and save: the undisturbed run's bits."""
+    settings = [*overrides, "train.steps=120", "checkpoint.every=2", "validation.samples=8"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    assert launch(2, [*settings, f"run.dir={calm}"]).returncode == 0
+    chance = random.Random(7)
+    for _ in range(30):
+        log = rough / "metrics.jsonl"
+        lines = log.read_bytes().count(b"\n") if log.exists() else 0
+        kill_at(min(lines + chance.randint(0, 6), 118), 2, rough, [*settings, f"run.dir={rough}"], tmp_path / "log")
+    done = launch(2, [*settings, f"run.dir={rough}"])
+    assert done.returncode == 0, done.stderr
+    assert metrics(rough) == metrics(calm)
+    same_files(calm / "checkpoints/step-00000120", rough / "checkpoints/step-00000120")
 
 
 def test_a_broken_checkpoint_is_passed_over_and_the_run_still_ends_the_same(overrides, tmp_path, command):

@@ -1,0 +1,182 @@
+"""Training from what the data plane offers: cached states of captions, several sources, remote shards."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_tools.cli import main as data_tools
+from finetune import UserError, build
+from finetune.config import Config, compose
+from finetune.data.shards import ShardSet
+from finetune.distributed import World
+from finetune.loop import Parts
+from tests.conftest import CAPTIONS, launch, metrics
+
+ALONE = World(0, 1, 0, torch.device("cpu"))
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture(scope="module")
+def with_states(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of 32 px with one or two captions each (one with none), encoded with states of the captions."""
+    root = tmp_path_factory.mktemp("states")
+    pictures = root / "pictures"
+    pictures.mkdir()
+    rows = []
+    for index in range(24):
+        Image.new("RGB", (32, 32), (10 * index, 255 - 10 * index, 90)).save(pictures / f"{index}.png")
+        captions = [CAPTIONS[index % 12], f"{CAPTIONS[index % 12]} on a table"][: index % 3]
+        rows.append(json.dumps({"file_name": f"{index}.png", "captions": captions}))
+    (pictures / "metadata.jsonl").write_text("\n".join(rows))
+    assert data_tools(["ingest", "folder", str(pictures), "--out", str(root / "shards")]) == 0
+    encode = ["encode", str(root / "shards"), "--vae", str(pipeline), "--text-encoder", str(pipeline)]
+    assert data_tools([*encode, "--out", str(root / "latents"), "--workers", "0"]) == 0
+    return root / "latents"
+
+
+def parts_of(overrides: list[str], *more: str) -> tuple[Config, Parts]:
+    config, _ = compose("train", [*overrides, *more], Config)
+    run = Path(config.run.dir)
+    run.mkdir(parents=True, exist_ok=True)
+    return config, build.build(config, ALONE, run)
+
+
+def contexts(config: Config, parts: Parts, batches: int) -> torch.Tensor:
+    loader = parts.data.loader(seed=config.seed, micro_batch=4)
+    taken = iter(loader)
+    model = parts.model
+    found = [model("context", model.conditioner.text_of(next(taken), 0.3, config.seed)) for _ in range(batches)]
+    taken.close()
+    loader.close()
+    return torch.cat(found).detach().float()
+
+
+def test_cached_states_are_what_the_encoder_says(pipeline: Path, with_states: Path, overrides: list[str]) -> None:
+    """Several captions, none, and dropped ones: the same context, to half precision, at every visit."""
+    settings = [*overrides, f"data.shards={with_states}", f"model.pretrained={pipeline}", "train.global_batch=4"]
+    settings += ["validation.samples=0", "model.unet={}"]
+    config, cached = parts_of(settings)
+    _, plain = parts_of(settings, "data.text_states=false")
+    assert cached.data.text_states and not plain.data.text_states
+    ours, reference = contexts(config, cached, 12), contexts(config, plain, 12)
+    torch.testing.assert_close(ours, reference, rtol=1e-3, atol=2e-3)
+    assert not torch.allclose(ours[0], ours[1], atol=0.1) or not torch.allclose(ours[0], ours[2], atol=0.1)
+
+
+def test_a_trained_or_another_encoder_makes_its_own_states(
+    pipeline: Path, with_states: Path, overrides: list[str]
+) -> None:
+    settings = [*overrides, f"data.shards={with_states}", "train.global_batch=4", "validation.samples=0"]
+    pretrained = [f"model.pretrained={pipeline}", "model.unet={}"]
+    trained = parts_of(settings, *pretrained, "model.train_text_encoder=true")[1]
+    assert not trained.data.text_states
+    scratch = parts_of(settings, f"model.vae={pipeline}")[1]
+    assert not scratch.data.text_states
+
+
+def test_states_of_another_encoder_are_left_alone_with_a_note(
+    pipeline: Path, with_states: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    import shutil
+    from dataclasses import replace
+
+    from finetune.data.shards import Manifest
+
+    other = tmp_path / "other"
+    shutil.copytree(with_states, other)
+    manifest = Manifest.load(other)
+    assert manifest.text is not None
+    replace(manifest, text=replace(manifest.text, sha256="0" * 64)).save(other)
+    settings = [*overrides, f"data.shards={other}", "train.global_batch=4", f"model.pretrained={pipeline}"]
+    parts = parts_of(settings, "model.unet={}", "validation.samples=0")[1]
+    assert not parts.data.text_states
+    assert any("cached states of captions are not used" in notice for notice in parts.notices)
+
+
+def test_a_mixture_trains_and_goes_on_exactly(
+    latents: Path, with_states: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """Two sources by weight; a stop in the middle can't be seen; another weight is refused."""
+    settings = [word for word in overrides if not word.startswith("data.shards")]
+    settings += [f"data.sources.a.shards={latents}", f"data.sources.b.shards={with_states}"]
+    settings += ["data.sources.b.weight=0.5", "train.steps=4"]
+    assert command("train", *settings, f"run.dir={tmp_path / 'calm'}")[0] == 0
+    assert command("train", *settings, f"run.dir={tmp_path / 'two'}", "train.steps=2")[0] == 0
+    code, line = command("train", *settings, f"run.dir={tmp_path / 'two'}", "data.sources.b.weight=0.7")
+    assert (code, "data.sources (weights) was [1.0, 0.5] and is [1.0, 0.7] now" in line) == (2, True), line
+    assert command("train", *settings, f"run.dir={tmp_path / 'two'}")[0] == 0
+    assert metrics(tmp_path / "two") == metrics(tmp_path / "calm")
+
+
+def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str]) -> None:
+    parts = parts_of([*overrides, f"data.shards={with_states}", "train.global_batch=5", "validation.samples=0"])[1]
+    assert any("each epoch leaves out 4 of 24 samples, others each time" in notice for notice in parts.notices)
+
+
+@pytest.fixture
+def server(latents: Path) -> Iterator[tuple[str, list[str]]]:
+    """The latents over HTTP; the paths that were asked for."""
+    asked: list[str] = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            asked.append(self.path)
+
+    handler = functools.partial(Handler, directory=str(latents))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_address[1]}", asked
+        running.shutdown()
+        thread.join()
+
+
+def test_two_ranks_train_from_a_server_as_from_a_folder(
+    server: tuple[str, list[str]], latents: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """The same losses, and each shard is fetched once for both ranks."""
+    url, asked = server
+    assert command("train", *overrides, f"run.dir={tmp_path / 'local'}")[0] == 0
+    remote = [f"data.shards={url}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+    done = launch(2, [*overrides, *remote, f"run.dir={tmp_path / 'remote'}"])
+    assert done.returncode == 0, done.stderr
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("local", "remote")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    for shard in ShardSet.open(latents).manifest.shards:
+        assert asked.count(f"/{shard.name}") == 1
+
+
+def test_a_server_that_is_away_is_one_line(overrides: list[str], command: Command, tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as gone:
+        url = f"http://127.0.0.1:{gone.server_address[1]}"
+    code, line = command("train", *overrides, f"data.shards={url}/none", f"data.cache_dir={tmp_path}")
+    assert (code, url in line) == (2, True), line
+
+
+def test_a_cache_without_room_is_refused(overrides: list[str]) -> None:
+    config = compose("train", [*overrides, "data.cache_gib=0"], Config)[0]
+    with pytest.raises(UserError, match="data.cache_gib=0"):
+        build.check(config)
+
+
+def test_states_are_read_by_caption(with_states: Path) -> None:
+    shards = ShardSet.open(with_states)
+    assert shards.manifest.text is not None
+    out = np.empty((shards.manifest.text.length, shards.manifest.text.width), np.float16)
+    sample = next(i for i in range(len(shards)) if len(shards.read_json(i)["captions"]) == 2)
+    shards.read_row(sample, "text.npy", 0, 2, out)
+    first = out.copy()
+    shards.read_row(sample, "text.npy", 1, 2, out)
+    assert not np.array_equal(first, out)
+    with pytest.raises(UserError, match=r"has a text.npy that is no float16 \[3, "):
+        shards.read_row(sample, "text.npy", 0, 3, out)
