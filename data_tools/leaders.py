@@ -68,6 +68,8 @@ def find_leaders(
                 found_n3 = _pairs_of(rows_n, key_n, hashes_N4, distance, near, state_N, doubt_N, small, most)
                 if len(found_n3):
                     pairs.append(found_n3)
+            if len(pairs) > 1:  # most pairs agree in several bands
+                pairs = [_unique(np.concatenate(pairs), count)]
         _decide(open_rows, pairs, state_N, doubt_N, leader_N)
     kept = np.flatnonzero(state_N == _KEPT)
     leader_N[kept] = kept
@@ -260,6 +262,12 @@ def _check_all(a_n: np.ndarray, b_m: np.ndarray, hashes_N4: np.ndarray, distance
     return np.concatenate(found)
 
 
+def _unique(pairs_n3: np.ndarray, count: int) -> np.ndarray:
+    """Each pair once, in order."""
+    _, first = np.unique(pairs_n3[:, 0] * count + pairs_n3[:, 1], return_index=True)
+    return pairs_n3[first]
+
+
 def _decide(
     open_rows: np.ndarray, pairs: list[np.ndarray], state_N: np.ndarray, doubt_N: np.ndarray, leader_N: np.ndarray
 ) -> None:
@@ -270,7 +278,7 @@ def _decide(
     state_N[open_rows[~doubt_N[open_rows]]] = _KEPT  # unless a pair below says otherwise
     if not pairs:
         return
-    pairs_n3 = np.unique(np.concatenate(pairs), axis=0)
+    pairs_n3 = _unique(np.concatenate(pairs), len(state_N))
     rows_n, starts = np.unique(pairs_n3[:, 0], return_index=True)
     ends = np.append(starts[1:], len(pairs_n3))
     for row, start, end in zip(rows_n.tolist(), starts.tolist(), ends.tolist(), strict=True):
