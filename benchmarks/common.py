@@ -6,7 +6,7 @@ import datetime
 import json
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def context() -> dict[str, Any]:
     hardware = f"{len(gpus)} x {gpus[0]}" if gpus else f"{torch.get_num_threads()} threads of {_cpu()}"
     return {
         "hardware": hardware,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
     }
@@ -35,6 +35,13 @@ def record(path: Path | None, row: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(line + "\n")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
