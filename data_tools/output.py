@@ -7,7 +7,7 @@ import fcntl
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from finetune import UserError
@@ -93,6 +93,20 @@ def _same_file(lock: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
+
+
+def refuse_sources(out: Path, sources: Iterable[Path]) -> None:
+    """Refuse to write where the pictures come from: `--overwrite` would delete them before they are read.
+
+    Raises:
+        UserError: `out` is one of the sources, or holds one.
+    """
+    folder = out.resolve()
+    for source in sources:
+        resolved = source.resolve()
+        places = (resolved,) if resolved.is_dir() else (resolved.parent, source.parent.resolve())
+        if folder in places:
+            raise UserError(f"--out {out} is where the pictures come from; choose another folder")
 
 
 def clear_folder(out: Path, overwrite: bool) -> None:

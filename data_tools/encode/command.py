@@ -27,7 +27,7 @@ from data_tools.encode.work import Work, join
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import PictureError, parse_colour
 from data_tools.ingest.common import add_shard_arguments, positive
-from data_tools.output import JOB, REJECTS, SOURCE
+from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
 from data_tools.tars import Unreadable
 from data_tools.workers import Workers
@@ -191,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
     place = Place.find()
     if args.overwrite and place.world > 1:
         raise UserError(f"--overwrite is for one process, not {place.world}; delete {args.out} and start again")
+    refuse_sources(args.out, [args.shards])
     filters = Filters.from_args(args)
     background = parse_colour(args.background)
     source = PictureSource.open(args.shards)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
-from data_tools.output import SOURCE, claimed_folder
+from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import Workers
@@ -368,6 +368,7 @@ def ingest(
     items: Iterable[Found | SetAside],
     *,
     source: str,
+    paths: Iterable[Path],
     total: int | None = None,
     origin: bytes | None = None,
 ) -> int:
@@ -375,12 +376,14 @@ def ingest(
 
     Args:
         source: what to call the source in messages.
+        paths: its files and folders on this machine, which `args.out` must not be.
         total: pictures in the source, where it is known, for the progress bar.
         origin: content for SOURCE.json.
 
     Raises:
         UserError: nothing is left, or a mistake found on the way.
     """
+    refuse_sources(args.out, paths)
     filtered: Counter[str] = Counter()
     samples = without_caption = carried = 0
     first_without = ""

@@ -52,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.source.is_dir():
         raise UserError(f"no folder {args.source}; give the folder that holds the pictures")
     listing = scan(args.source)
-    return ingest(args, options, _found(args.source, listing), source=str(args.source), total=len(listing.pictures))
+    items = _found(args.source, listing)
+    total = len(listing.pictures)
+    return ingest(args, options, items, source=str(args.source), paths=[args.source], total=total)
 
 
 def _found(root: Path, listing: Listing) -> Iterator[Found | SetAside]:

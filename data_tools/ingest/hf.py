@@ -80,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
             options,
             items,
             source=args.source,
+            paths=[Path(args.source)] if Path(args.source).exists() else [],
             total=opened.rows,
             origin=origin,
         )

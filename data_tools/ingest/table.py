@@ -117,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     known = [table.rows for table in tables if table.rows is not None]
     total = sum(known) if len(known) == len(tables) else None
     with downloads(_pictures(tables, plan), limits) as items:
-        return ingest(args, options, items, source=", ".join(map(str, args.sources)), total=total)
+        source = ", ".join(map(str, args.sources))
+        return ingest(args, options, items, source=source, paths=args.sources, total=total)
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         _tar(tar, name, args.picture and args.picture.lower().lstrip("."), failed)
         for tar, name in zip(tars, names, strict=True)
     )
-    code = ingest(args, options, items, source=" ".join(args.sources))
+    code = ingest(args, options, items, source=" ".join(args.sources), paths=tars)
     if failed:
         listed = ", ".join(f"{count} {status}" for status, count in failed.most_common())
         print(f"{failed.total()} rows of img2dataset's parquet have no picture ({listed})")
