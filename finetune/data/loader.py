@@ -7,12 +7,13 @@ train on the same thing.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
+import queue
 import threading
 import weakref
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,7 @@ from finetune.latents import LatentSpace
 _LOOK_AHEAD_SAMPLES = 1 << 16  # of a rank, whose shards are asked for beforehand where they are remote
 _LOOK_EVERY_STEPS = 32
 _KEPT_BUFFERS = 16
+_CLOSE_S = 5.0
 _DRAWS = 4096  # drawn at a time: one call for each batch would cost more than reading it
 
 
@@ -108,10 +110,13 @@ class Samples:
         self, shards: ShardSet, buckets: Sequence[Bucket], held_out: Sequence[np.ndarray], first_id: int = 0
     ) -> None:
         self.shards, self.first_id = shards, first_id
-        starts = shards.starts
-        self._starts = [starts[:-1][shards.bucket_shards(bucket)] for bucket in buckets]
-        sizes = [np.diff(starts)[shards.bucket_shards(bucket)] for bucket in buckets]
+        numbers = [shards.bucket_shards(bucket) for bucket in buckets]
+        sizes = [np.diff(shards.starts)[each] for each in numbers]
         self._ends = [np.cumsum(each) for each in sizes]
+        # Add it to a position in the bucket, and it is a sample id.
+        self._shifts = [
+            shards.starts[each] - (ends - size) for each, ends, size in zip(numbers, self._ends, sizes, strict=True)
+        ]
         self._held = list(held_out)
         # Training rows skip the held-out positions: the i-th of these comes before row held[i] - i.
         self._gaps = [held - np.arange(len(held)) for held in held_out]
@@ -129,10 +134,8 @@ class Samples:
         return self._ids(bucket, self._held[bucket])
 
     def _ids(self, bucket: int, positions: np.ndarray) -> np.ndarray:
-        ends, starts = self._ends[bucket], self._starts[bucket]
-        place = np.searchsorted(ends, positions, side="right")
-        begins = np.concatenate([np.zeros(1, np.int64), ends])[place]
-        return self.first_id + (starts[place] + positions - begins if len(starts) else positions)
+        shards = np.searchsorted(self._ends[bucket], positions, side="right")
+        return self.first_id + positions + self._shifts[bucket][shards]
 
 
 def read_batch(
@@ -208,7 +211,7 @@ class Loader:
         seed: of the captions drawn.
         rank, world_size: this rank's place; `world_size * micro_batch` divides the global batch.
         micro_batch: samples in one `Batch`.
-        readers: threads; prefetch: batches held ready.
+        readers: threads; prefetch: batches held ready, beside those being read.
         pin: page-locked batches, for a GPU.
     """
 
@@ -230,11 +233,11 @@ class Loader:
         self.share = self.order.global_batch // world_size
         self.first = rank * self.share
         self.micro_batch, self.start_step, self.pin = micro_batch, start_step, pin
+        self.readers = max(1, readers)
         self.prefetch = max(1, prefetch)
-        self.pool = ThreadPoolExecutor(max(1, readers), thread_name_prefix="reader")
-        self.scout: ThreadPoolExecutor | None = None
-        if any(samples.shards.remote for samples in data.sources):
-            self.scout = ThreadPoolExecutor(1, thread_name_prefix="reader-scout")
+        self.remote = any(samples.shards.remote for samples in data.sources)
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
 
     def _read(self, step: int, offset: int) -> Batch:
         chosen = self.order.batch(step, self.first, self.first + self.share)
@@ -268,31 +271,50 @@ class Loader:
         for samples, shards_wanted in zip(self.data.sources, wanted, strict=True):
             samples.shards.prefetch(list(shards_wanted))
 
-    def _positions(self) -> Iterator[tuple[int, int]]:
-        step = self.start_step
-        while True:
-            if self.scout is not None and (step - self.start_step) % _LOOK_EVERY_STEPS == 0:
-                self.scout.submit(self._look_ahead, step)
-            for offset in range(0, self.share, self.micro_batch):
-                yield step, offset
-            step += 1
+    def _run(self, reader: int, ready: queue.Queue[Batch | BaseException]) -> None:
+        """One reader's life: every `readers`-th micro-batch, in order, until one fails."""
+        per_step = self.share // self.micro_batch
+        for number in itertools.count(reader, self.readers):
+            step, place = divmod(number, per_step)
+            try:
+                if self.remote and place == 0 and step % _LOOK_EVERY_STEPS == 0:
+                    self._look_ahead(self.start_step + step)
+                batch = self._read(self.start_step + step, place * self.micro_batch)
+            except BaseException as error:
+                ready.put(error)
+                return
+            ready.put(batch)  # waits while enough batches are ready
+            if self._stop.is_set():
+                return
 
     def __iter__(self) -> Generator[Batch]:
-        ahead: deque[Future[Batch]] = deque()
-        positions = self._positions()
+        # One queue a reader, so that batches come in order and a reader waits for nobody but the consumer.
+        held = -(-self.prefetch // self.readers)
+        queues = [queue.Queue[Batch | BaseException](held) for _ in range(self.readers)]
+        self._threads = [
+            threading.Thread(target=self._run, args=(reader, ready), name=f"reader-{reader}", daemon=True)
+            for reader, ready in enumerate(queues)
+        ]
+        for thread in self._threads:
+            thread.start()
         try:
-            while True:
-                while len(ahead) < self.prefetch:
-                    ahead.append(self.pool.submit(self._read, *next(positions)))
-                yield ahead.popleft().result()
+            for ready in itertools.cycle(queues):
+                batch = ready.get()
+                if isinstance(batch, BaseException):
+                    raise batch
+                yield batch
         finally:
-            for future in ahead:
-                future.cancel()
+            self._stop.set()
+            for ready in queues:
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        ready.get_nowait()
 
     def close(self) -> None:
-        for pool in (self.scout, self.pool):
-            if pool is not None:
-                pool.shutdown(wait=True, cancel_futures=True)
+        """End the readers; a download that hangs is left to its time-out."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(timeout=_CLOSE_S)
 
 
 @dataclass

@@ -271,6 +271,23 @@ def test_a_missing_shard_reaches_the_consumer_by_name(folder: Path, tmp_path: Pa
     loader.close()
 
 
+@pytest.mark.parametrize("record", [b"{},{}", b"", b"[]", b'{"captions": ["a"', b"\xff{}", b"{}}"])
+def test_a_wrong_record_is_named_among_right_ones(tmp_path: Path, record: bytes) -> None:
+    with ShardWriter(tmp_path / "set", "latents", members=["latent.npy", "json"]) as writer:
+        for index in range(6):
+            text = record if index == 4 else json_bytes({"captions": captions(index)})
+            members = {"latent.npy": latent_bytes(np.zeros((4, 4, 4))), "json": text}
+            writer.write(f"{index}", members, (32, 32))
+        writer.finish(encoder=ENCODER)
+    shards = ShardSet.open(tmp_path / "set")
+    out = np.empty((3, 4, 4, 4), np.float16)
+    with pytest.raises(ShardError, match=r"00000.tar: sample 4 has a json member that is no"):
+        shards.read_samples([5, 4, 0], out)
+    assert [record["captions"] for record in shards.read_samples([5, 3, 0], out)] == [
+        captions(i) for i in (5, 3, 0)
+    ]
+
+
 def reader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("reader")]
 
@@ -291,14 +308,23 @@ def test_it_reads_ahead_and_no_further(folder: Path) -> None:
     data = data_of(folder)
     loader = data.loader(seed=0, micro_batch=6, readers=1, prefetch=3)
     read: list[tuple[int, int]] = []
+    enough = threading.Event()
     original = loader._read
-    loader._read = lambda step, offset: (read.append((step, offset)), original(step, offset))[1]  # type: ignore
+
+    def noted(step: int, offset: int) -> Batch:
+        read.append((step, offset))
+        if len(read) == 5:
+            enough.set()
+        return original(step, offset)
+
+    loader._read = noted  # type: ignore[method-assign]
     batches = iter(loader)
     next(batches)
+    assert enough.wait(20)  # one taken, three ready, one being read
     batches.close()
     loader.close()
     assert read == [(step, 0) for step in range(len(read))]
-    assert 1 <= len(read) <= 3
+    assert len(read) <= 6
 
 
 def test_an_uneven_cut_is_no_loader(folder: Path) -> None:
