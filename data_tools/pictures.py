@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ class PictureSource:
         return cls(root, None, None)
 
     def units(self) -> list[Unit]:
-        """The shards, in their order."""
+        """The shards, in their order, as they were when this was first asked."""
+        return self._units
+
+    @cached_property
+    def _units(self) -> list[Unit]:
         if self.shards is not None:
             return [
                 Unit(shard.name, shard.samples, shard.bytes, shard.bucket) for shard in self.shards.manifest.shards
@@ -92,9 +97,9 @@ class PictureSource:
         Raises:
             ShardError: a shard of a set of ours is missing.
         """
-        return (
-            _read_tar(_tars(self.root)[unit]) if self.shards is None else _read_shard(self.root, self.shards, unit)
-        )
+        if self.shards is None:
+            return _read_tar(self.root / self._units[unit].name)
+        return _read_shard(self.root, self.shards, unit)
 
     def __iter__(self) -> Iterator[Picture | Unreadable]:
         """All pictures, in the order of the shards."""
@@ -107,8 +112,7 @@ def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture |
     for needed in (name, index_name(name)):
         if not (root / needed).is_file():  # one line, not as many rejects as it had pictures
             raise ShardError(f"{root / needed} is missing; restore it or make the shards again")
-    start = sum(shard.samples for shard in shards.manifest.shards[:number])
-    for sample_id in range(start, start + shards.manifest.shards[number].samples):
+    for sample_id in range(*shards.starts[number : number + 2].tolist()):
         try:
             sample = shards.read(sample_id)
         except ShardError as error:
@@ -118,7 +122,8 @@ def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture |
 
 
 def _tars(root: Path) -> list[Path]:
-    return sorted(path for path in root.iterdir() if path.name.endswith((".tar", ".tar.gz", ".tgz")))
+    suffixes = (".tar", ".tar.gz", ".tgz")
+    return sorted(path for path in root.iterdir() if path.name.endswith(suffixes) and path.name[0] != ".")
 
 
 def _read_tar(path: Path) -> Iterator[Picture | Unreadable]:

@@ -158,7 +158,7 @@ def write_one(work: Work, plan: Plan, table: Sequence[Bucket], number: int) -> N
 
     info = write_shard(work.out, shard_name(number), table[bucket], runs())
     work.publish(f"shards/{number:05d}.json", asdict(info))
-    done = work.numbers("shards")
+    done = work.marks("shards")
     waiting = {
         run[0] for other in _neighbours(plan, number) if other not in done for run in plan.shards[other]["runs"]
     }

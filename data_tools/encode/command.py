@@ -309,13 +309,13 @@ class Course:
         )
         if counted:
             with self._bar("sizes") as (update, seen):
-                work.share(_SIZES, units, lambda: work.numbers("sizes"), lambda n: self._measure(n, update), seen)
+                work.share(_SIZES, units, work.marks("sizes"), lambda n: self._measure(n, update), seen)
         self._once(_TABLE, "table.json", lambda: work.publish("table.json", self._table(fixed, counted)))
         if work.is_finished():
             return
         self.table = [(height, width) for height, width in work.read("table.json")]
         with self._bar("pictures") as (update, seen):
-            work.share(_PARTS, units, lambda: work.numbers("done"), lambda n: self._encode(n, update), seen)
+            work.share(_PARTS, units, work.marks("done"), lambda n: self._encode(n, update), seen)
         names = [unit.name for unit in self.units]
         self._once(
             _PLAN,
@@ -330,15 +330,14 @@ class Course:
             work.share(
                 _SHARDS,
                 len(plan.shards),
-                lambda: work.numbers("shards"),
+                work.marks("shards"),
                 lambda n: assemble.write_one(work, plan, self.table, n),
                 lambda done: _show(bar, len(done)),
             )
-        work.share(_FINISH, 1, lambda: {0} if work.is_finished() else set(), lambda _: self._finish(plan))
+        work.share(_FINISH, 1, work.manifest, lambda _: self._finish(plan))
 
     def _once(self, phase: int, name: str, do: Callable[[], None]) -> None:
-        path = self.work.root / name
-        self.work.share(phase, 1, lambda: {0} if path.exists() else set(), lambda _: do())
+        self.work.share(phase, 1, self.work.mark(name), lambda _: do())
 
     @contextlib.contextmanager
     def _bar(self, what: str) -> Iterator[tuple[Callable[[int], None], Callable[[set[int]], None]]]:

@@ -26,6 +26,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Work:
     def __init__(self, out: Path, lock: int) -> None:
         self.out = out
         self.root = out / WORK
+        self.manifest = Mark(out / MANIFEST)
         self._lock = lock
 
     @contextlib.contextmanager
@@ -75,13 +77,13 @@ class Work:
 
     def is_finished(self) -> bool:
         """Whether somebody has written the manifest."""
-        return (self.out / MANIFEST).exists()
+        return self.manifest.path.exists()
 
     def share(
         self,
         phase: int,
         count: int,
-        done: Callable[[], set[int]],
+        done: Marks | Mark,
         do: Callable[[int], None],
         seen: Callable[[set[int]], None] = lambda _: None,
     ) -> None:
@@ -95,18 +97,23 @@ class Work:
         left = list(range(count))
         wait = _POLL_SECONDS[0]
         while left:
-            finished = done()
+            # All is listed once a second at most: there may be 100,000 things, and as many processes as GPUs.
+            finished, looked = done.listed(), time.monotonic()
             seen(finished)
             left = [number for number in left if number not in finished]
             idle = True
             for number in left:
+                if number in finished:
+                    continue
                 with self.claim(phase, number) as mine:
                     # It may have been done since we looked: who does it lets go of the claim afterwards. And when
                     # the set is finished, what was done is no longer to be seen.
-                    if mine and number not in done() and not self.is_finished():
+                    if mine and number not in done and not self.is_finished():
                         do(number)
                         idle = False
-                        seen(done())
+                if time.monotonic() - looked > _POLL_SECONDS[1]:
+                    finished, looked = done.listed(), time.monotonic()
+                    seen(finished)
             if idle and left:
                 if self.is_finished():
                     return
@@ -137,13 +144,56 @@ class Work:
         """Delete what only the work needed."""
         shutil.rmtree(self.root, ignore_errors=True)
 
-    def numbers(self, folder: str) -> set[int]:
-        """Which NNNNN.json there are in a folder."""
+    def marks(self, folder: str) -> Marks:
+        """The files NNNNN.json in a folder of the work."""
+        return Marks(self.root / folder)
+
+    def mark(self, name: str) -> Mark:
+        """A file of the work."""
+        return Mark(self.root / name)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Numbered things that are done: NNNNN.json in a folder. Both questions open the folder: that makes a network
+    file system look again."""
+
+    folder: Path
+
+    def listed(self) -> set[int]:
+        """All that are done."""
         try:
-            names = os.listdir(self.root / folder)  # an open of the folder: a network file system looks again
+            names = os.listdir(self.folder)
         except FileNotFoundError:
             return set()
         return {int(name.partition(".")[0]) for name in names if name.endswith(".json") and name[0] != "."}
+
+    def __contains__(self, number: int) -> bool:
+        try:
+            folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            return False
+        try:
+            os.stat(f"{number:05d}.json", dir_fd=folder)
+        except FileNotFoundError:
+            return False
+        finally:
+            os.close(folder)
+        return True
+
+
+@dataclass(frozen=True)
+class Mark:
+    """One thing, number 0, that is done when a file is there."""
+
+    path: Path
+
+    def listed(self) -> set[int]:
+        """{0} or nothing."""
+        return {0} if self.path.exists() else set()
+
+    def __contains__(self, number: int) -> bool:
+        return self.path.exists()
 
 
 @contextlib.contextmanager
