@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,18 +144,18 @@ class Manifest:
 
     def to_json(self) -> str:
         """The content of manifest.json; equal for equal manifests."""
-        data = dataclasses.asdict(self)
-        shards = data.pop("shards")
+        data = dataclasses.asdict(dataclasses.replace(self, shards=[]))
         if self.text is None:
             del data["text"]
         order = [name for name in ("version", "kind", "members", "encoder", "latents", "text") if name in data]
         lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order]
         lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
-        rows = ",\n".join("    " + json.dumps(shard) for shard in shards)  # a line a shard: 10,000 stay legible
+        # A line a shard: 10,000 stay legible.
+        rows = ",\n".join("    " + json.dumps(vars(shard)) for shard in self.shards)
         lines += [f'  "shards": [\n{rows}\n  ]']
         return "{\n" + "\n".join(lines) + "\n}\n"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of `to_json`."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
