@@ -164,9 +164,9 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     first, *others = opened
     for name in others:
         _check_same_encoder(first, opened[first], name, opened[name])
-    buckets = sorted({bucket for shards in opened.values() for bucket in shards.bucket_sizes})
-    sizes = [[shards.bucket_sizes.get(bucket, 0) for bucket in buckets] for shards in opened.values()]
-    held = hold_out([size for row in sizes for size in row], config.validation.samples)
+    sizes = [shards.bucket_sizes for shards in opened.values()]
+    buckets = sorted(set().union(*sizes))
+    held = hold_out([each.get(bucket, 0) for each in sizes for bucket in buckets], config.validation.samples)
     sources: list[Samples] = []
     for shards in opened.values():
         mine, held = held[: len(buckets)], held[len(buckets) :]
@@ -413,11 +413,11 @@ def _left_out(data: Data) -> list[str]:
     """What is not trained on, or not in every epoch."""
     notices = []
     order = data.order
-    never_K = (order.batches == 0) | (order.left_out == order.sizes).all(axis=0)
+    never_SK = order.left_out == order.sizes
     if small := {
         bucket: int(count)
-        for bucket, count, never in zip(data.buckets, order.sizes.sum(axis=0), never_K, strict=True)
-        if never and count
+        for bucket, count in zip(data.buckets, np.where(never_SK, order.sizes, 0).sum(axis=0), strict=True)
+        if count
     }:
         named = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(small.items())[:8])
         notices.append(
@@ -425,7 +425,7 @@ def _left_out(data: Data) -> list[str]:
             f"batch of {order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; "
             "merge them with `data-tools encode --min-bucket`"
         )
-    if rest := int(order.left_out[:, ~never_K].sum()):
+    if rest := int(order.left_out[~never_SK].sum()):
         notices.append(
             f"each epoch leaves out {rest} of {int(order.sizes.sum())} samples, others each time: "
             f"the rest of a bucket that fills no global batch of {order.global_batch}"

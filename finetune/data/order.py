@@ -41,6 +41,7 @@ WINDOW = 1 << 18
 
 _BLOCK_SAMPLES = 1 << 14  # slots worked out at a time: enough to make Python's share of each small
 _BLOCK_EVENTS = 1024
+_SMALL = 2048  # a source's bucket of no more samples is shuffled as a whole, whatever the window
 _CYCLE = 1 << 20  # weights of sources are rounded to this part of one
 
 T = TypeVar("T")
@@ -102,10 +103,11 @@ class Order:
         lanes, window: see the module; the number of lanes is the largest divisor of the global batch up to `lanes`.
 
     With one source an epoch is each sample once. With several, each source has its own epochs, a source's share
-    of the draws is its weight's share, and "epoch" means as many draws as all sources have samples.
+    of the draws is its weight's share, and "epoch" means as many draws as all sources have samples. A bucket that
+    does not hold one global batch, over all sources, is not used.
 
     Raises:
-        UserError: no bucket holds one global batch, or a source can't give each lane a sample.
+        UserError: no bucket (of some source) holds one global batch.
     """
 
     def __init__(
@@ -127,12 +129,18 @@ class Order:
         self.weights = np.array([source.weight for source in sources], np.float64)
         if len(sources) == 1:
             self.batches = self.sizes[0] // global_batch
+            self.steps_per_epoch = int(self.batches.sum())
+            lanes_SK = np.full_like(self.sizes, self.lanes)
             lane_lengths_SK = (self.batches * self.slots)[None]
         else:
-            lane_lengths_SK = self.sizes // self.lanes
-            self.batches = self._mixed_batches(lane_lengths_SK)
-        self._share_SK = np.where(lane_lengths_SK > 0, self._density(lane_lengths_SK), 0.0)
-        self.steps_per_epoch = int(self.batches.sum())
+            usable_SK = np.where(self.sizes.sum(axis=0) >= global_batch, self.sizes, 0)
+            self._share_SK = self._share(usable_SK)
+            self.batches = _in_cycle(self._share_SK.sum(axis=0))
+            self.steps_per_epoch = int(self.sizes.sum()) // global_batch
+            # A few samples can't be parted among all lanes: these then take turns in fewer stretches.
+            divisors = np.array([count for count in range(1, self.lanes + 1) if self.lanes % count == 0])
+            lanes_SK = divisors[np.maximum(0, np.searchsorted(divisors, usable_SK, side="right") - 1)]
+            lane_lengths_SK = usable_SK // lanes_SK
         if self.steps_per_epoch == 0:
             raise UserError(
                 f"no bucket holds one global batch: the largest has {int(self.sizes.max(initial=0))} samples, "
@@ -143,14 +151,15 @@ class Order:
             [
                 _Line(
                     np.asarray(sizes, np.int64),
-                    int(lane_length),
+                    int(lane_lengths_SK[source, bucket]),
+                    int(lanes_SK[source, bucket]),
                     self.lanes,
                     max(self.slots, window // self.lanes),
                     self._key("line", source, bucket) if shuffle else None,
                 )
-                for bucket, (sizes, lane_length) in enumerate(zip(each.buckets, lengths_K, strict=True))
+                for bucket, sizes in enumerate(each.buckets)
             ]
-            for source, (each, lengths_K) in enumerate(zip(sources, lane_lengths_SK, strict=True))
+            for source, each in enumerate(sources)
         ]
         # Of one bucket; twice as many as there are buckets, since they take turns.
         self._tables = _Recent(max(8, 2 * int((self.batches > 0).sum())))
@@ -162,7 +171,7 @@ class Order:
 
         Another epoch leaves out others, unless the bucket is too small to be used at all.
         """
-        reached = [[line.lanes * line.length for line in lines] for lines in self._lines]
+        reached = [[line.stretches * line.length for line in lines] for lines in self._lines]
         return self.sizes - np.array(reached, np.int64).reshape(self.sizes.shape)
 
     def position(self, step: int) -> tuple[int, int]:
@@ -194,7 +203,7 @@ class Order:
             if len(self._lines) == 1:
                 rows[index] = self._lines[0][bucket].take(lane, begin, end)
                 continue
-            labels, ordinals = self._mix(bucket, lane).span(begin, end)
+            labels, ordinals = self._mixture(bucket, lane).span(begin, end)
             sources[index] = labels
             for source in np.unique(labels).tolist():
                 chosen = labels == source
@@ -204,39 +213,34 @@ class Order:
         by_batch = [a.reshape(turned).transpose(1, 0, 2).reshape(count, -1) for a in (sources, rows)]
         return by_batch[0], by_batch[1]
 
-    def _mix(self, bucket: int, lane: int) -> Interleave:
-        share_S = self._share_SK[:, bucket]
-        counts_S = np.maximum(np.round(share_S / share_S.sum() * _CYCLE), share_S > 0).astype(np.int64)
+    def _mixture(self, bucket: int, lane: int) -> Interleave:
+        """Which source each draw of a lane comes from."""
+        counts_S = _in_cycle(self._share_SK[:, bucket])
         key = self._key("sources", bucket, lane)
         return self._mixes.get((bucket, lane), lambda: Interleave(counts_S, key, regular=not self.shuffle))
 
-    def _density(self, lane_lengths_SK: np.ndarray) -> np.ndarray:
+    def _share(self, usable_SK: np.ndarray) -> np.ndarray:
         """[sources, buckets]: the share of all draws that each source's bucket gets."""
-        usable_SK = np.where(lane_lengths_SK > 0, self.sizes, 0)
         total_S1 = usable_SK.sum(axis=1, keepdims=True)
-        if len(self.sizes) > 1 and not total_S1.all():
+        if not total_S1.all():
             source = int(np.flatnonzero(total_S1[:, 0] == 0)[0])
             raise UserError(
-                f"source {source + 1} of {len(self.sizes)} is too small: none of its buckets has {self.lanes} "
-                "samples; add pictures or lower train.global_batch"
+                f"source {source + 1} of {len(self.sizes)} can't be mixed in: no bucket with its samples holds one "
+                f"global batch of {self.global_batch} over all sources; lower train.global_batch, add pictures, or "
+                "encode all sources with the same buckets"
             )
-        return self.weights[:, None] / self.weights.sum() * usable_SK / np.maximum(total_S1, 1)
-
-    def _mixed_batches(self, lane_lengths_SK: np.ndarray) -> np.ndarray:
-        """[buckets] int64: global batches of each bucket in an epoch of several sources; largest remainders."""
-        density_K = self._density(lane_lengths_SK).sum(axis=0)
-        total = max(1, int(self.sizes.sum()) // self.global_batch)
-        exact_K = density_K / density_K.sum() * total
-        batches_K = np.maximum(np.floor(exact_K), density_K > 0).astype(np.int64)
-        missing = max(0, total - int(batches_K.sum()))
-        batches_K[np.argsort(batches_K - exact_K, kind="stable")[:missing]] += 1
-        return batches_K
+        return self.weights[:, None] / self.weights.sum() * usable_SK / total_S1
 
     def _key(self, *address: object) -> int:
         return _key(self.seed, *address)
 
 
 # --- in what proportion ---------------------------------------------------------------------------
+
+
+def _in_cycle(share: np.ndarray) -> np.ndarray:
+    """How often each label comes in a cycle (int64), for shares of the draws; at least once where there is one."""
+    return np.maximum(np.round(share / share.sum() * _CYCLE), share > 0).astype(np.int64)
 
 
 class Interleave:
@@ -256,7 +260,7 @@ class Interleave:
         self.cycle = int(self.counts_K.sum())
         self.regular = regular
         self.blocks = max(1, self.cycle // _BLOCK_EVENTS)
-        self._recent = _Recent(4)
+        self._recent, self._starts = _Recent(4), _Recent(16)
 
     def span(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """(labels, ordinals), int64 [end - begin]; an ordinal counts the label's earlier occurrences."""
@@ -303,6 +307,9 @@ class Interleave:
         """[K]: occurrences of each label in the cycle before the time of a block's start."""
         if block >= self.blocks:
             return self.counts_K
+        return self._starts.get((cycle, block), lambda: self._count_before(cycle, block))
+
+    def _count_before(self, cycle: int, block: int) -> np.ndarray:
         start = block / self.blocks
         index_K = np.arange(len(self.counts_K))
         near_K = np.maximum(np.floor(start * self.counts_K).astype(np.int64) - 1, 0)
@@ -320,53 +327,65 @@ class _Line:
     """One bucket of one source: its shards end to end, and the lanes' stretches of it.
 
     Args:
-        sizes: samples of each shard, int64; length: samples of a lane's stretch; lanes: how many.
-        window: samples of a lane that are shuffled together; key: of the shuffle, None for manifest order.
+        sizes: samples of each shard, int64; length: samples of a stretch; stretches: how many.
+        lanes: a multiple of `stretches`; neighbouring lanes share a stretch and draw from it in turn.
+        window: samples of a stretch that are shuffled together; key: of the shuffle, None for manifest order.
     """
 
-    def __init__(self, sizes: np.ndarray, length: int, lanes: int, window: int, key: int | None) -> None:
-        self.sizes, self.length, self.lanes, self.key = sizes, length, lanes, key
+    def __init__(
+        self, sizes: np.ndarray, length: int, stretches: int, lanes: int, window: int, key: int | None
+    ) -> None:
+        self.sizes, self.length, self.stretches, self.lanes, self.key = sizes, length, stretches, lanes, key
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-        self.window = min(window, max(1, length))
+        self.window = min(window * lanes // stretches, max(1, length))
         self._epochs = _Recent(2)
-        self._windows = _Recent(lanes + 4)
+        self._windows = _Recent(stretches + 4)
 
     def take(self, lane: int, begin: int, end: int) -> np.ndarray:
         """Rows (int64) of a lane's draws begin..end-1, counted over all epochs."""
+        sharers = self.lanes // self.stretches
+        rows = self._take(lane // sharers, begin * sharers, end * sharers)
+        return rows[lane % sharers :: sharers]
+
+    def _take(self, stretch: int, begin: int, end: int) -> np.ndarray:
+        if self.key is not None and self.starts[-1] <= _SMALL:
+            # Near is no matter, and one by one its many epochs would cost more than reading the samples.
+            epochs, places = np.divmod(np.arange(begin, end), self.length)
+            keys = _mix(epochs.astype(np.uint64) * _WEYL + np.uint64(_key(self.key, "small")))
+            return permute(stretch * self.length + places, int(self.starts[-1]), keys)
         found = []
         while begin < end:
             epoch, place = divmod(begin, self.length)
-            # Lanes change windows at different times, so that new shards are needed one after another.
-            ahead = (lane * self.window) // self.lanes if self.window < self.length else 0
+            # Stretches change windows at different times, so that new shards are needed one after another.
+            ahead = (stretch * self.window) // self.stretches if self.window < self.length else 0
             number = (place + ahead) // self.window
             start = max(0, number * self.window - ahead)
             stop = min(self.length, (number + 1) * self.window - ahead)
-            rows = self._windows.get((lane, epoch, number), partial(self._window, lane, epoch, start, stop))
+            rows = self._windows.get((stretch, epoch, number), partial(self._window, stretch, epoch, start, stop))
             piece = rows[place - start : place - start + end - begin]
             found.append(piece)
             begin += len(piece)
         return found[0] if len(found) == 1 else np.concatenate(found)
 
-    def _window(self, lane: int, epoch: int, start: int, stop: int) -> np.ndarray:
-        rows = self._rows(epoch, lane * self.length + start, lane * self.length + stop)
+    def _window(self, stretch: int, epoch: int, start: int, stop: int) -> np.ndarray:
+        rows = self._rows(epoch, stretch * self.length + start, stretch * self.length + stop)
         if self.key is None:
             return rows
-        return rows[_shuffled(len(rows), _key(self.key, "window", epoch, lane, start))]
+        return rows[_shuffled(len(rows), _key(self.key, "window", epoch, stretch, start))]
 
     def _rows(self, epoch: int, begin: int, end: int) -> np.ndarray:
         """Rows at places begin..end-1 of an epoch's line."""
         if self.key is None:
             return np.arange(begin, end)
-        key = self.key
         shards, starts = self._epochs.get(epoch, lambda: self._shards(epoch))
         first, last = np.searchsorted(starts, (begin, end - 1), side="right") - 1
-        found = []
-        for place in range(int(first), int(last) + 1):
-            shard, start = int(shards[place]), int(starts[place])
-            inside = np.arange(max(begin, start), min(end, int(starts[place + 1]))) - start
-            rows = permute(inside, int(self.sizes[shard]), _key(key, "rows", epoch, shard))
-            found.append(rows + self.starts[shard])
-        return np.concatenate(found)
+        inside = slice(int(first), int(last) + 1)
+        counts = np.minimum(starts[1:][inside], end) - np.maximum(starts[:-1][inside], begin)
+        place_N = np.repeat(np.arange(len(counts)) + first, counts)
+        shard_N = shards[place_N]
+        keys_N = _mix(shard_N.astype(np.uint64) * _WEYL + np.uint64(_key(self.key, "rows", epoch)))
+        rows_N = permute(np.arange(begin, end) - starts[place_N], self.sizes[shard_N], keys_N)
+        return rows_N + self.starts[shard_N]
 
     def _shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Shards in the epoch's order, without empty ones, and where each starts on the line (and the end)."""
@@ -398,25 +417,28 @@ def _shuffled(count: int, key: int) -> np.ndarray:
     return np.argsort(_mix(np.arange(count, dtype=np.uint64) * _WEYL + np.uint64(key)))
 
 
-def permute(places: np.ndarray, count: int, key: int) -> np.ndarray:
+def permute(places: np.ndarray, count: int | np.ndarray, key: int | np.ndarray) -> np.ndarray:
     """Where a pseudo-random permutation of 0..count-1 takes `places` (int64), without listing it.
+
+    `count` and `key` may be arrays [len(places)]: each place then belongs to the permutation of its own.
 
     A Feistel network on the next power of two; what falls outside goes around again (Black & Rogaway 2002,
     "Ciphers with arbitrary finite domains", cycle-walking): under two rounds on average.
     """
-    bits = max(2, (count - 1).bit_length())
-    low = bits // 2
-    widths = (bits - low, low)
-    keys = _mix(np.arange(6, dtype=np.uint64) * _WEYL + np.uint64(key))
-
-    def around(values: np.ndarray) -> np.ndarray:
-        left, right = values >> np.uint64(low), values & np.uint64((1 << low) - 1)
-        for number, round_key in enumerate(keys):
-            width = widths[number % 2]  # of `left` here: the halves change places, and so do their widths
-            left, right = right, left ^ (_mix(right + round_key) >> np.uint64(64 - width))
-        return (left << np.uint64(low)) | right
-
-    result = around(places.astype(np.uint64))
+    values = places.astype(np.uint64)
+    count, key = (np.broadcast_to(np.asarray(each).astype(np.uint64), values.shape) for each in (count, key))
+    bits = np.maximum(2, np.frexp((count - np.uint64(1)).astype(np.float64))[1]).astype(np.uint64)
+    low = bits // np.uint64(2)
+    result = _around(values, low, bits - low, key)
     while (outside := np.flatnonzero(result >= count)).size:
-        result[outside] = around(result[outside])
+        result[outside] = _around(result[outside], low[outside], (bits - low)[outside], key[outside])
     return result.astype(np.int64)
+
+
+def _around(values: np.ndarray, low: np.ndarray, high: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """One way through the network, whose left half has `high` bits and right half `low`."""
+    left, right = values >> low, values & ((np.uint64(1) << low) - np.uint64(1))
+    for number, constant in enumerate(np.arange(6, dtype=np.uint64) * _WEYL):
+        width = (high, low)[number % 2]  # of `left` here: the halves change places, and so do their widths
+        left, right = right, left ^ (_mix(right + _mix(key + constant)) >> (np.uint64(64) - width))
+    return (left << low) | right
