@@ -63,7 +63,7 @@ from data_tools.images import PictureError, decode_rgb
 from data_tools.ingest.common import positive
 from data_tools.leaders import HASH_BITS, distances, find_leaders
 from data_tools.pictures import Picture, PictureSource, Unreadable
-from data_tools.workers import Workers
+from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import write_atomic
 
@@ -231,7 +231,9 @@ def look(sources: list[PictureSource], workers: int) -> list[Part]:
     keys: list[str] = []
     unreadable = 0
     with Workers(workers if todo else 0) as pool, tqdm(unit="picture", disable=None) as bar:
-        for (number, unit, sample), row in pool.map(fingerprint, items(), catch=(PictureError,), name=_name):
+        for (number, unit, sample), row in pool.map(
+            fingerprint, items(), catch=(PictureError, CrashError), name=_name
+        ):
             if sample is None:
                 path = _part_path(sources[number], names[number][unit])
                 _save(path, states.pop((number, unit)), rows, keys, unreadable)

@@ -34,8 +34,14 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _DEPTH = 2  # items a worker has at a time: one in work, one that waits while the result of the first is taken
+# What a codec's own mistakes end in. Kills come from outside, and say nothing of the item.
+_CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _SERVE = "import sys; sys.path[:] = sys.argv[2:]; from data_tools.workers import _serve; _serve(int(sys.argv[1]))"
 _NUMBER = struct.Struct("<Q")
+
+
+class CrashError(Exception):
+    """An item that twice ended the process of a worker; the text is the reason."""
 
 
 class RemoteError(Exception):
@@ -50,6 +56,7 @@ class _Task:
     done: bool = False
     result: Any = None
     error: BaseException | None = None
+    crashes: int = 0
 
 
 @dataclass
@@ -106,11 +113,13 @@ class Workers:
         Args:
             function: importable by its name (or a `functools.partial` of such a one), without side effects.
             ahead: items taken and not yet given back, at most (default: four a worker): this bounds memory.
-            catch: errors that are given back as results. Any other error of `function` is raised here.
+            catch: errors that are given back as results. Any other error of `function` is raised here. With
+                `CrashError` among them an item on which a codec crashes its process, and a fresh one too, is
+                given back with that; otherwise it ends the map.
             name: what to call an item whose worker dies, in the message.
 
         Raises:
-            UserError: a worker was killed, as by the kernel when memory runs out.
+            UserError: a worker was killed from outside, as by the kernel when memory runs out, or has crashed.
         """
         if self.count == 0:
             yield from _inline(function, items, catch)
@@ -132,14 +141,8 @@ class Workers:
                     break
                 tasks.append(task)
                 worker.tasks.append(task)
-                try:
-                    if worker.function is not told:
-                        _send(worker.socket, ("function", told))
-                        worker.function = told
-                    _send(worker.socket, ("item", task.item))
-                except (BrokenPipeError, ConnectionResetError):
-                    self._died(worker, name)
-            self._receive(name, wait=bool(tasks) and not tasks[0].done)
+                _give(worker, told, task)
+            self._receive(told, CrashError in catch, name, wait=bool(tasks) and not tasks[0].done)
             if tasks and tasks[0].done:
                 task = tasks.popleft()
                 if task.error is not None:
@@ -153,33 +156,26 @@ class Workers:
             return
         self._selector = selectors.DefaultSelector()
         for _ in range(self.count):
-            ours, theirs = socket.socketpair()
-            with theirs:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _SERVE, str(theirs.fileno()), *sys.path],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                )
-            worker = _Worker(process, ours)
+            worker = _Worker(*_new_process())
             self._workers.append(worker)
-            self._selector.register(ours, selectors.EVENT_READ, worker)
+            self._selector.register(worker.socket, selectors.EVENT_READ, worker)
 
-    def _receive(self, name: Callable[[Any], str] | None, wait: bool) -> None:
+    def _receive(self, told: bytes, catch_crash: bool, name: Callable[[Any], str] | None, wait: bool) -> None:
         assert self._selector is not None
         for key, _ in self._selector.select(None if wait else 0):
             worker: _Worker = key.data
             try:
                 result, error, text = _load(_take(worker.socket))
             except (EOFError, ConnectionResetError):
-                self._died(worker, name)
+                self._died(worker, told, catch_crash, name)
+                continue
             task = worker.tasks.popleft()
             task.done, task.result, task.error = True, result, error
             if error is not None:
                 error.__cause__ = RemoteError("\n" + text)
 
-    def _died(self, worker: _Worker, name: Callable[[Any], str] | None) -> NoReturn:
+    def _died(self, worker: _Worker, told: bytes, catch_crash: bool, name: Callable[[Any], str] | None) -> None:
+        """Put a fresh process in the place of one that crashed; its item gets one more try."""
         try:
             code = worker.process.wait(5)
         except subprocess.TimeoutExpired:
@@ -190,7 +186,43 @@ class Workers:
                 f"a worker process was killed{at}, most likely for want of memory; take fewer --workers"
             )
         why = f"signal {-code}" if code < 0 else f"exit code {code}"
-        raise UserError(f"a worker process ended ({why}){at}; run it again, with --workers 0 to see more")
+        if not (catch_crash and -code in _CRASHES and worker.tasks):
+            raise UserError(f"a worker process ended ({why}){at}; run it again, with --workers 0 to see more")
+        assert self._selector is not None
+        self._selector.unregister(worker.socket)
+        worker.socket.close()
+        worker.process, worker.socket = _new_process()
+        worker.function = b""
+        self._selector.register(worker.socket, selectors.EVENT_READ, worker)
+        task = worker.tasks[0]  # results come in order, so this is the one that was in work
+        task.crashes += 1
+        if task.crashes > 1:
+            worker.tasks.popleft()
+            task.done, task.result = True, CrashError(f"it crashes the process that reads it ({why})")
+        for task in worker.tasks:
+            _give(worker, told, task)
+
+
+def _new_process() -> tuple[subprocess.Popen[bytes], socket.socket]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, str(theirs.fileno()), *sys.path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        )
+    return process, ours
+
+
+def _give(worker: _Worker, told: bytes, task: _Task) -> None:
+    """Send an item; of a process that has ended `_receive` will learn, after the results that it left."""
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        if worker.function is not told:
+            _send(worker.socket, ("function", told))
+            worker.function = told
+        _send(worker.socket, ("item", task.item))
 
 
 def _inline(

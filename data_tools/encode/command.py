@@ -30,7 +30,7 @@ from data_tools.ingest.common import add_shard_arguments, positive
 from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
 from data_tools.tars import Unreadable
-from data_tools.workers import Workers
+from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import (
     EMPTY_TEXT,
@@ -377,9 +377,11 @@ class Course:
         if about.bucket and about.samples and not self.recipe.filters and not self.excluded:
             self.work.publish(f"sizes/{unit:05d}.json", [[aspect_step(*about.bucket), about.samples]])
             return
-        for _, step in self.pool.map(functools.partial(measure, recipe=self.recipe), self._read(unit), name=_name):
-            assert not isinstance(step, BaseException)
-            if step is not None:
+        steps = self.pool.map(
+            functools.partial(measure, recipe=self.recipe), self._read(unit), catch=(CrashError,), name=_name
+        )
+        for _, step in steps:
+            if isinstance(step, int):
                 histogram[step] = histogram.get(step, 0) + 1
             update(unit)
         rows = [[step, histogram[step]] for step in sorted(histogram)]
@@ -452,7 +454,7 @@ class Course:
             functools.partial(prepare, recipe=recipe),
             self._read(unit, left_out),
             ahead=4 * self.pool.count + self.args.batch,
-            catch=(PictureError,),
+            catch=(PictureError, CrashError),
             name=_name,
         )
         for item, result in work:
@@ -468,7 +470,7 @@ class Course:
                     tally.filtered[reason] = tally.filtered.get(reason, 0) + 1
                 case Unreadable(where, reason):
                     tally.rejects.append([where, reason])
-                case PictureError():
+                case PictureError() | CrashError():
                     tally.rejects.append([_name(item), str(result)])
         for bucket in sorted(waiting):
             yield stack(bucket, waiting[bucket], pin)

@@ -31,7 +31,7 @@ from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
-from data_tools.workers import Workers
+from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import Bucket, Manifest, ShardError, ShardWriter, json_bytes, write_atomic
 
@@ -404,7 +404,7 @@ def ingest(
                 match result:
                     case SetAside(file, reason):
                         rejects.add(file, reason)
-                    case PictureError():
+                    case PictureError() | CrashError():
                         rejects.add(item.file, str(result))
                     case _Filtered(reason):
                         filtered[reason] += 1
@@ -462,7 +462,7 @@ def _in_workers(
     with Workers(0 if few else workers) as pool:
         function = partial(prepare, options=options)
         for item, result in pool.map(
-            function, itertools.chain(first, source), catch=(PictureError,), name=lambda item: item.file
+            function, itertools.chain(first, source), catch=(PictureError, CrashError), name=lambda item: item.file
         ):
             if isinstance(item, Found) and item.temporary and isinstance(item.data, Path):
                 item.data.unlink(missing_ok=True)

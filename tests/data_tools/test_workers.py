@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_tools.workers import RemoteError, Workers
+from data_tools.workers import CrashError, RemoteError, Workers
 from finetune import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +115,29 @@ def test_a_killed_worker_is_one_line(code: int, says: str) -> None:
     with Workers(2) as workers, pytest.raises(UserError, match=says) as caught:
         list(workers.map(functools.partial(die, code=code), range(9), name=lambda number: f"picture {number}"))
     assert "picture 4" in str(caught.value)
+
+
+def crash_once(number: int, mark: Path) -> int:
+    if number == 4 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return number
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_item_that_crashes_its_process_is_given_back(count: int, tmp_path: Path) -> None:
+    with Workers(count) as workers:
+        for _ in range(2):
+            function = functools.partial(die, code=signal.SIGSEGV)
+            results = dict(workers.map(function, range(20), catch=(CrashError,)))
+            crash = results.pop(4)
+            assert isinstance(crash, CrashError)
+            assert str(crash) == "it crashes the process that reads it (signal 11)"
+            assert list(results.items()) == [(n, n) for n in range(20) if n != 4]
+        once = functools.partial(crash_once, mark=tmp_path / "mark")
+        assert list(workers.map(once, range(20), catch=(CrashError,))) == [(n, n) for n in range(20)]
+        with pytest.raises(UserError, match="killed"):  # by whom, nobody knows: it says nothing of the item
+            list(workers.map(functools.partial(die, code=signal.SIGKILL), range(9), catch=(CrashError,)))
 
 
 def test_workers_die_with_a_killed_parent() -> None:
