@@ -38,7 +38,7 @@ class Plan:
     rejects: int
     repeats: list[list[str]] = field(default_factory=list)  # rejects found by planning
     buckets: dict[str, int] = field(default_factory=dict)
-    crop_loss: dict[str, float] = field(default_factory=dict)  # summed over the samples
+    crop_loss: dict[str, float] = field(default_factory=dict)  # mean of all that were encoded
     latents: list[Any] = field(default_factory=list)  # `RunningMoments.summary`
 
 
@@ -71,15 +71,33 @@ def make_plan(
             total.filtered[reason] = total.filtered.get(reason, 0) + count
         for bucket, loss in tally.crop_loss.items():
             total.crop_loss[bucket] = total.crop_loss.get(bucket, 0.0) + loss
+    for bucket in total.crop_loss:
+        total.crop_loss[bucket] /= sum(part.tally.buckets.get(bucket, 0) for part in parts)
     dropped = _repeats(parts, units, total)
     for number in sorted({int(bucket) for part in parts for bucket in part.tally.buckets}):
         start = len(total.shards)
         total.shards += _cut(parts, number, max_samples, dropped)
         total.buckets[str(number)] = sum(shard["samples"] for shard in total.shards[start:])
     total.samples = sum(total.buckets.values())
-    total.latents = summarise([part.tally.moments for part in parts])
+    gone: dict[int, dict[int, list[int]]] = {}
+    for (unit, bucket_number), rows in dropped.items():
+        gone.setdefault(unit, {})[bucket_number] = rows
+    total.latents = summarise([_moments_without(part, gone.get(unit, {})) for unit, part in enumerate(parts)])
     total.filtered = dict(sorted(total.filtered.items()))
     work.publish("plan.json", asdict(total))
+
+
+def _moments_without(part: Part, gone: dict[int, list[int]]) -> dict[str, Any]:
+    """The statistics of a part's latents, but for some rows by bucket."""
+    if not gone:
+        return part.tally.moments
+    from finetune.latents import RunningMoments
+
+    moments = RunningMoments()
+    for bucket in map(int, part.tally.buckets):
+        for latents_B2Chw in part.latents(bucket, set(gone.get(bucket, ()))):
+            moments.add(latents_B2Chw)
+    return moments.state()
 
 
 def _cut(

@@ -535,8 +535,7 @@ def _report(
         yield "height x width    samples   cropped away"
         for number, samples in sorted(plan.buckets.items(), key=lambda item: int(item[0])):
             height, width = table[int(number)]
-            loss = plan.crop_loss.get(number, 0.0) / max(samples, 1)
-            yield f"{height:>6} x {width:<6} {samples:>9,}   {loss:>11.1%}"
+            yield f"{height:>6} x {width:<6} {samples:>9,}   {plan.crop_loss.get(number, 0.0):>11.1%}"
     if plan.redone:
         yield f"{plan.redone} pictures overflowed in {args.dtype} and were redone in float32"
     if plan.enlarged:

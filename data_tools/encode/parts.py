@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -21,7 +21,7 @@ import numpy as np
 
 from data_tools.encode.work import Work
 from finetune.data.shards import Bucket, ShardError
-from finetune.data.shards.files import NAME_BYTES, naming, npy_bytes
+from finetune.data.shards.files import NAME_BYTES, naming, npy_bytes, parse_npy
 from finetune.data.shards.writer import check_names, tar_blocks
 
 _COPY_BYTES = 16 << 20
@@ -148,6 +148,18 @@ class Part:
     def keys(self) -> np.ndarray:
         """Hashes of all keys, uint64 [samples], by bucket."""
         return np.load(self.folder / "keys.npy")  # type: ignore[no-any-return]
+
+    def latents(self, bucket: int, without: Container[int]) -> Iterator[np.ndarray]:
+        """The latents of a bucket, float16 [1, 2C, h, w] each, but for some rows."""
+        rows = self.rows(bucket)
+        with (self.folder / bin_name(bucket)).open("rb") as file:
+            for number, (start, _, offset, size) in enumerate(rows[:, :4].tolist()):
+                if number not in without:
+                    file.seek(start + offset)
+                    latent_2Chw = parse_npy(file.read(size))
+                    if latent_2Chw is None:
+                        raise ShardError(f"{file.name} is damaged; delete the folder of latents and encode again")
+                    yield latent_2Chw[None]
 
     def place(self, position: int) -> tuple[int, int]:
         """(bucket, row in it) of a position in `keys`."""

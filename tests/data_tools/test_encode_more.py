@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, verify
+from finetune.latents import LatentSpace, RunningMoments
 from finetune.models import autoencoder
 from finetune.models.autoencoder import encode_moments, load_autoencoder
 from finetune.models.text import encode_text, load_text, text_encoder_sha256, tokenize
@@ -50,6 +51,29 @@ def rows(root: Path) -> dict[str, tuple[np.ndarray, dict[str, object]]]:
         shards.read_latents([sample_id], out)
         found[shards.key(sample_id)] = (out[0], shards.read_json(sample_id))
     return found
+
+
+def test_statistics_are_those_of_the_latents_that_are_kept(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "images", "images", max_samples=3) as writer:
+        for number, key in enumerate(["a", "b", "c", "c", "d", "a"]):  # the second shard repeats two of the first
+            image = smooth_picture(number, 32, 48 if number == 5 else 32)
+            writer.write(key, {"png": encoded(image), "json": json_bytes({"captions": [key]})})
+        writer.finish()
+    out = tmp_path / "out"
+    buckets = ["--size", 32, "--aspect-buckets", "sd", "--bucket-step", 8]
+    result = cli("encode", tmp_path / "images", "--vae", vae_folder, "--out", out, *buckets)
+    assert "4 latents" in result.out
+    assert "2 set aside" in result.out
+    kept = RunningMoments()
+    for moments, _ in rows(out).values():
+        kept.add(moments[None])
+    manifest = Manifest.load(out)
+    assert manifest.encoder is not None
+    assert manifest.latents is not None
+    mean, std, channel_mean, channel_std = kept.summary(LatentSpace(manifest.encoder.scale, manifest.encoder.shift))
+    np.testing.assert_allclose(manifest.latents.channel_mean, channel_mean, rtol=1e-9)
+    np.testing.assert_allclose(manifest.latents.channel_std, channel_std, rtol=1e-9)
+    np.testing.assert_allclose([manifest.latents.mean, manifest.latents.std], [mean, std], rtol=1e-9)
 
 
 def test_what_is_left_out_is_counted(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
