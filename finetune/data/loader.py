@@ -28,6 +28,7 @@ from finetune.data.shards import TEXT, Bucket, EncoderInfo, ShardSet
 from finetune.latents import LatentSpace
 
 _LOOK_AHEAD_SAMPLES = 1 << 16  # of a rank, whose shards are asked for beforehand where they are remote
+_LOOK_AHEAD_STEPS = (64, 2048)  # at least and at most: a step costs Python's time, however few samples it has
 _LOOK_EVERY_STEPS = 32
 _KEPT_BUFFERS = 16
 _CLOSE_S = 5.0
@@ -64,10 +65,11 @@ class _Buffers:
         if pin:  # torch keeps page-locked memory in a pool of its own
             return torch.empty(shape, dtype=torch.float16, pin_memory=True)
         count = math.prod(shape)
+        size = 1 << (count - 1).bit_length()  # buckets of nearly one size share; pages not used cost nothing
         with self._lock:
-            free = self._free.get(count)
-            memory = free.pop() if free else np.empty(count, np.float16)
-        view = memory.reshape(shape)
+            free = self._free.get(size)
+            memory = free.pop() if free else np.empty(size, np.float16)
+        view = memory[:count].reshape(shape)
         weakref.finalize(view, self._give_back, memory).atexit = False
         return torch.from_numpy(view)  # which holds `view` for as long as any tensor shares its storage
 
@@ -224,7 +226,7 @@ class Loader:
         world_size: int = 1,
         micro_batch: int,
         start_step: int = 0,
-        readers: int = 2,
+        readers: int = 1,
         prefetch: int = 4,
         pin: bool = False,
     ) -> None:
@@ -236,6 +238,8 @@ class Loader:
         self.readers = max(1, readers)
         self.prefetch = max(1, prefetch)
         self.remote = any(samples.shards.remote for samples in data.sources)
+        self._looking = threading.Lock()
+        self._seen: dict[int, list[tuple[int, list[int]]]] = {}  # steps looked at ahead: see `_shards_of`
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -258,20 +262,33 @@ class Loader:
 
     def _look_ahead(self, step: int) -> None:
         """Ask for the remote shards of the next steps, in the order of their first use."""
-        steps = max(2 * _LOOK_EVERY_STEPS, _LOOK_AHEAD_SAMPLES // self.share)
-        wanted: list[dict[int, None]] = [{} for _ in self.data.sources]
-        for ahead in range(step, step + steps):
-            chosen = self.order.batch(ahead, self.first, self.first + self.share)
-            ids = self.data.ids(chosen.bucket, chosen.sources, chosen.rows)
-            for source in np.unique(chosen.sources).tolist():
-                samples = self.data.sources[source]
-                local = ids[chosen.sources == source] - samples.first_id
-                shards = np.searchsorted(samples.shards.starts, local, side="right") - 1
-                wanted[source].update(dict.fromkeys(shards.tolist()))
-        for samples, shards_wanted in zip(self.data.sources, wanted, strict=True):
-            samples.shards.prefetch(list(shards_wanted))
+        least, most = _LOOK_AHEAD_STEPS
+        end = step + min(max(_LOOK_AHEAD_SAMPLES // self.share, least), most)
+        with self._looking:
+            # What was seen last time is kept: to look through all of it again would cost more than reading it.
+            self._seen = {ahead: found for ahead, found in self._seen.items() if ahead >= step}
+            for ahead in range(max(self._seen, default=step - 1) + 1, end):
+                self._seen[ahead] = self._shards_of(ahead)
+            wanted: list[dict[int, None]] = [{} for _ in self.data.sources]
+            for found in self._seen.values():
+                for source, shards in found:
+                    wanted[source].update(dict.fromkeys(shards))
+            for samples, shards_wanted in zip(self.data.sources, wanted, strict=True):
+                samples.shards.prefetch(list(shards_wanted))
 
-    def _run(self, reader: int, ready: queue.Queue[Batch | BaseException]) -> None:
+    def _shards_of(self, step: int) -> list[tuple[int, list[int]]]:
+        """(source, its shards in the order of first use) of this rank's share of a step."""
+        chosen = self.order.batch(step, self.first, self.first + self.share)
+        ids = self.data.ids(chosen.bucket, chosen.sources, chosen.rows)
+        found = []
+        for source in np.unique(chosen.sources).tolist():
+            samples = self.data.sources[source]
+            local = ids[chosen.sources == source] - samples.first_id
+            shards = np.searchsorted(samples.shards.starts, local, side="right") - 1
+            found.append((source, list(dict.fromkeys(shards.tolist()))))
+        return found
+
+    def _run(self, reader: int, ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
         """One reader's life: every `readers`-th micro-batch, in order, until one fails."""
         per_step = self.share // self.micro_batch
         for number in itertools.count(reader, self.readers):
@@ -284,15 +301,16 @@ class Loader:
                 ready.put(error)
                 return
             ready.put(batch)  # waits while enough batches are ready
-            if self._stop.is_set():
+            if stop.is_set():
                 return
 
     def __iter__(self) -> Generator[Batch]:
         # One queue a reader, so that batches come in order and a reader waits for nobody but the consumer.
         held = -(-self.prefetch // self.readers)
         queues = [queue.Queue[Batch | BaseException](held) for _ in range(self.readers)]
+        self._stop = stop = threading.Event()  # of this iteration: another may follow
         self._threads = [
-            threading.Thread(target=self._run, args=(reader, ready), name=f"reader-{reader}", daemon=True)
+            threading.Thread(target=self._run, args=(reader, ready, stop), name=f"reader-{reader}", daemon=True)
             for reader, ready in enumerate(queues)
         ]
         for thread in self._threads:
@@ -304,7 +322,7 @@ class Loader:
                     raise batch
                 yield batch
         finally:
-            self._stop.set()
+            stop.set()
             for ready in queues:
                 with contextlib.suppress(queue.Empty):
                     while True:

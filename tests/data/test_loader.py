@@ -304,6 +304,13 @@ def test_closing_ends_the_threads(folder: Path) -> None:
     assert not reader_threads()
 
 
+def test_a_loader_can_be_walked_again(folder: Path) -> None:
+    loader = data_of(folder).loader(seed=0, micro_batch=6)
+    first, second = (list(islice(loader, 3)) for _ in range(2))
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    loader.close()
+
+
 def test_it_reads_ahead_and_no_further(folder: Path) -> None:
     data = data_of(folder)
     loader = data.loader(seed=0, micro_batch=6, readers=1, prefetch=3)
@@ -325,6 +332,28 @@ def test_it_reads_ahead_and_no_further(folder: Path) -> None:
     loader.close()
     assert read == [(step, 0) for step in range(len(read))]
     assert len(read) <= 6
+
+
+def test_looking_ahead_sees_each_step_once_and_asks_for_the_same(folder: Path) -> None:
+    """What is kept from one look to the next changes nothing of what is asked for."""
+    data = data_of(folder)
+    asked: list[list[int]] = []
+    looked: list[int] = []
+    data.sources[0].shards.prefetch = lambda shards: asked.append(list(shards))  # type: ignore[method-assign]
+
+    def loader() -> Loader:
+        made = data.loader(seed=0, micro_batch=6)
+        original = made._shards_of
+        made._shards_of = lambda step: (looked.append(step), original(step))[1]  # type: ignore[method-assign]
+        return made
+
+    walking = loader()
+    for step in (0, 32, 64, 32):  # readers may come out of order
+        walking._look_ahead(step)
+    assert len(looked) == len(set(looked))
+    walking._look_ahead(64)
+    loader()._look_ahead(64)
+    assert asked[-1] == asked[-2] and set(asked[-1]) == set(range(len(data.sources[0].shards.manifest.shards)))
 
 
 def test_an_uneven_cut_is_no_loader(folder: Path) -> None:
