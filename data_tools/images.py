@@ -31,6 +31,30 @@ SUFFIXES = frozenset(
         *("ppm", "pgm", "pbm", "pnm"),
     )
 )
+UNREAD_SUFFIXES = frozenset(
+    "." + s
+    for s in (
+        *(
+            "heic",
+            "heif",
+            "jxl",
+            "jp2",
+            "j2k",
+            "jpf",
+            "jpx",
+            "svg",
+            "svgz",
+            "eps",
+            "psd",
+            "xcf",
+            "tga",
+            "ico",
+            "exr",
+        ),
+        *("hdr", "dds", "dng", "cr2", "cr3", "nef", "arw", "orf", "raf", "rw2", "pef", "srw"),
+    )
+)
+"""Pictures that we can't read, or of which only a preview could be read, as of a camera's raw files."""
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 """Pillow's names of the formats that shards may hold as they are, and the names of their members."""
 MAX_PIXELS = 89_478_485

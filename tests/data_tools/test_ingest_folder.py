@@ -153,6 +153,24 @@ def test_size_and_format(cli: Cli, tmp_path: Path) -> None:
     assert (result.code, "contradict" in result.err) == (2, True)
 
 
+def test_what_is_no_readable_picture_is_told(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    for name in ("a.HEIC", "more/b.dng", "film.mp4", "two.mp4", "bare", ".hidden.heic"):
+        (photos / name).write_bytes(b"II*\0")
+    (tmp_path / "elsewhere").mkdir()
+    (photos / "linked").symlink_to(tmp_path / "elsewhere")
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.HEIC", "text": "a"}\n')
+    out = photos / "shards"
+    for again in ([], ["--overwrite"]):  # its own shards are not among what it tells
+        result = cli("ingest", "folder", photos, "--out", out, *again)
+        assert result.code == 0
+        assert "3 other files were not looked at (2 .mp4, 1 without suffix)" in result.out
+        assert "6 pictures in" in result.out
+        rows = [json.loads(line) for line in (out / "rejects.jsonl").read_text().splitlines()]
+        assert [row["file"] for row in rows] == ["a.HEIC", "linked", "more/b.dng"]
+        assert rows[1]["reason"] == "a link to a folder; give that folder itself"
+        assert rows[2]["reason"] == ".dng files can't be read; convert them to JPEG or PNG"
+
+
 def test_pictures_of_several_sizes_have_no_bucket(cli: Cli, photos: Path, tmp_path: Path) -> None:
     (photos / "wide.jpg").write_bytes(encoded(smooth_picture(9, 16, 48), "JPEG"))
     cli("ingest", "folder", photos, "--out", tmp_path / "out")
