@@ -92,21 +92,35 @@ class Pictures:
                     f"give data.size={max(multiple, min(height, width) // multiple * multiple)}"
                 )
         generator = np.random.Generator(np.random.Philox(rng.fold(seed, "held out pictures")))
-        hidden = set(generator.permutation(total)[: min(held_out, total // 10)].tolist())
+        hidden = np.zeros(total, bool)
+        hidden[generator.permutation(total)[: min(held_out, total // 10)]] = True
         self.buckets: list[tuple[int, int]] = []
         self.train_ids: list[np.ndarray] = []  # by bucket
         self.held_out_ids: list[np.ndarray] = []  # by bucket
         for bucket, ids in every.items():
-            mask = np.fromiter((int(i) in hidden for i in ids), dtype=bool, count=len(ids))
             self.buckets.append(bucket)
-            self.train_ids.append(ids[~mask])
-            self.held_out_ids.append(ids[mask])
+            self.train_ids.append(ids[~hidden[ids]])
+            self.held_out_ids.append(ids[hidden[ids]])
         decoded_bytes = sum(h * w * 3 * len(ids) for (h, w), ids in every.items())
         self.cached = decoded_bytes <= cache_bytes
         self._cache: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self._shards)
+
+    @property
+    def shard_sizes(self) -> list[np.ndarray]:
+        """Training pictures in each shard (int64), bucket by bucket, in the order of `train_ids`."""
+        shards = len(self._shards.manifest.shards)
+        starts = self._shards.starts
+        return [
+            np.bincount(np.searchsorted(starts, ids, side="right") - 1, minlength=shards) for ids in self.train_ids
+        ]
+
+    @property
+    def sha256(self) -> str:
+        """Of the shards' manifest."""
+        return self._shards.manifest.sha256
 
     def fill_cache(self, progress: Callable[[], object] = lambda: None) -> None:
         """Decode everything into memory if it fits (`cached`); `progress` is called once for each picture."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,8 @@ if TYPE_CHECKING:
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
 MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
-MAY_CHANGE_KEYS = ("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers")
+# The pictures are known by their manifest, not by where they lie.
+MAY_CHANGE_KEYS = ("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards")
 
 USAGE = """\
 usage: finetune autoencoder [KEY=VALUE ...]
@@ -169,8 +169,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         readers=config.data.readers,
     )
     with closing(pictures), closing(RunFolder(run)):
-        sizes = [np.array([len(ids)]) for ids in pictures.train_ids]
-        order = Order([Source(sizes)], seed=config.seed, global_batch=batch)
+        order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
         (run / "samples").mkdir(exist_ok=True)
         (run / "checkpoints").mkdir(exist_ok=True)
 
@@ -187,7 +186,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        depends_on = _depends_on(settings)
+        depends_on = _depends_on(settings) | {"data.shards (manifest's sha256)": pictures.sha256}
         step = 0
         found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
         if found is not None:
@@ -442,10 +441,7 @@ def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
                 yield f"{prefix}{name}", value
 
     flat = flatten({key: value for key, value in settings.items() if key not in MAY_CHANGE}, "")
-    kept = {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
-    if kept.get("data.shards"):
-        kept["data.shards"] = os.path.realpath(kept["data.shards"])
-    return kept
+    return {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
 
 
 def _keep_metrics(path: Path, step: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from finetune import UserError
 from finetune.autoencoder.train import main
-from finetune.data.shards import ShardWriter
+from finetune.data.shards import ShardSet, ShardWriter
 from finetune.models.autoencoder import encode_moments, load_autoencoder
 
 SETTINGS = [
@@ -105,6 +106,20 @@ def test_sigkill_and_the_same_command_end_in_the_same_bits(shards: Path, tmp_pat
     assert [row[0] for row in losses(tmp_path / "killed")] == list(range(1, steps + 1))
     kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert kept == ["step-00000028", "step-00000035", "step-00000040"]
+
+
+def test_pictures_may_be_moved_but_not_changed(shards: Path, tmp_path: Path) -> None:
+    """A run knows its pictures by what they are."""
+    run, moved, other = tmp_path / "run", tmp_path / "moved", tmp_path / "other"
+    main(arguments(shards, run, "train.steps=2"))
+    shutil.copytree(shards, moved)
+    main(arguments(moved, run, "train.steps=3"))
+    with ShardWriter(other, "images") as writer:
+        for number in range(30):
+            writer.write(f"{number}", {"png": ShardSet.open(shards).read_member(number, "png")}, (16, 16))
+        writer.finish()
+    with pytest.raises(UserError, match=r"data.shards \(manifest's sha256\) was '\w+' and is '\w+' now"):
+        main(arguments(other, run, "train.steps=4"))
 
 
 @pytest.fixture(scope="module")
