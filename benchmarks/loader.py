@@ -176,8 +176,8 @@ def main() -> None:
             writer.finish(ENCODER)
     contenders: dict[str, Callable[[], Iterator[Any]]] = {
         "preadv loop": lambda: iter(Preadv(shards)),
-        "ours": lambda: iter(ours(shards, readers=2)),
-        "ours, 1 reader": lambda: iter(ours(shards, readers=1)),
+        "ours": lambda: iter(ours(shards, readers=1)),
+        "ours, 2 readers": lambda: iter(ours(shards, readers=2)),
         "webdataset": lambda: webdataset_loader(shards),
     }
     if importlib.util.find_spec("streaming"):

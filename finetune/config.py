@@ -139,7 +139,7 @@ class DataConfig:
     )  # data.sources.NAME.shards=..., data.sources.NAME.weight=1
     shuffle: bool = True
     shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
-    readers: int = 2  # threads that read batches ahead
+    readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
     prefetch: int = 4  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
     cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder

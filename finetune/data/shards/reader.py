@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import resource
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +33,24 @@ from finetune.data.shards.manifest import Bucket, Kind, Manifest
 from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
 
 _DECODER = json.JSONDecoder()
+_NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
+_ADVISE = getattr(os, "posix_fadvise", None)
 _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
+
+
+def most_open(sets: int = 1) -> int:
+    """How many shards each of so many sets may keep open in this process.
+
+    A batch draws from hundreds of shards, and opening one costs as much as reading a dozen samples. So the usual
+    limit of 1,024 files is raised to what the system lets any process have (as Go's runtime does), 16,384 at most;
+    a shard takes two of them, and a few hundred are left to others.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 1 << 14 if hard == resource.RLIM_INFINITY else min(hard, 1 << 14)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    files = wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
+    return max(1, min(4096, (files - 256) // 2) // sets)
 
 
 class _Tar:
@@ -55,7 +75,9 @@ class _Tar:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except NPY_ERRORS as error:
             error_line = str(error).partition("\n")[0]
-            raise ShardError(f"cannot open {path} and its index: {error_line}; run `data-tools verify`") from None
+            crowded = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+            remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
+            raise ShardError(f"cannot open {path} and its index: {error_line}; {remedy}") from None
         if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
             raise ShardError(
                 f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "
@@ -63,35 +85,37 @@ class _Tar:
             )
         return tar
 
-    def __del__(self) -> None:
-        os.close(self.fd)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the end
+        close(self.fd)
 
 
 class ShardSet:
     """Random access to the samples of a folder of shards, on this machine or elsewhere.
 
-    Safe in threads and over `fork`; a pickled copy opens its own files. At most `max_open` shards are open at a
-    time, of a remote set at most its process's share of the cache's bytes.
+    Safe in threads and over `fork`; a pickled copy opens its own files. At most `max_open` shards (null: `most_open()`)
+    are open at a time, of a remote set at most its process's share of the cache's bytes.
 
     Args:
         root: a local folder, or what `store.resolve` takes: a URL, `pipe:COMMAND {}`, a `Store`.
         cache: where remote shards are kept; null: `Cache()`. A local set is read where it lies.
     """
 
-    def __init__(self, root: Root, manifest: Manifest, *, max_open: int = 256, cache: Cache | None = None) -> None:
+    def __init__(
+        self, root: Root, manifest: Manifest, *, max_open: int | None = None, cache: Cache | None = None
+    ) -> None:
         home = resolve(root)
         self.store = home if isinstance(home, Store) else None
         self.root: Path | str = home.name if isinstance(home, Store) else home
         self.cache = (cache or Cache()) if self.store is not None else None
         self.manifest = manifest
-        self.max_open = max_open
+        self.max_open = max_open or most_open()
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)], dtype=np.int64)
         self._columns = {member: column for column, member in enumerate(manifest.members)}
         self._reset()
 
     @classmethod
     def open(
-        cls, root: Root, kind: Kind | None = None, *, max_open: int = 256, cache: Cache | None = None
+        cls, root: Root, kind: Kind | None = None, *, max_open: int | None = None, cache: Cache | None = None
     ) -> ShardSet:
         """Open the set in `root`; `kind` is what the caller needs. The manifest is read anew, never from a cache.
 
@@ -333,9 +357,9 @@ class ShardSet:
         row_bytes = out.nbytes // len(out)
         total = len(want_header) + row_bytes
         header = bytearray(len(want_header))
-        slow = []
-        for item, (tar, offset, wanted, start, tail, tail_end) in enumerate(
-            zip(
+        plan = [
+            (tar, (header, out_bytes[start : start + row_bytes], tail_bytes[tail:tail_end]), offset, wanted)
+            for tar, offset, wanted, start, tail, tail_end in zip(
                 tars,
                 offsets.tolist(),
                 np.where(sizes == total, total + tails, -1).tolist(),
@@ -344,14 +368,24 @@ class ShardSet:
                 tail_ends.tolist(),
                 strict=True,
             )
-        ):
-            buffers = (header, out_bytes[start : start + row_bytes], tail_bytes[tail:tail_end])
+        ]
+
+        def read(item: int, flags: int) -> bool:
+            tar, buffers, offset, wanted = plan[item]
             try:
-                if os.preadv(tar.fd, buffers, offset) == wanted and header == want_header:
-                    continue
+                return os.preadv(tar.fd, buffers, offset, flags) == wanted and header == want_header
             except OSError:
-                pass
-            slow.append(item)  # an interrupted read, a header written by another program, or a wrong array
+                return False
+
+        # First what is in memory; then the disk is asked for all that isn't at once, and only then waited for.
+        cold = [item for item in range(len(plan)) if not read(item, _NOWAIT)]
+        if _ADVISE is not None and len(cold) > 1:
+            for item in cold:
+                tar, _, offset, _ = plan[item]
+                with contextlib.suppress(OSError, OverflowError):
+                    _ADVISE(tar.fd, offset, total, os.POSIX_FADV_WILLNEED)
+        # An interrupted read, a header written by another program, or a wrong array: find out slowly.
+        slow = [item for item in cold if not read(item, 0)]
         for item in slow:
             array = self._parse_latent(tars[item], int(rows[item]), column, int(ids[item]), out.shape[1:])
             out[targets[item]] = array
