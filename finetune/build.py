@@ -20,7 +20,7 @@ from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
 from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
 from finetune.data.order import Order, Source
-from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, parse_npy
+from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.latents import LatentSpace
@@ -160,7 +160,8 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     if any(is_remote(root) for root, _ in named.values()):
         gib = config.data.cache_gib
         cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30))
-    opened = {name: _open_latents(root, cache) for name, (root, _) in named.items()}
+    most = most_open(len(named))
+    opened = {name: _open_latents(root, cache, most) for name, (root, _) in named.items()}
     first, *others = opened
     for name in others:
         _check_same_encoder(first, opened[first], name, opened[name])
@@ -213,8 +214,8 @@ def _sources(config: Config) -> dict[str, tuple[str, float]]:
     return sources
 
 
-def _open_latents(root: str, cache: Cache | None) -> ShardSet:
-    shards = ShardSet.open(root, cache=cache)
+def _open_latents(root: str, cache: Cache | None, max_open: int) -> ShardSet:
+    shards = ShardSet.open(root, cache=cache, max_open=max_open)
     if shards.manifest.kind != "latents":
         raise UserError(
             f"{root} holds pictures, not latents: run "

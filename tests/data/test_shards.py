@@ -8,6 +8,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,6 +207,34 @@ def test_ids_buckets_and_rows_agree(root: Path) -> None:
     for wrong in (-1, 11):
         with pytest.raises(IndexError):
             shards.locate(wrong)
+
+
+_MANY = """
+import resource, sys
+import numpy as np
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3]) or hard))
+from finetune.data.shards import ShardSet, most_open
+sets = [ShardSet.open(sys.argv[1], max_open=most_open(2)) for _ in range(2)]
+out = np.empty((1, 4, 2, 2), np.float16)
+for shards in sets:
+    for sample_id in range(len(shards)):
+        shards.read_samples([sample_id], out)
+print(*[len(shards._tars) for shards in sets])
+"""
+
+
+@pytest.mark.parametrize(("soft", "hard", "kept"), [(300, 0, 60), (300, 330, 18)])
+def test_open_shards_keep_within_the_limit_of_files(tmp_path: Path, soft: int, hard: int, kept: int) -> None:
+    """Two sets of 60 shards each: all stay open where the system's limit can be raised, else as many as fit."""
+    with ShardWriter(tmp_path / "set", "latents", members=["latent.npy", "json"], max_samples=1) as writer:
+        for index in range(60):
+            members = {"latent.npy": latent_bytes(np.zeros((4, 2, 2))), "json": b"{}"}
+            writer.write(f"{index}", members, bucket=(16, 16))
+        writer.finish(encoder=ENCODER)
+    command = [sys.executable, "-c", _MANY, str(tmp_path / "set"), str(soft), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == [str(kept)] * 2, done.stderr
 
 
 def test_pickled_copies_and_threads_with_one_open_shard(root: Path) -> None:

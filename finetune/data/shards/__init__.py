@@ -48,7 +48,7 @@ from finetune.data.shards.manifest import (
     ShardInfo,
     TextInfo,
 )
-from finetune.data.shards.reader import ShardSet
+from finetune.data.shards.reader import ShardSet, most_open
 from finetune.data.shards.store import Retry, Store, is_remote
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
@@ -78,6 +78,7 @@ __all__ = [
     "is_remote",
     "json_bytes",
     "latent_bytes",
+    "most_open",
     "parse_npy",
     "verify",
     "write_atomic",

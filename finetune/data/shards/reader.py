@@ -92,11 +92,12 @@ class _Tar:
 class ShardSet:
     """Random access to the samples of a folder of shards, on this machine or elsewhere.
 
-    Safe in threads and over `fork`; a pickled copy opens its own files. At most `max_open` shards (null: `most_open()`)
-    are open at a time, of a remote set at most its process's share of the cache's bytes.
+    Safe in threads and over `fork`; a pickled copy opens its own files. Of a remote set at most the process's share
+    of the cache's bytes is open at a time.
 
     Args:
         root: a local folder, or what `store.resolve` takes: a URL, `pipe:COMMAND {}`, a `Store`.
+        max_open: shards that are kept open; null: `most_open()`.
         cache: where remote shards are kept; null: `Cache()`. A local set is read where it lies.
     """
 
