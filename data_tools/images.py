@@ -383,22 +383,37 @@ def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
         return None
 
 
-def fit(image: Image.Image, height: int, width: int) -> tuple[Image.Image, tuple[int, int], list[int]]:
-    """Resize so that the picture covers [height, width], keeping its aspect, then crop the centre.
+def cut_out(
+    image: Image.Image,
+    size: tuple[int, int],
+    bucket: tuple[int, int],
+    place: tuple[float, float] = (0.5, 0.5),
+    flipped: bool = False,
+) -> tuple[Image.Image, tuple[int, int], list[int]]:
+    """Resize so that the picture covers the bucket, keeping its aspect, mirror it, and crop.
+
+    Args:
+        image: the picture, maybe decoded at a reduced scale.
+        size: the picture's own (height, width).
+        place: of the crop along height and width: 0 is the top (left), 0.5 the centre, just below 1 the bottom.
 
     Returns:
-        the picture; the resized picture's (height, width) before the crop; and the crop [top, left, height,
-        width] in pixels of the resized picture.
+        the pixels; the resized picture's (height, width); the crop [top, left, height, width] in it.
     """
-    scale = max(height / image.height, width / image.width)
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
     # At least the target: rounding may leave a side one pixel short.
-    resized_h, resized_w = (max(t, round(s * scale)) for t, s in ((height, image.height), (width, image.width)))
-    if (resized_w, resized_h) != image.size:
-        image = image.resize((resized_w, resized_h), Image.Resampling.LANCZOS)
-    top, left = (resized_h - height) // 2, (resized_w - width) // 2
-    if (resized_h, resized_w) != (height, width):
-        image = image.crop((left, top, left + width, top + height))
-    return image, (resized_h, resized_w), [top, left, height, width]
+    height, width = (max(target, round(side * scale)) for target, side in zip(bucket, size, strict=True))
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if place == (0.5, 0.5):
+        top, left = (height - bucket[0]) // 2, (width - bucket[1]) // 2
+    else:
+        top, left = int(place[0] * (height - bucket[0] + 1)), int(place[1] * (width - bucket[1] + 1))
+    if (height, width) != bucket:
+        image = image.crop((left, top, left + bucket[1], top + bucket[0]))
+    return image, (height, width), [top, left, *bucket]
 
 
 def encode_image(image: Image.Image, member: str, quality: int = 95) -> bytes:
@@ -414,25 +429,3 @@ def encode_image(image: Image.Image, member: str, quality: int = 95) -> bytes:
         case _:
             raise ValueError(f"no format {member!r}")
     return buffer.getvalue()
-
-
-def aspect_table(size: int, step: int, max_aspect: float = 2.0) -> list[tuple[int, int]]:
-    """Aspect buckets (height, width) for a budget of size^2 pixels, as SDXL's table has them (step 64).
-
-    Sides are multiples of `step`, areas at most size^2 and as near to it as the step allows, and the
-    longer side is at most `max_aspect` times the shorter. Podell et al. 2023 (arXiv 2307.01952), section
-    2.3.
-    """
-    found = set()
-    for short in range(step, size + 1, step):
-        long = size * size // short // step * step
-        both_full = size * size // long // step * step == short  # neither side can grow by a step
-        if both_full and 1 / max_aspect <= long / short <= max_aspect:
-            found |= {(short, long), (long, short)}
-    return sorted(found)
-
-
-def nearest_bucket(height: int, width: int, table: list[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket whose aspect is nearest in log scale; of equals, the largest."""
-    aspect = math.log(width / height)
-    return min(table, key=lambda hw: (round(abs(math.log(hw[1] / hw[0]) - aspect), 9), -hw[0] * hw[1], hw))

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from data_tools.images import aspect_table
 from finetune.data.shards import Bucket
 
 GRID = 512
@@ -24,6 +23,22 @@ Histogram = Mapping[int, int]
 def aspect_step(height: int, width: int) -> int:
     """log2(width / height) on the grid."""
     return round(GRID * math.log2(width / height))
+
+
+def aspect_table(size: int, step: int, max_aspect: float = 2.0) -> list[Bucket]:
+    """Aspect buckets (height, width) for a budget of size^2 pixels, as SDXL's table has them (step 64).
+
+    Sides are multiples of `step`, areas at most size^2 and as near to it as the step allows, and the
+    longer side is at most `max_aspect` times the shorter. Podell et al. 2023 (arXiv 2307.01952), section
+    2.3.
+    """
+    found = set()
+    for short in range(step, size + 1, step):
+        long = size * size // short // step * step
+        both_full = size * size // long // step * step == short  # neither side can grow by a step
+        if both_full and 1 / max_aspect <= long / short <= max_aspect:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
 
 
 def sdxl_table(size: int, step: int) -> list[Bucket]:

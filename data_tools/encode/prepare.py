@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_tools.encode.buckets import aspect_step, crop_loss, nearest
 from data_tools.filters import Filters
-from data_tools.images import PictureError, decode_rgb, picture_format
+from data_tools.images import PictureError, cut_out, decode_rgb, picture_format
 from data_tools.pictures import Picture, Unreadable
 from finetune.data.shards import Bucket
 
@@ -106,35 +105,6 @@ def draw(seed: int, purpose: str, key: str) -> float:
     """A number in [0, 1) that depends on its arguments alone."""
     digest = hashlib.blake2b(f"{seed}:{purpose}:{key}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
-
-
-def cut_out(
-    image: Image.Image, size: tuple[int, int], bucket: Bucket, place: tuple[float, float], flipped: bool
-) -> tuple[Image.Image, tuple[int, int], list[int]]:
-    """Resize so that the picture covers the bucket, keeping its aspect, mirror it, and crop.
-
-    Args:
-        image: the picture, maybe decoded at a reduced scale.
-        size: the picture's own (height, width).
-        place: of the crop along height and width: 0 is the top (left), 0.5 the centre, just below 1 the bottom.
-
-    Returns:
-        the pixels; the resized picture's (height, width); the crop [top, left, height, width] in it.
-    """
-    scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    # At least the target: rounding may leave a side one pixel short.
-    height, width = (max(target, round(side * scale)) for target, side in zip(bucket, size, strict=True))
-    if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    if flipped:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if place == (0.5, 0.5):
-        top, left = (height - bucket[0]) // 2, (width - bucket[1]) // 2
-    else:
-        top, left = int(place[0] * (height - bucket[0] + 1)), int(place[1] * (width - bucket[1] + 1))
-    if (height, width) != bucket:
-        image = image.crop((left, top, left + bucket[1], top + bucket[0]))
-    return image, (height, width), [top, left, *bucket]
 
 
 def _before(crop: list[int], original: list[int], flipped: bool) -> tuple[int, int]:

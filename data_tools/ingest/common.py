@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
-from data_tools.images import MAX_PIXELS, PictureError, decode_rgb, encode_image, fit, parse_colour, picture_format
+from data_tools.images import (
+    MAX_PIXELS,
+    PictureError,
+    cut_out,
+    decode_rgb,
+    encode_image,
+    parse_colour,
+    picture_format,
+)
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
@@ -323,11 +331,10 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     if changed:
         member = options.member if options.member != "keep" else "png"
         if size:
-            decoded_h, decoded_w = image.height, image.width
-            image, resized, crop = fit(image, size, size)
+            image, resized, crop = cut_out(image, (height, width), (size, size))
             if _whole_numbers(before, 4):
-                crop[0] += round(before[0] * resized[0] / decoded_h)
-                crop[1] += round(before[1] * resized[1] / decoded_w)
+                crop[0] += round(before[0] * resized[0] / height)
+                crop[1] += round(before[1] * resized[1] / width)
             own["crop"] = crop
     if not size and _whole_numbers(before, 4):
         own["crop"] = before

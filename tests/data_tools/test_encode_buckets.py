@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from data_tools.encode.buckets import (
     GRID,
     aspect_step,
+    aspect_table,
     candidates,
     choose_buckets,
     crop_loss,
@@ -36,6 +37,30 @@ PAPER = """
 1664 576, 1728 576, 1792 576, 1856 512, 1920 512, 1984 512, 2048 512
 """
 Bucket = tuple[int, int]
+
+
+def test_aspect_table_is_sdxls() -> None:
+    table = aspect_table(1024, 64)
+    # From the table of Podell et al. 2023, appendix I.
+    for bucket in [(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1344, 768), (1216, 832), (1152, 896)]:
+        assert bucket in table
+    for height, width in table:
+        assert height % 64 == width % 64 == 0
+        assert height * width <= 1024 * 1024
+        assert (height + 64) * width > 1024 * 1024  # no side can grow
+        assert height * (width + 64) > 1024 * 1024
+        assert (width, height) in table
+
+
+def test_nearest_is_the_one_of_nearest_log_aspect() -> None:
+    table = aspect_table(512, 64)
+    for height, width in table:
+        assert nearest(height * 3, width * 3, table) == (height, width)
+    assert nearest(10, 1000, table) == (384, 640)
+    assert nearest(1000, 10, table) == (640, 384)
+    assert nearest(100, 110, table) == (512, 512)
+    assert nearest(100, 116, table) == (448, 576)  # sqrt(576 / 448) is 1.134
+    assert nearest(1, 1, [(256, 256), (512, 512)]) == (512, 512)
 
 
 def test_the_sdxl_table_is_the_papers() -> None:

@@ -19,11 +19,9 @@ from PIL import Image, ImageCms, ImageOps
 
 from data_tools.images import (
     PictureError,
-    aspect_table,
+    cut_out,
     decode_rgb,
     encode_image,
-    fit,
-    nearest_bucket,
     parse_colour,
     picture_format,
 )
@@ -163,9 +161,9 @@ def test_flipped_bytes_never_raise_anything_else(data: st.DataObject) -> None:
 
 
 @given(*[st.integers(1, 300)] * 2, *[st.integers(1, 64)] * 2)
-def test_fit_covers_and_crops_the_centre(height: int, width: int, target_h: int, target_w: int) -> None:
-    image, (resized_h, resized_w), (top, left, crop_h, crop_w) = fit(
-        Image.new("L", (width, height)), target_h, target_w
+def test_a_cut_covers_and_crops_the_centre(height: int, width: int, target_h: int, target_w: int) -> None:
+    image, (resized_h, resized_w), (top, left, crop_h, crop_w) = cut_out(
+        Image.new("L", (width, height)), (height, width), (target_h, target_w)
     )
     assert image.size == (target_w, target_h) == (crop_w, crop_h)
     assert top == (resized_h - target_h) // 2
@@ -176,8 +174,8 @@ def test_fit_covers_and_crops_the_centre(height: int, width: int, target_h: int,
     assert abs(resized_w - width * scale) <= 1
 
 
-def test_fit_keeps_the_pixels_of_a_picture_that_only_needs_a_crop() -> None:
-    image, resized, crop = fit(PICTURE, 24, 20)
+def test_a_cut_keeps_the_pixels_of_a_picture_that_only_needs_a_crop() -> None:
+    image, resized, crop = cut_out(PICTURE, (24, 40), (24, 20))
     assert (resized, crop) == ((24, 40), [0, 10, 24, 20])
     np.testing.assert_array_equal(np.asarray(image), np.asarray(PICTURE)[:, 10:30])
 
@@ -191,30 +189,6 @@ def test_png_is_lossless_and_unknown_colours_are_refused() -> None:
     assert parse_colour("#ff8000") == (255, 128, 0)
     with pytest.raises(UserError, match="no colour 'whitish'"):
         parse_colour("whitish")
-
-
-def test_aspect_table_is_sdxls() -> None:
-    table = aspect_table(1024, 64)
-    # From the table of Podell et al. 2023, appendix I.
-    for bucket in [(1024, 1024), (896, 1152), (832, 1216), (768, 1344), (1344, 768), (1216, 832), (1152, 896)]:
-        assert bucket in table
-    for height, width in table:
-        assert height % 64 == width % 64 == 0
-        assert height * width <= 1024 * 1024
-        assert (height + 64) * width > 1024 * 1024  # no side can grow
-        assert height * (width + 64) > 1024 * 1024
-        assert (width, height) in table
-
-
-def test_nearest_bucket_is_the_one_of_nearest_log_aspect() -> None:
-    table = aspect_table(512, 64)
-    for height, width in table:
-        assert nearest_bucket(height * 3, width * 3, table) == (height, width)
-    assert nearest_bucket(10, 1000, table) == (384, 640)
-    assert nearest_bucket(1000, 10, table) == (640, 384)
-    assert nearest_bucket(100, 110, table) == (512, 512)
-    assert nearest_bucket(100, 116, table) == (448, 576)  # sqrt(576 / 448) is 1.134
-    assert nearest_bucket(1, 1, [(256, 256), (512, 512)]) == (512, 512)
 
 
 def test_truncated_files_are_not_half_decoded() -> None:
@@ -531,7 +505,9 @@ def test_reduced_decoding_gives_nearly_the_same_crop() -> None:
     data = encoded(Image.fromarray(detail).resize((960, 640), Image.Resampling.BICUBIC), "JPEG", quality=95)
     small = decode_rgb(data, at_least=(64, 64))
     assert small.size == (240, 160)
-    a, b = (np.asarray(fit(image, 64, 64)[0]).astype(float) for image in (decode_rgb(data), small))
+    a, b = (
+        np.asarray(cut_out(image, (640, 960), (64, 64))[0]).astype(float) for image in (decode_rgb(data), small)
+    )
     assert 10 * np.log10(255**2 / ((a - b) ** 2).mean()) > 35  # decibels
 
 

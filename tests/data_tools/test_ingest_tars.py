@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 
 from data_tools.cli import main
-from data_tools.images import decode_rgb
+from data_tools.filters import Filters
+from data_tools.images import MAX_PIXELS, decode_rgb
+from data_tools.ingest.common import Found, Options, prepare
 from data_tools.ingest.tars import find_tars, member_name, tar_names
 from finetune import UserError
 from finetune.data.shards import ShardSet, verify
@@ -374,3 +376,13 @@ def test_member_names(name: str, safe: str) -> None:
 
     assert member_name(name) == safe
     assert MEMBER.fullmatch(safe)
+
+
+def test_an_earlier_crop_is_carried_on_at_the_scale_of_the_whole_picture() -> None:
+    data = encoded(smooth_picture(0, 640, 960), "JPEG")  # read at a quarter of its size
+    record = {"captions": [], "original_size": [1280, 1920], "crop": [100, 200, 640, 960]}
+    options = Options("png", 64, 95, (255, 255, 255), MAX_PIXELS, Filters())
+    result = prepare(Found("key", "file", data, record), options)
+    # Resized to 64 x 96, of which the middle is cut; and the first crop, at a tenth of its size.
+    assert result.record["original_size"] == [1280, 1920]
+    assert result.record["crop"] == [0 + 10, 16 + 20, 64, 64]
