@@ -2,10 +2,10 @@
 
     python -m benchmarks.encode [--size 512] [--pictures 1000 5000] [--batch 8 16 32] [--dtype bfloat16]
 
-The autoencoder has Stable Diffusion's shape and random weights; the pictures are JPEGs (quality 90) of 1.25 times
-the size with the spectrum of photographs. A rate is the difference of two runs' pictures over that of their seconds,
-so that starting up (given beside it) is not in it. The limit is the same autoencoder on one batch again and again,
-already on the device.
+The autoencoder has Stable Diffusion's shape and random weights; the pictures are JPEGs (quality 90) of 1.25
+times the size with the spectrum of photographs. A rate is the difference of two runs' pictures over that of
+their seconds, so that starting up (given beside it) is not in it. The limit is the same autoencoder on one
+batch again and again, already on the device.
 """
 
 from __future__ import annotations
