@@ -59,8 +59,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
+from data_tools.arguments import add_workers_argument, default_workers
 from data_tools.images import PictureError, decode_rgb
-from data_tools.ingest.common import positive
 from data_tools.leaders import HASH_BITS, distances, find_leaders
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
@@ -89,20 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exact", action="store_true", help="only pictures whose pixels are the same")
     parser.add_argument("--dry-run", action="store_true", help="count, but leave the lists as they are")
     parser.add_argument("--report", type=Path, metavar="PNG", help="draw some near duplicates, the doubtful first")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=os.cpu_count() or 1,
-        metavar="N",
-        help="decoding processes (default: one a core)",
-    )
+    add_workers_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools dedupe`."""
     _check(args)
     sources = [PictureSource.open(root) for root in args.shards]
-    known = look(sources, args.workers)
+    known = look(sources, default_workers() if args.workers is None else args.workers)
     for source in sources:
         if not any(part.count for part in known if part.source is source):
             raise UserError(f"{source.root} has no picture that can be read; run `data-tools verify` on it")

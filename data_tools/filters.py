@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_tools.arguments import positive
 from finetune import UserError
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -60,13 +61,13 @@ def add_filter_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "filters", "Pictures to leave out. Sizes are those of the upright picture, as it is in the source."
     )
-    group.add_argument("--min-size", type=_count, metavar="N", help="short side of at least N pixels")
-    group.add_argument("--max-size", type=_count, metavar="N", help="long side of at most N pixels")
+    group.add_argument("--min-size", type=positive, metavar="N", help="short side of at least N pixels")
+    group.add_argument("--max-size", type=positive, metavar="N", help="long side of at most N pixels")
     group.add_argument("--max-aspect", type=_aspect, metavar="X", help="long side at most X times the short one")
     group.add_argument(
-        "--min-caption-words", type=_count, metavar="N", help="at least one caption has N words or more ..."
+        "--min-caption-words", type=positive, metavar="N", help="at least one caption has N words or more ..."
     )
-    group.add_argument("--max-caption-words", type=_count, metavar="N", help="... and N words at most")
+    group.add_argument("--max-caption-words", type=positive, metavar="N", help="... and N words at most")
     group.add_argument("--require-caption", action="store_true", help="leave out pictures without a caption")
     group.add_argument(
         "--where",
@@ -243,13 +244,6 @@ def _modulo(left: float, right: float) -> float:
     if isinstance(left, str):  # would format, to any length
         raise TypeError("% is for numbers")
     return left % right
-
-
-def _count(text: str) -> int:
-    value = int(text) if text.strip().lstrip("+").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def _aspect(text: str) -> float:

@@ -19,9 +19,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data_tools.encode import add_device_argument, choose_device
+from data_tools.arguments import add_device_argument, positive
+from data_tools.encode import choose_device
 from data_tools.images import PictureError, decode_rgb
-from data_tools.ingest.common import positive
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, ShardError, ShardSet
 

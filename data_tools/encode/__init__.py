@@ -23,6 +23,6 @@ examples:
   srun data-tools encode shards/photos --vae models/vae --size 512 --out latents/photos
 """
 
-from data_tools.encode.command import add_arguments, add_device_argument, choose_device, run
+from data_tools.encode.command import add_arguments, choose_device, run
 
-__all__ = ["add_arguments", "add_device_argument", "choose_device", "run"]
+__all__ = ["add_arguments", "choose_device", "run"]

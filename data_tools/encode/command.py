@@ -17,6 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from data_tools.arguments import (
+    add_device_argument,
+    add_shard_arguments,
+    add_workers_argument,
+    default_workers,
+    natural,
+    positive,
+)
 from data_tools.encode import assemble
 from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
 from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, stack
@@ -26,7 +34,6 @@ from data_tools.encode.prepare import Filtered, Prepared, Recipe, measure, prepa
 from data_tools.encode.work import Work, join
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import PictureError, parse_colour
-from data_tools.ingest.common import add_shard_arguments, positive
 from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
 from data_tools.tars import Unreadable
@@ -86,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument(
         "--min-bucket",
-        type=_count,
+        type=natural,
         default=0,
         metavar="N",
         help="pictures of buckets with fewer than N go to the nearest other bucket (reads all sizes first)",
@@ -109,25 +116,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the VAE (default: float32)")
     add_device_argument(parser)
-    parser.add_argument(
-        "--workers",
-        type=_count,
-        metavar="N",
-        help="decoding processes; 0: decode in this one (default: by the number of CPUs, at most 16)",
-    )
+    add_workers_argument(parser)
     add_shard_arguments(parser, "LATENTS")
     add_filter_arguments(parser)
-
-
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """--device."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: a GPU if any)")
-
-
-def _count(text: str) -> int:
-    if not text.strip().isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 def _probability(text: str) -> float:
@@ -227,9 +218,7 @@ def run(args: argparse.Namespace) -> int:
         "excluded": excluded.sha256,
         "text-encoder": asdict(text.info) if text else None,
     }
-    workers = args.workers
-    if workers is None:
-        workers = max(1, min(16, len(os.sched_getaffinity(0)) // place.local_world))
+    workers = default_workers(place.local_world) if args.workers is None else args.workers
     recipe = Recipe((), background, filters, args.crop, args.flip, args.seed)
     with join(args.out, job, args.overwrite) as work:
         if work is None:

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import itertools
 import math
-import os
 import re
 import stat
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, positive
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import (
@@ -123,13 +123,7 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=f"set larger pictures aside, but for JPEGs, read at a reduced scale then (default: {MAX_PIXELS})",
     )
-    parser.add_argument(
-        "--workers",
-        type=natural,
-        default=min(8, os.cpu_count() or 1),
-        metavar="N",
-        help="processes that check pictures; 0: this one (default: one a core, at most 8)",
-    )
+    add_workers_argument(parser)
     add_filter_arguments(parser)
 
 
@@ -150,36 +144,6 @@ def add_output_arguments(parser: argparse.ArgumentParser, formats: tuple[str, ..
     parser.add_argument("--format", choices=formats, help=f"format of the pictures in the shards ({default})")
     parser.add_argument("--quality", type=int, default=95, help="of webp and jpg, 1 to 100 (default: 95)")
     add_shard_arguments(parser, "SHARDS")
-
-
-def add_shard_arguments(parser: argparse.ArgumentParser, out: str) -> None:
-    """--background, --shard-samples, --overwrite of a command that writes shards to the folder `out`."""
-    parser.add_argument(
-        "--background", default="white", metavar="COLOUR", help="behind transparent pixels (default: white)"
-    )
-    parser.add_argument(
-        "--shard-samples",
-        type=positive,
-        default=10_000,
-        metavar="N",
-        help="samples in a shard (default: 10000)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help=f"replace shards that {out} already holds")
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
-    value = int(text) if text.strip().lstrip("+").isdigit() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
-
-
-def natural(text: str) -> int:
-    """An argument that is a whole number of at least 0."""
-    if not text.strip().isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
 
 
 def check_quality(quality: int) -> None:
@@ -391,6 +355,7 @@ def ingest(
         UserError: nothing is left, or a mistake found on the way.
     """
     refuse_sources(args.out, paths)
+    workers = default_workers() if args.workers is None else args.workers
     filtered: Counter[str] = Counter()
     samples = without_caption = carried = 0
     first_without = ""
@@ -405,7 +370,7 @@ def ingest(
             tqdm(total=total, unit="picture", disable=None) as bar,
             contextlib.ExitStack() as stack,
         ):
-            results = stack.enter_context(contextlib.closing(_in_workers(args.workers, options, items)))
+            results = stack.enter_context(contextlib.closing(_in_workers(workers, options, items)))
             for item, result in results:
                 bar.update()
                 match result:

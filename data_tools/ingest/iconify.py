@@ -22,14 +22,21 @@ from pathlib import Path
 from typing import Any, cast
 
 from PIL import Image
-from tqdm import tqdm
 
-from data_tools.images import PictureError, encode_image, parse_colour
-from data_tools.ingest.common import add_output_arguments, check_quality, positive
-from data_tools.output import SOURCE, claimed_folder
-from data_tools.rejects import Rejects
+from data_tools.arguments import add_workers_argument, positive
+from data_tools.filters import Filters
+from data_tools.images import MAX_PIXELS, PictureError, encode_image, parse_colour
+from data_tools.ingest.common import (
+    Found,
+    Options,
+    SetAside,
+    add_output_arguments,
+    check_quality,
+    ingest,
+)
 from finetune import UserError
-from finetune.data.shards import ShardError, ShardWriter, json_bytes, write_atomic
+
+Colour = tuple[int, int, int]
 
 _OVERSAMPLING = 2  # the edges of SVG filters and masks come out jagged at the final size
 _DEFAULT_SIDE = 16  # Iconify's, where neither the icon nor the set gives a width or height
@@ -57,38 +64,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--style-caption", action="store_true", help='add the set to captions: "cat, noto emoji style"'
     )
     add_output_arguments(parser, ("webp", "png", "jpg"), "default: webp")
+    add_workers_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools ingest iconify`."""
     check_quality(args.quality)
     background = parse_colour(args.background)
+    options = Options(args.format or "webp", None, args.quality, background, MAX_PIXELS, Filters())
     icons = IconSet.load(args.package)
     names = _choose(icons, args)
-    member = args.format or "webp"
-    samples = 0
-    with claimed_folder(args.out, args.overwrite) as out, Rejects(out) as rejects:
-        write_atomic(out / SOURCE, (json.dumps(icons.source(), indent=2, ensure_ascii=False) + "\n").encode())
-        with ShardWriter(out, "images", max_samples=args.shard_samples) as writer:
-            for name in tqdm(names, unit="icon", disable=None):
-                caption = name.replace("-", " ")
-                if args.style_caption:
-                    caption += f", {icons.title.lower()} style"
-                try:
-                    image = draw(icons.svg(name, args.size), args.size, background)
-                    record = {"captions": [caption], "original_size": [args.size, args.size]}
-                    members = {member: encode_image(image, member, args.quality), "json": json_bytes(record)}
-                    writer.write(name, members, (args.size, args.size))
-                except (PictureError, ShardError) as error:
-                    rejects.add(name, str(error))
-                    continue
-                samples += 1
-            rejects.require_some_left(samples, str(args.package))
-            rejects.save()
-            writer.finish()
+    origin = (json.dumps(icons.source(), indent=2, ensure_ascii=False) + "\n").encode()
+    items = (_drawn(icons, name, args, background) for name in names)
+    code = ingest(
+        args, options, items, source=str(args.package), paths=[args.package], total=len(names), origin=origin
+    )
     licence = icons.info.get("license", {}).get("title", "not stated")
-    print(f"{samples} icons of {icons.title} (licence: {licence}) in {args.out}{rejects.summary()}")
-    return 0
+    print(f"icons of {icons.title}, licence: {licence}")
+    return code
+
+
+def _drawn(icons: IconSet, name: str, args: argparse.Namespace, background: Colour) -> Found | SetAside:
+    caption = name.replace("-", " ")
+    if args.style_caption:
+        caption += f", {icons.title.lower()} style"
+    try:
+        image = draw(icons.svg(name, args.size), args.size, background)
+    except PictureError as error:
+        return SetAside(name, str(error))
+    return Found(name, name, encode_image(image, "png"), {"captions": [caption]})
 
 
 def _choose(icons: IconSet, args: argparse.Namespace) -> list[str]:
@@ -214,7 +218,7 @@ class IconSet:
         )
 
 
-def draw(svg: str, size: int, background: tuple[int, int, int]) -> Image.Image:
+def draw(svg: str, size: int, background: Colour) -> Image.Image:
     """Draw an SVG, size by size pixels, over a colour.
 
     Raises:

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from data_tools.arguments import positive
 from data_tools.fetch import Limits
 from data_tools.ingest.common import (
     Found,
@@ -46,7 +47,6 @@ from data_tools.ingest.common import (
     labels_of,
     named,
     number_or_text,
-    positive,
 )
 from data_tools.tars import printable
 from finetune import UserError

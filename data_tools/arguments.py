@@ -1,0 +1,58 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+MOST_WORKERS = 16  # one process reads for all of them, and feeds no more than about that
+
+
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text) if text.strip().lstrip("+").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def natural(text: str) -> int:
+    """An argument that is a whole number of at least 0."""
+    if not text.strip().isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def default_workers(processes: int = 1) -> int:
+    """One for each CPU that this process may use, shared with other `processes` of ours on this machine."""
+    return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes))
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """--workers; None where it isn't given."""
+    parser.add_argument(
+        "--workers",
+        type=natural,
+        metavar="N",
+        help=f"processes that decode; 0: only this one (default: one a CPU, at most {MOST_WORKERS})",
+    )
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: a GPU if any)")
+
+
+def add_shard_arguments(parser: argparse.ArgumentParser, out: str) -> None:
+    """--background, --shard-samples, --overwrite of a command that writes shards to the folder `out`."""
+    parser.add_argument(
+        "--background", default="white", metavar="COLOUR", help="behind transparent pixels (default: white)"
+    )
+    parser.add_argument(
+        "--shard-samples",
+        type=positive,
+        default=10_000,
+        metavar="N",
+        help="samples in a shard (default: 10000)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help=f"replace shards that {out} already holds")
