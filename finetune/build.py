@@ -78,6 +78,7 @@ def check(config: Config) -> None:
         "data.readers": config.data.readers,
         "data.prefetch": config.data.prefetch,
         "data.shuffle_window": config.data.shuffle_window,
+        "data.lanes": config.data.lanes,
         "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
         "train.threads": 1 if config.train.threads is None else config.train.threads,
         "optim.eps": config.optim.eps,
@@ -177,6 +178,7 @@ def open_data(config: Config, held_out_batch: int) -> Data:
         seed=fold(config.seed, "order"),
         global_batch=config.train.global_batch,
         shuffle=config.data.shuffle,
+        lanes=config.data.lanes,
         window=config.data.shuffle_window,
     )
     held_out = [
@@ -328,7 +330,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     data = open_data(config, micro_batch * world.size)
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
-    notices += _left_out(data)
+    notices += _left_out(data) + _fetched_again(data, world.size)
     decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
     if config.model.pretrained is not None:
@@ -434,6 +436,29 @@ def _left_out(data: Data) -> list[str]:
     return notices
 
 
+def _fetched_again(data: Data, ranks: int) -> list[str]:
+    """Whether the cache of remote shards is too small for those that are read by turns."""
+    cache = next((source.shards.cache for source in data.sources if source.shards.cache is not None), None)
+    if cache is None:
+        return []
+    nodes = max(1, ranks // cache.sharers)
+    needed = count = 0.0
+    for source, shards_K in zip(data.sources, data.order.shards_at_once(nodes).tolist(), strict=True):
+        if source.shards.remote:
+            infos = source.shards.manifest.shards
+            for bucket, shards in zip(data.buckets, shards_K, strict=True):
+                numbers = source.shards.bucket_shards(bucket).tolist()
+                count += shards
+                needed += shards * sum(infos[number].bytes for number in numbers) / max(1, len(numbers))
+    if needed <= cache.max_bytes:
+        return []
+    return [
+        f"each node reads about {count:.0f} remote shards by turns ({needed / 2**30:.1f} GiB) and the cache holds "
+        f"{cache.max_bytes / 2**30:.1f} GiB: most will be fetched many times an epoch; raise data.cache_gib, or "
+        f"lower data.lanes={data.order.lanes} to the most nodes that you will use, and data.shuffle_window"
+    ]
+
+
 def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None:
     encoder = data.encoder
     if unet.config.in_channels != encoder.channels:
@@ -508,6 +533,7 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         "validation.samples": config.validation.samples,
         "data.shuffle": config.data.shuffle,
         "data.shuffle_window": config.data.shuffle_window,
+        "data.lanes": config.data.lanes,
         "data.sources (manifests' sha256)": [source.shards.manifest.sha256 for source in data.sources],
         "data.sources (weights)": data.order.weights.tolist(),
         "adapter.kind": config.adapter.kind,

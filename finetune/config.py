@@ -139,6 +139,7 @@ class DataConfig:
     )  # data.sources.NAME.shards=..., data.sources.NAME.weight=1
     shuffle: bool = True
     shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
+    lanes: int = 64  # as many nodes read shards of their own; fewer lanes read from fewer shards at a time
     readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
     prefetch: int = 4  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen

@@ -156,6 +156,19 @@ def test_two_ranks_train_from_a_server_as_from_a_folder(
         assert asked.count(f"/{shard.name}") == 1
 
 
+def test_a_cache_that_would_fetch_again_and_again_is_said(
+    server: tuple[str, list[str]], overrides: list[str], tmp_path: Path
+) -> None:
+    remote = [f"data.shards={server[0]}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+    _, parts = parts_of(overrides, *remote)
+    said = [notice for notice in parts.notices if "fetched many times an epoch" in notice]
+    assert not said
+    cache = parts.data.sources[0].shards.cache
+    assert cache is not None
+    cache.max_bytes = parts.data.sources[0].shards.manifest.bytes // 2
+    assert "raise data.cache_gib, or lower data.lanes=" in build._fetched_again(parts.data, 1)[0]
+
+
 def test_a_server_that_is_away_is_one_line(overrides: list[str], command: Command, tmp_path: Path) -> None:
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as gone:
         url = f"http://127.0.0.1:{gone.server_address[1]}"

@@ -174,6 +174,10 @@ class Order:
         reached = [[line.stretches * line.length for line in lines] for lines in self._lines]
         return self.sizes - np.array(reached, np.int64).reshape(self.sizes.shape)
 
+    def shards_at_once(self, nodes: int) -> np.ndarray:
+        """[sources, buckets]: about how many shards each of `nodes` nodes reads by turns, at any time."""
+        return np.array([[line.shards_at_once(nodes) for line in lines] for lines in self._lines])
+
     def position(self, step: int) -> tuple[int, int]:
         """(bucket, how many earlier global batches were of that bucket) of optimizer step `step`."""
         labels, ordinals = self._schedule.span(step, step + 1)
@@ -340,6 +344,15 @@ class _Line:
         self.window = min(window * lanes // stretches, max(1, length))
         self._epochs = _Recent(2)
         self._windows = _Recent(stretches + 4)
+
+    def shards_at_once(self, nodes: int) -> float:
+        """Shards of the windows that one of so many nodes is in."""
+        shards = np.count_nonzero(self.sizes) if self.length else 0
+        mine = max(1.0, self.stretches / nodes)
+        if shards == 0 or self.starts[-1] <= _SMALL:
+            return float(shards)
+        of_window = self.window * shards / float(self.starts[-1]) + 1
+        return float(min(mine * of_window, shards * mine / self.stretches + 1, shards))
 
     def take(self, lane: int, begin: int, end: int) -> np.ndarray:
         """Rows (int64) of a lane's draws begin..end-1, counted over all epochs."""

@@ -278,6 +278,33 @@ def test_a_node_holds_few_shards_at_a_time():
         assert len(set((near // 100).tolist())) <= 64 * 3
 
 
+@pytest.mark.parametrize(
+    ("sizes", "nodes", "lanes", "window"),
+    [
+        ([[100] * 200], 1, 64, 640),
+        ([[100] * 200], 8, 64, 640),
+        ([[100] * 200], 1, 1, 640),
+        ([[100] * 90] * 3, 2, 8, 800),
+    ],
+)
+def test_a_cache_of_what_is_said_to_be_read_at_once_fetches_each_shard_about_once(sizes, nodes, lanes, window):
+    order = order_of(sizes, seed=1, global_batch=64, lanes=lanes, window=window)
+    room = round(order.shards_at_once(nodes).sum() * 1.2)
+    kept: dict[tuple[int, int], None] = {}
+    fetched = Counter[tuple[int, int]]()
+    for step in range(order.steps_per_epoch):
+        batch = order.batch(step, 0, 64 // nodes)
+        for shard in np.unique(batch.rows // 100).tolist():
+            if (batch.bucket, shard) not in kept:
+                fetched[batch.bucket, shard] += 1
+            kept.pop((batch.bucket, shard), None)
+            kept[batch.bucket, shard] = None
+            if len(kept) > room:
+                del kept[next(iter(kept))]
+    assert sum(fetched.values()) <= 1.6 * len(fetched)
+    assert room < 1.5 * sum(map(len, sizes))
+
+
 # --- scale ------------------------------------------------------------------------------------------
 
 _FAR = """
