@@ -1,6 +1,7 @@
 """Check a set of shards: files, checksums, tars, indexes, records, latents, pictures, keys.
 
-Prints every problem with its file and sample, and exits with 1 if there is any.
+Prints every problem with its file and sample (up to 1,000 of a shard), and exits with 1 if there is any. Each
+worker checks shards of its own; pictures are decoded too.
 
 examples:
   data-tools verify latents/photos
@@ -10,31 +11,57 @@ examples:
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
+from data_tools.arguments import add_workers_argument, default_workers
 from data_tools.images import PictureError, decode_rgb
-from finetune.data.shards import IMAGE_MEMBERS, Manifest, verify
+from data_tools.workers import CrashError, Workers
+from finetune.data.shards import IMAGE_MEMBERS, Manifest, Problem, ShardInfo, verify
+from finetune.data.shards.verify import Checked
+
+_FEW_BYTES = 64 << 20  # a set of no more isn't worth the start of workers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools verify`."""
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
+    add_workers_argument(parser)
     parser.add_argument("--no-decode", action="store_true", help="trust checksums, don't decode the pictures")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools verify`: 0 when all is well, 1 when there are problems."""
     manifest = Manifest.load(args.shards)
-    with tqdm(total=manifest.bytes, unit="B", unit_scale=True, disable=None) as bar:
-        problems = verify(args.shards, progress=bar.update, check=None if args.no_decode else _decodes)
+    workers = default_workers() if args.workers is None else args.workers
+    few = len(manifest.shards) < 2 or manifest.bytes < _FEW_BYTES
+    check = None if args.no_decode else _decodes
+    with (
+        Workers(0 if few else workers) as pool,
+        tqdm(total=manifest.bytes, unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        problems = verify(args.shards, bar.update, check, functools.partial(_each, pool))
     for problem in problems:
         print(problem)
     what = f"{manifest.samples} {manifest.kind}, {len(manifest.shards)} shards, {manifest.bytes:,} bytes"
     verdict = f"{len(problems)} problems" if problems else "all well"
     print(f"{args.shards}: {what}: {verdict}")
     return 1 if problems else 0
+
+
+def _each(
+    pool: Workers, function: Callable[[ShardInfo], Checked], shards: Sequence[ShardInfo]
+) -> Iterator[Checked]:
+    """`map` over worker processes; a shard that crashes them is a problem like any other."""
+    for shard, result in pool.map(function, shards, catch=(CrashError,), name=lambda shard: shard.name):
+        if isinstance(result, BaseException):
+            yield np.zeros(0, np.uint64), [Problem(shard.name, None, str(result))]
+        else:
+            yield result
 
 
 def _decodes(member: str, data: bytes) -> str | None:

@@ -41,6 +41,22 @@ def test_verify(cli: Cli, latents: Path) -> None:
     assert cli("verify", latents / "nowhere").code == 2
 
 
+def test_verify_says_the_same_in_workers(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ShardWriter(tmp_path / "set", "images", max_samples=2) as writer:
+        for number, key in enumerate(("k0", "k1", "k2", "k3", "k0")):
+            picture = encoded(smooth_picture(number, 16, 16))
+            writer.write(key, {"png": picture[: len(picture) // (1 + (key == "k3"))], "json": b"{}"})
+        writer.finish()
+    monkeypatch.setattr("data_tools.verify._FEW_BYTES", 0)
+    alone, together = (cli("verify", tmp_path / "set", "--workers", workers) for workers in (0, 2))
+    assert alone == together
+    assert alone.code == 1
+    lines = alone.out.splitlines()
+    assert [line.partition(": ")[0] for line in lines[:-1]] == ["00001.tar", "00002.tar"]
+    assert "k3: png: can't be decoded" in lines[0]
+    assert "k0: the key is also in 00000.tar" in lines[1]
+
+
 def test_verify_decodes_pictures(cli: Cli, tmp_path: Path) -> None:
     """Pictures that were damaged before they came into the shards: every checksum is right."""
     with ShardWriter(tmp_path / "set", "images") as writer:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -32,6 +34,8 @@ from finetune.data.shards.files import (
 )
 from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo, TextInfo
 
+_MOST_PROBLEMS = 1000  # of a shard, that are named
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -46,10 +50,16 @@ class Problem:
         return f"{where}: {self.what}"
 
 
+Checked = tuple[np.ndarray, list[Problem]]
+"""Of a shard: uint64 hashes of its keys, and what is wrong with it."""
+Each = Callable[[Callable[[ShardInfo], Checked], Sequence[ShardInfo]], Iterable[Checked]]
+
+
 def verify(
     root: str | os.PathLike[str],
     progress: Callable[[int], object] | None = None,
     check: Callable[[str, bytes], str | None] | None = None,
+    each: Each = map,
 ) -> list[Problem]:
     """Check a whole set: names, sizes, checksums, tars against indexes, records, latents, keys.
 
@@ -57,6 +67,7 @@ def verify(
         progress: called with the number of bytes just checked.
         check: called with each member's name and bytes; returns what is wrong with them, or None. The way to
             decode pictures, which this module doesn't know.
+        each: like `map`, over the shards; may use other processes.
     """
     root = Path(root)
     try:
@@ -65,11 +76,13 @@ def verify(
         return [Problem(MANIFEST, None, str(error))]
     problems = [*_verify_folder(root, manifest)]
     key_hashes: list[np.ndarray] = []
-    for shard in manifest.shards:
-        if (root / shard.name).is_file():
-            hashes, found = _verify_shard(root, manifest, shard, progress, check)
-            problems += found
-            key_hashes.append(hashes)
+    shards = [shard for shard in manifest.shards if (root / shard.name).is_file()]
+    look = functools.partial(_verify_shard, root, dataclasses.replace(manifest, shards=[]), check)
+    for shard, (hashes, found) in zip(shards, each(look, shards), strict=True):
+        problems += found
+        key_hashes.append(hashes)
+        if progress:
+            progress(shard.bytes)
     problems += _verify_keys(root, manifest, key_hashes)
     return problems
 
@@ -121,10 +134,9 @@ def _verify_empty_text(root: Path, text: TextInfo) -> Iterator[Problem]:
 def _verify_shard(
     root: Path,
     manifest: Manifest,
-    shard: ShardInfo,
-    progress: Callable[[int], object] | None,
     check: Callable[[str, bytes], str | None] | None,
-) -> tuple[np.ndarray, list[Problem]]:
+    shard: ShardInfo,
+) -> Checked:
     path = root / shard.name
     problems: list[Problem] = []
 
@@ -138,8 +150,6 @@ def _verify_shard(
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-            if progress:
-                progress(len(chunk))
     if digest.hexdigest() != shard.sha256:
         report(f"sha256 is {digest.hexdigest()[:12]}..., the manifest says {shard.sha256[:12]}...")
 
@@ -172,6 +182,8 @@ def _verify_shard(
             for what in _verify_sample(file, manifest, shard, places, check):
                 report(what, key)
     hashes = np.fromiter((_hash(key) for key, _ in samples), np.uint64, len(samples))
+    if (more := len(problems) - _MOST_PROBLEMS) > 0:
+        problems[_MOST_PROBLEMS:] = [Problem(shard.name, None, f"{more:,} more problems")]
     return hashes, problems
 
 
@@ -302,8 +314,9 @@ def _verify_keys(root: Path, manifest: Manifest, key_hashes: list[np.ndarray]) -
     """Keys that repeat over shards: 8 bytes a sample are kept, and only the suspects are looked at again."""
     if not key_hashes:
         return
-    values, counts = np.unique(np.concatenate(key_hashes), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
+    values = np.concatenate(key_hashes)
+    values.sort()
+    suspects = set(values[1:][values[1:] == values[:-1]].tolist())
     if not suspects:
         return
     first: dict[str, str] = {}
