@@ -32,9 +32,9 @@ class Batch:
         return len(self.captions)
 
     def to(self, device: torch.device) -> Batch:
+        """Moments and clock there; what text is needed, `TextConditioner.text_of` brings."""
         return replace(
             self,
             moments=self.moments.to(device, non_blocking=True),
             clock=self.clock.to(device, non_blocking=True),
-            text_states=None if self.text_states is None else self.text_states.to(device, non_blocking=True),
         )

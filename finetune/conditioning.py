@@ -52,18 +52,20 @@ class TextConditioner(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(mode and self.trained)
 
-    def text_of(self, batch: Batch, dropout: float, seed: int) -> Tensor:
-        """What `forward` takes for a batch: token ids [B, L], or [B, L, D] states that the batch brings.
+    def text_of(self, batch: Batch, dropout: float, seed: int, device: torch.device | None = None) -> Tensor:
+        """What `forward` takes, on `device`: token ids [B, L], or [B, L, D] states that the batch brings.
 
         Captions are dropped here, at each visit anew (see `drop_captions`).
         """
         captions = drop_captions(batch.captions, batch.clock, dropout, seed)
         if batch.text_states is None:
-            return self.tokenize(captions)
+            return self.tokenize(captions).to(device, non_blocking=True)
         assert self.empty_states_LD is not None
-        device = batch.text_states.device
-        empty_B11 = torch.tensor([not caption for caption in captions]).view(-1, 1, 1).to(device)
-        return torch.where(empty_B11, self.empty_states_LD.to(device), batch.text_states)
+        # To the device first: there the choice is free, here it would copy all states out of page-locked memory.
+        states_BLD = batch.text_states.to(device, non_blocking=True)
+        self.empty_states_LD = self.empty_states_LD.to(states_BLD.device)
+        empty_B11 = torch.tensor([not caption for caption in captions]).view(-1, 1, 1)
+        return torch.where(empty_B11.to(states_BLD.device), self.empty_states_LD, states_BLD)
 
     def forward(self, text: Tensor) -> Tensor:
         """Context [B, L, D] of token ids (int64 [B, L]); states (floating [B, L, D]) are context already."""

@@ -51,7 +51,7 @@ def optimizer_step(
         data_seconds += time.perf_counter() - started
         # Layers that draw from torch's own generator (LoRA's dropout) are made a function of the clock as well.
         torch.manual_seed(rng.fold(seed, f"layers:{int(batch.clock[0])}"))
-        text = conditioner.text_of(batch, caption_dropout, seed).to(device, non_blocking=True)
+        text = conditioner.text_of(batch, caption_dropout, seed, device)
         batch = batch.to(device)
         loss_sum += strategy.backward(
             ("loss", batch.moments, text, batch.clock),
