@@ -108,7 +108,9 @@ class Cache:
                 room = shutil.disk_usage(self.folder).free + self.held_bytes
                 max_bytes = min(DEFAULT_BYTES, int(FREE_SHARE * room))
         except OSError as error:
-            raise ShardError(f"cannot use {self.folder} as cache ({error}); set LDM_FINETUNE_CACHE") from None
+            raise ShardError(
+                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
+            ) from None
         if max_bytes < 1:
             raise ShardError(f"a cache of {max_bytes} bytes holds nothing; give data.cache_gib a positive number")
         self.max_bytes = max_bytes
@@ -254,7 +256,9 @@ class Cache:
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            raise ShardError(f"cannot use {self.folder} as cache ({error}); set LDM_FINETUNE_CACHE") from None
+            raise ShardError(
+                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
+            ) from None
         except NPY_ERRORS:
             pass
         if fd >= 0:
@@ -378,8 +382,12 @@ class Cache:
         except OSError as error:
             if error.errno in FULL:
                 what = f"no space left for the cache in {self.folder}; free some space, lower data.cache_gib"
-                raise ShardError(f"{what} or set LDM_FINETUNE_CACHE to a folder on a larger disk") from error
-            raise ShardError(f"cannot use {self.folder} as cache ({error}); set LDM_FINETUNE_CACHE") from error
+                raise ShardError(
+                    f"{what} or set data.cache_dir or LDM_FINETUNE_CACHE to a folder on a larger disk"
+                ) from error
+            raise ShardError(
+                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
+            ) from error
 
     # counts
 

@@ -342,7 +342,7 @@ class Store:
                     warnings.warn(f"{self.url(name)}: {self._why(last)}; trying on", stacklevel=2)
                 stop.wait(self.retry.delay_s(failures, self._random.random()))
         remedy = (
-            "restore the file or make the shards again"
+            "restore the file; if a new set took its place, start again with that"
             if isinstance(last, _WrongBytesError)
             else "check the network"
         )
