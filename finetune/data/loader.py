@@ -12,6 +12,7 @@ import itertools
 import math
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -331,8 +332,12 @@ class Loader:
     def close(self) -> None:
         """End the readers; a download that hangs is left to its time-out."""
         self._stop.set()
+        deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
-            thread.join(timeout=_CLOSE_S)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
+        for samples in self.data.sources:  # nothing more is fetched ahead
+            if samples.shards.remote:
+                samples.shards.close()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from finetune.batch import Batch
 from finetune.data.loader import Data, Loader, Samples, captions_of, hold_out, read_batch
 from finetune.data.order import Order, Source
 from finetune.data.shards import (
+    Cache,
     EncoderInfo,
     Manifest,
     ShardError,
@@ -302,6 +303,20 @@ def test_closing_ends_the_threads(folder: Path) -> None:
     assert not reader_threads()
     data_of(folder).loader(seed=0, micro_batch=6).close()  # never begun
     assert not reader_threads()
+
+
+def test_closing_ends_what_fetches_ahead(folder: Path, tmp_path: Path) -> None:
+    local = take(data_of(folder).loader(seed=0, micro_batch=6), 8)
+    data = data_of(folder)
+    (source,) = data.sources
+    source.shards = ShardSet.open(f"pipe:cat {folder}/{{}}", cache=Cache(tmp_path, 1 << 30))
+    loader = data.loader(seed=0, micro_batch=6, readers=2)
+    batches = iter(loader)
+    remote = list(islice(batches, 8))
+    assert all(same(a, b) for a, b in zip(local, remote, strict=True))
+    batches.close()
+    loader.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("reader", "prefetch"))]
 
 
 def test_a_loader_can_be_walked_again(folder: Path) -> None:
