@@ -443,10 +443,13 @@ class ShardSet:
         want_header = npy_header((count, *out.shape), "<f2")
         begin = offset + len(want_header) + row * out.nbytes
         whole = size == len(want_header) + count * out.nbytes
-        if not whole or _pread_all(tar.fd, len(want_header), offset) != want_header:
-            self._fail(tar, sample_id, f"has a {member} that is no float16 {[count, *out.shape]}")
-        if os.preadv(tar.fd, (out.data.cast("B"),), begin) != out.nbytes:
-            self._fail(tar, sample_id, f"ends early in {member}")
+        try:
+            if not whole or _pread_all(tar.fd, len(want_header), offset) != want_header:
+                self._fail(tar, sample_id, f"has a {member} that is no float16 {[count, *out.shape]}")
+            if os.preadv(tar.fd, (out.data.cast("B"),), begin) != out.nbytes:
+                self._fail(tar, sample_id, f"ends early in {member}")
+        except (OSError, OverflowError) as error:
+            self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
 
     def _parse_record(self, tar: _Tar, sample_id: int, text: bytes) -> dict[str, Any]:
         try:
