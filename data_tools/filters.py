@@ -10,6 +10,7 @@ import argparse
 import ast
 import functools
 import operator
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -208,7 +209,8 @@ def _evaluator(expression: str) -> tuple[Any, ast.expr]:
         at, what = "", str(error)
         if isinstance(error, SyntaxError):
             at, what = f" at character {error.offset or len(text)}", error.msg
-        raise UserError(f"--where {expression}: {what}{at}") from None
+        hint = "; write and, or, not, ==" if re.search(r"&|\||!(?!=)|(?<![=<>!])=(?!=)", text) else ""
+        raise UserError(f"--where {expression}: {what}{at}{hint}") from None
     for node in ast.walk(tree):
         if (problem := _refused(node)) is not None:
             at = f" at character {node.col_offset + 1}" if isinstance(node, ast.expr) else ""
@@ -230,7 +232,9 @@ def _evaluator(expression: str) -> tuple[Any, ast.expr]:
 def _refused(node: ast.AST) -> str | None:
     if isinstance(node, ast.Call):
         if not isinstance(node.func, ast.Name) or node.func.id not in (*_FUNCTIONS, "field"):
-            return f"no function {ast.unparse(node.func)}"
+            method = node.func.attr if isinstance(node.func, ast.Attribute) else ""
+            hint = f" (write {method}(...))" if method in _FUNCTIONS else ""
+            return f"no function {ast.unparse(node.func)}{hint}"
         if node.keywords:
             return "named arguments can't be used"
     if isinstance(node, ast.Constant) and not isinstance(node.value, str | int | float | None):
