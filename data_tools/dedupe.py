@@ -62,6 +62,7 @@ from tqdm import tqdm
 from data_tools.arguments import add_workers_argument, default_workers
 from data_tools.images import PictureError, decode_rgb
 from data_tools.leaders import HASH_BITS, distances, find_leaders
+from data_tools.output import whole_file
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
@@ -466,10 +467,8 @@ def _draw(out: Path, parts: list[Part], table: Table, found: Found, pairs: int =
         ImageDraw.Draw(picture).text((2, tile), f"distance {found.distance[place]}", fill="black")
         tiles.append(picture)
     sheet = contact_sheet(tiles, 4)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp.{out.name}")
-    sheet.save(temporary)
-    os.replace(temporary, out)
+    with whole_file(out) as temporary:
+        sheet.save(temporary)
     print(
         f"{len(chosen)} of {len(near):,} near duplicates in {out}, each with the picture that is kept on its left"
     )

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_tools.output import whole_file
 from finetune import UserError
 from finetune.data.shards import ShardError, ShardSet
 
@@ -179,12 +179,10 @@ def draw(out: Path, facts: dict[str, Any], lengths: list[int]) -> None:
             right.set(xlabel=f"words in a caption (the last bar: and more, up to {max(lengths):,})")
     else:
         right.text(0.5, 0.5, "no captions", ha="center", va="center", transform=right.transAxes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".tmp.{out.name}")
     suffix = out.suffix.lower()[1:]
     dated = {"png": "Software", "svg": "Date", "pdf": "CreationDate"}[suffix]  # left out: the same bytes each time
-    figure.savefig(temporary, format=suffix, dpi=120, metadata={dated: None})
-    os.replace(temporary, out)
+    with whole_file(out) as temporary:
+        figure.savefig(temporary, format=suffix, dpi=120, metadata={dated: None})
 
 
 def bars(buckets: dict[str, dict[str, int]]) -> tuple[list[str], list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -20,6 +21,7 @@ LOCK = ".lock"
 JOB = "encode.json"
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
 _FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT)
+_FULL = (errno.ENOSPC, errno.EDQUOT)  # `run_cli` has words for these
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
 
 
@@ -52,7 +54,9 @@ def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except (PermissionError, NotADirectoryError) as error:
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
             raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder") from None
         try:
             fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1, 0)
@@ -93,6 +97,27 @@ def _same_file(lock: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(lock), path.stat())
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A temporary path beside `out`, which takes the place of `out` in the end: whole, or not at all.
+
+    Raises:
+        UserError: `out` can't be written.
+    """
+    temporary = out.with_name(f".tmp.{out.name}")  # its suffix says which format to write
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, out)
+    except OSError as error:
+        if error.errno in _FULL:
+            raise
+        raise UserError(f"cannot write {out} ({error.strerror or error}); choose another place") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def refuse_sources(out: Path, sources: Iterable[Path]) -> None:

@@ -11,7 +11,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from tqdm import tqdm
 from data_tools.arguments import add_device_argument, positive
 from data_tools.encode import choose_device
 from data_tools.images import PictureError, decode_rgb
+from data_tools.output import whole_file
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, ShardError, ShardSet
 
@@ -49,10 +49,8 @@ def run(args: argparse.Namespace) -> int:
     draw = _decoded(shards, ids, args) if shards.manifest.kind == "latents" else _pictures(shards, ids)
     tiles = list(tqdm(draw, total=count, unit="picture", disable=None))
     sheet = contact_sheet(tiles, args.columns)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".tmp.{args.out.name}")
-    sheet.save(temporary)
-    os.replace(temporary, args.out)
+    with whole_file(args.out) as temporary:
+        sheet.save(temporary)
     print(f"{count} of {len(shards)} samples in {args.out}")
     return 0
 

@@ -47,3 +47,18 @@ def test_the_shards_of_an_image_set_stay(cli: Cli, image_shards: Path, vae_folde
     result = cli("encode", image_shards, "--vae", vae_folder, "--out", image_shards, "--overwrite")
     assert (result.code, content(image_shards)) == (2, before)
     assert "is where the pictures come from" in result.err
+
+
+def test_places_that_cannot_be_written(cli: Cli, image_shards: Path, photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for command in (
+        ["preview", image_shards, "--out", tmp_path / "file" / "sheet.png"],
+        ["inspect", image_shards, "--plot", tmp_path / "file" / "plot.png"],
+        ["ingest", "folder", photos, "--out", tmp_path / "file" / "shards"],
+        ["ingest", "folder", photos, "--out", "/proc/shards"],
+    ):
+        result = cli(*command)
+        assert (result.code, "cannot write" in result.err) == (2, True)
+    (tmp_path / "folder.png").mkdir()
+    assert cli("preview", image_shards, "--out", tmp_path / "folder.png").code == 2
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png", "images", "photos"}
