@@ -21,7 +21,7 @@ from finetune.data.shards.files import naming
 from finetune.data.shards.writer import write_shard
 
 SHARD_BYTES = 1 << 30
-_KEYS_AT_A_TIME = 1 << 23  # hashes that are compared at a time: 64 MiB, twice
+_KEYS_AT_A_TIME = 1 << 26  # hashes that are compared at a time: 512 MiB, twice
 
 
 @dataclass
@@ -145,8 +145,10 @@ def _repeats(parts: list[Part], units: Sequence[str], plan: Plan) -> dict[tuple[
     suspects: list[np.ndarray] = []
     for number in range(passes):  # each looks at the hashes with one remainder, so memory is bounded
         some = [keys[keys % np.uint64(passes) == number] for keys in (part.keys() for part in parts)]
-        values, counts = np.unique(np.concatenate(some), return_counts=True)
-        suspects.append(values[counts > 1])
+        values = np.concatenate(some)
+        del some
+        values.sort()
+        suspects.append(np.unique(values[1:][values[1:] == values[:-1]]))
     dropped: dict[tuple[int, int], list[int]] = {}
     if not any(map(len, suspects)):
         return dropped
