@@ -5,7 +5,7 @@
 Content: Stable Diffusion's moments, float16 [8, 64, 64], and a record with captions. Each peer gets its own format
 of it and its own shuffle; all files are in the page cache. The limit is a plain loop of `preadv` over the members,
 in random order, into one batch tensor. `mosaicml-streaming` and `litdata` are left out where they are missing.
-Contenders take turns, round by round; the table has each one's median.
+Contenders take turns, round by round, each in a process of its own; the table has each one's median.
 
 "Waiting" is the share of a consumer's time spent in `next`, where it works 5 ms a batch otherwise.
 """
@@ -17,9 +17,11 @@ import importlib.util
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from finetune.latents import LatentSpace
 
 SHAPE = (8, 64, 64)
 BATCH = 64
+PEERS = {"mosaicml-streaming": "streaming", "litdata": "litdata"}
 ENCODER = EncoderInfo("bench/vae", "0" * 64, 0.18215, 0.0, "float32", (-1.0, 1.0), channels=4, downsample=8)
 
 
@@ -158,6 +161,34 @@ def waiting(batches: Iterator[Any], steps: int = 1000) -> float:
     return waited / (time.perf_counter() - started)
 
 
+def contender(name: str, folder: Path, samples: int) -> Iterator[Any]:
+    """Batches of one contender; its content is made first where it is missing."""
+    shards = folder / f"shards-{samples}"
+    match name:
+        case "preadv loop":
+            return iter(Preadv(shards))
+        case "ours":
+            return iter(ours(shards, readers=1))
+        case "ours, 2 readers":
+            return iter(ours(shards, readers=2))
+        case "webdataset":
+            return webdataset_loader(shards)
+        case "mosaicml-streaming":
+            return streaming_loader(folder / f"mds-{samples}", samples)
+        case "litdata":
+            return litdata_loader(folder / f"litdata-{samples}", samples)
+    raise ValueError(name)
+
+
+def alone(name: str, folder: Path, args: argparse.Namespace) -> tuple[float, float]:
+    """(samples a second, share of the time that a consumer of 5 ms waits) in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.loader", "--folder", str(folder), "--samples", str(args.samples)]
+    command += ["--seconds", str(args.seconds), "--alone", name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found, waited = done.stdout.split()[-2:]
+    return float(found), float(waited)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--samples", type=int, default=16_384)
@@ -165,7 +196,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="of each contender in each round")
     parser.add_argument("--folder", type=Path, help="where the content is (kept) or goes; default: a temporary one")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--alone", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.alone:
+        batches = contender(args.alone, args.folder, args.samples)
+        rate(batches, 1.0)
+        print(rate(batches, args.seconds), waiting(batches) if args.alone == "ours" else 0.0, flush=True)
+        os._exit(0)  # peers leave threads behind that would hold the process
     folder = args.folder or Path(tempfile.mkdtemp())
     shards = folder / f"shards-{args.samples}"
     if not shards.exists():
@@ -174,30 +211,23 @@ def main() -> None:
                 members = {LATENT: latent_bytes(moments), "json": json_bytes(said)}
                 writer.write(f"{index:09d}", members, (512, 512))
             writer.finish(ENCODER)
-    contenders: dict[str, Callable[[], Iterator[Any]]] = {
-        "preadv loop": lambda: iter(Preadv(shards)),
-        "ours": lambda: iter(ours(shards, readers=1)),
-        "ours, 2 readers": lambda: iter(ours(shards, readers=2)),
-        "webdataset": lambda: webdataset_loader(shards),
-    }
-    if importlib.util.find_spec("streaming"):
-        mds = folder / f"mds-{args.samples}"
-        contenders["mosaicml-streaming"] = lambda: streaming_loader(mds, args.samples)
-    if importlib.util.find_spec("litdata"):
-        chunks = folder / f"litdata-{args.samples}"
-        contenders["litdata"] = lambda: litdata_loader(chunks, args.samples)
-    running = {name: make() for name, make in contenders.items()}
-    for batches in running.values():  # once through everything: into the page cache
-        rate(batches, 1.0)
-    for path in sorted(folder.rglob("*")):
+    names = ["preadv loop", "ours", "ours, 2 readers", "webdataset"]
+    names += [name for name, module in PEERS.items() if importlib.util.find_spec(module)]
+    for name in names[4:]:
+        alone(name, folder, args)  # writes its content
+    for path in sorted(folder.rglob("*")):  # into the page cache
         if path.is_file():
             path.read_bytes()
-    rates: dict[str, list[float]] = {name: [] for name in running}
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    waits = []
     for _ in range(args.rounds):
-        for name, batches in running.items():
-            rates[name].append(rate(batches, args.seconds))
+        for name in names:
+            found, waited = alone(name, folder, args)
+            rates[name].append(found)
+            if name == "ours":
+                waits.append(waited)
     medians = {name: statistics.median(found) for name, found in rates.items()}
-    best_peer = max((medians[name] for name in ("mosaicml-streaming", "litdata") if name in medians), default=None)
+    best_peer = max((medians[name] for name in names[4:]), default=None)
     row = {
         "benchmark": "loader",
         **context(),
@@ -207,7 +237,7 @@ def main() -> None:
         "of_limit": round(medians["ours"] / medians["preadv loop"], 3),
         "times_webdataset": round(medians["ours"] / medians["webdataset"], 2),
         "times_best_peer": round(medians["ours"] / best_peer, 2) if best_peer else None,
-        "waiting": round(waiting(running["ours"]), 5),
+        "waiting": round(statistics.median(waits), 5),
     }
     record(args.json, row)
     for name, value in medians.items():
@@ -215,7 +245,6 @@ def main() -> None:
     print(f"{'waiting':>20}  {row['waiting']:.2%} of the time of a consumer of 5 ms a batch")
     if args.folder is None:
         shutil.rmtree(folder)
-    os._exit(0)  # peers leave threads behind that would hold the process
 
 
 if __name__ == "__main__":

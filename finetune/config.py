@@ -141,7 +141,7 @@ class DataConfig:
     shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
     lanes: int = 64  # as many nodes read shards of their own; fewer lanes read from fewer shards at a time
     readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
-    prefetch: int = 4  # micro-batches held ready
+    prefetch: int = 8  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
     cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder
     cache_gib: float | None = (

@@ -7,13 +7,12 @@ train on the same thing.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-import queue
+import sys
 import threading
 import time
-import weakref
+from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -58,7 +57,7 @@ class _Buffers:
     """Memory of moments, used again once its last view is gone: fresh pages cost more than the copy into them."""
 
     def __init__(self) -> None:
-        self._free: dict[int, list[np.ndarray]] = {}
+        self._arrays: dict[int, list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def take(self, shape: tuple[int, ...], pin: bool) -> torch.Tensor:
@@ -68,19 +67,24 @@ class _Buffers:
         count = math.prod(shape)
         size = 1 << (count - 1).bit_length()  # buckets of nearly one size share; pages not used cost nothing
         with self._lock:
-            free = self._free.get(size)
-            memory = free.pop() if free else np.empty(size, np.float16)
-        view = memory[:count].reshape(shape)
-        weakref.finalize(view, self._give_back, memory).atexit = False
-        return torch.from_numpy(view)  # which holds `view` for as long as any tensor shares its storage
-
-    def _give_back(self, memory: np.ndarray) -> None:
-        # May run inside `take`, in the garbage collector: no lock here. `setdefault` and `append` are atomic.
-        free = self._free.setdefault(memory.size, [])
-        if len(free) < _KEPT_BUFFERS:
-            free.append(memory)
+            arrays = self._arrays.setdefault(size, [])
+            # A tensor holds its array for as long as any view shares its storage; the rest is this list, this
+            # name and the call's argument.
+            array = next((each for each in arrays if sys.getrefcount(each) <= _UNUSED), None)
+            if array is None:
+                array = np.empty(size, np.float16)
+                if len(arrays) < _KEPT_BUFFERS:
+                    arrays.append(array)
+            return torch.from_numpy(array)[:count].view(shape)
 
 
+def _references() -> int:
+    """What `sys.getrefcount` says in `_Buffers.take` of an array without tensors; releases of Python differ."""
+    arrays = [np.empty(1)]
+    return next(sys.getrefcount(each) for each in arrays)
+
+
+_UNUSED = _references()
 _BUFFERS = _Buffers()
 
 
@@ -206,6 +210,48 @@ def read_batch(
     )
 
 
+class _Shelf:
+    """What one reader has ready, in order; `size` batches at most.
+
+    Waking a thread costs the consumer more than taking a batch, so a full shelf's reader sleeps until half is gone.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._items: deque[Batch | BaseException] = deque()
+        self._closed = self._asleep = False
+        lock = threading.Lock()
+        self._filled, self._emptied = threading.Condition(lock), threading.Condition(lock)
+
+    def put(self, item: Batch | BaseException) -> bool:
+        """Add a batch, or the error that ended the reader, once there is room; False when nobody wants it."""
+        with self._emptied:
+            while len(self._items) >= self._size and not self._closed:
+                self._asleep = True
+                self._emptied.wait()
+            self._asleep = False
+            if not self._closed:
+                self._items.append(item)
+                self._filled.notify()
+            return not self._closed
+
+    def take(self) -> Batch | BaseException:
+        """The next batch, once it is there."""
+        if not self._items or (self._asleep and len(self._items) <= self._size // 2 + 1):
+            with self._filled:
+                self._emptied.notify()
+                while not self._items:
+                    self._filled.wait()
+        return self._items.popleft()  # the consumer alone takes, so no lock
+
+    def close(self) -> None:
+        """Let go of everything, and of the reader."""
+        with self._emptied:
+            self._closed = True
+            self._items.clear()
+            self._emptied.notify()
+
+
 class Loader:
     """Iterates over this rank's micro-batches for ever, from optimizer step `start_step`.
 
@@ -228,7 +274,7 @@ class Loader:
         micro_batch: int,
         start_step: int = 0,
         readers: int = 1,
-        prefetch: int = 4,
+        prefetch: int = 8,
         pin: bool = False,
     ) -> None:
         self.data, self.order, self.seed = data, data.order, seed
@@ -241,7 +287,7 @@ class Loader:
         self.remote = any(samples.shards.remote for samples in data.sources)
         self._looking = threading.Lock()
         self._seen: dict[int, list[tuple[int, list[int]]]] = {}  # steps looked at ahead: see `_shards_of`
-        self._stop = threading.Event()
+        self._shelves: list[_Shelf] = []
         self._threads: list[threading.Thread] = []
 
     def _read(self, step: int, offset: int) -> Batch:
@@ -289,8 +335,8 @@ class Loader:
             found.append((source, list(dict.fromkeys(shards.tolist()))))
         return found
 
-    def _run(self, reader: int, ready: queue.Queue[Batch | BaseException], stop: threading.Event) -> None:
-        """One reader's life: every `readers`-th micro-batch, in order, until one fails."""
+    def _run(self, reader: int, shelf: _Shelf) -> None:
+        """One reader's life: every `readers`-th micro-batch, in order, until one fails or nobody wants more."""
         per_step = self.share // self.micro_batch
         for number in itertools.count(reader, self.readers):
             step, place = divmod(number, per_step)
@@ -299,39 +345,35 @@ class Loader:
                     self._look_ahead(self.start_step + step)
                 batch = self._read(self.start_step + step, place * self.micro_batch)
             except BaseException as error:
-                ready.put(error)
+                shelf.put(error)
                 return
-            ready.put(batch)  # waits while enough batches are ready
-            if stop.is_set():
+            if not shelf.put(batch):
                 return
 
     def __iter__(self) -> Generator[Batch]:
-        # One queue a reader, so that batches come in order and a reader waits for nobody but the consumer.
-        held = -(-self.prefetch // self.readers)
-        queues = [queue.Queue[Batch | BaseException](held) for _ in range(self.readers)]
-        self._stop = stop = threading.Event()  # of this iteration: another may follow
+        # A shelf for each reader, so that batches come in order and readers don't wait for each other.
+        shelves = [_Shelf(-(-self.prefetch // self.readers)) for _ in range(self.readers)]
+        self._shelves = shelves  # of this iteration: another may follow
         self._threads = [
-            threading.Thread(target=self._run, args=(reader, ready, stop), name=f"reader-{reader}", daemon=True)
-            for reader, ready in enumerate(queues)
+            threading.Thread(target=self._run, args=(reader, shelf), name=f"reader-{reader}", daemon=True)
+            for reader, shelf in enumerate(shelves)
         ]
         for thread in self._threads:
             thread.start()
         try:
-            for ready in itertools.cycle(queues):
-                batch = ready.get()
+            for shelf in itertools.cycle(shelves):
+                batch = shelf.take()
                 if isinstance(batch, BaseException):
                     raise batch
                 yield batch
         finally:
-            stop.set()
-            for ready in queues:
-                with contextlib.suppress(queue.Empty):
-                    while True:
-                        ready.get_nowait()
+            for shelf in shelves:
+                shelf.close()
 
     def close(self) -> None:
         """End the readers; a download that hangs is left to its time-out."""
-        self._stop.set()
+        for shelf in self._shelves:
+            shelf.close()
         deadline = time.monotonic() + _CLOSE_S
         for thread in self._threads:
             thread.join(timeout=max(0.0, deadline - time.monotonic()))

@@ -434,3 +434,23 @@ def test_mistakes_about_sources_get_one_line(folder: Path, tmp_path: Path, overr
     with pytest.raises(UserError) as caught:
         open_data(compose("train", [*named, "train.global_batch=6"], Config)[0], held_out_batch=4)
     assert says in str(caught.value)
+
+
+def test_memory_is_used_again_only_when_no_view_is_left(folder: Path) -> None:
+    data = data_of(folder)
+    loader = data.loader(seed=0, micro_batch=6)
+    batches = iter(loader)
+    slices: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+    for batch in islice(batches, 60):
+        slices.append(batch.moments[2:4, 1:])  # a view alone, the batch itself is let go
+        copies.append(slices[-1].clone())
+    assert all(torch.equal(view, copy) for view, copy in zip(slices, copies))
+    places = {view.untyped_storage().data_ptr() for view in slices}
+    assert len(places) == len(slices)
+    slices.clear()
+    del batch
+    again = {next(batches).moments.untyped_storage().data_ptr() for _ in range(40)}
+    assert len(again) < 40
+    batches.close()
+    loader.close()
