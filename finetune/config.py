@@ -2,7 +2,7 @@
 
 Defaults live here; `conf/` holds choices. `compose` turns overrides into a `Config`, or into another command's
 schema from its own folder of choices, and every mistake into one line. Components never see these classes:
-`build.py` hands them plain values.
+`build` hands them plain values.
 """
 
 from __future__ import annotations

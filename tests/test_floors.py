@@ -39,7 +39,7 @@ FLOORS: dict[str, float] = {
     "tracking": 3,
     "validation": 3,
     "loop": 4,
-    "build": 5,
+    "build/": 5,
     "autoencoder/": ASIDE,
     "export/": ASIDE,
     "evaluation/": ASIDE,

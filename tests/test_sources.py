@@ -166,7 +166,7 @@ def test_a_cache_that_would_fetch_again_and_again_is_said(
     cache = parts.data.sources[0].shards.cache
     assert cache is not None
     cache.max_bytes = parts.data.sources[0].shards.manifest.bytes // 2
-    assert "raise data.cache_gib, or lower data.lanes=" in build._fetched_again(parts.data, 1)[0]
+    assert "raise data.cache_gib, or lower data.lanes=" in build.fetched_again(parts.data, 1)[0]
 
 
 def test_a_server_that_is_away_is_one_line(overrides: list[str], command: Command, tmp_path: Path) -> None:
