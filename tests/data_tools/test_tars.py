@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_tools.tars import TarSample, Unreadable, iter_tar
@@ -235,6 +235,7 @@ def intact(data: bytes) -> bool:
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(format=1, flips=[], holes=[(12076, 1500)], cut=13824)
 @given(
     format=st.sampled_from(sorted(WHOLE)),
     flips=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 255)), max_size=6),
@@ -267,7 +268,9 @@ def test_damage_is_named_and_never_passed_on(
         if sample.key in SHORT and all(map(intact, sample.members.values())):
             assert sample.members == WANT[sample.key]
     assert len(unknown) <= 3
-    assert problems or {sample.key for sample in samples} >= SHORT
+    # A hole before a cut leaves a file that ends as a whole one does.
+    ends_well = cut is not None and holes and not any(data[-2 * tarfile.BLOCKSIZE :])
+    assert problems or ends_well or {sample.key for sample in samples} >= SHORT
     if bytes(data) == whole:
         assert {s.key: s.members for s in samples} == WANT
         assert not problems
