@@ -38,8 +38,8 @@ demo: $(STAMP) ## pictures -> latent shards -> training -> images to look at (mi
 test: lint ## everything CI runs: lint, types, and the tests that are not slow
 	$(PYTEST) -m "not slow"
 
-test-full: lint ## every test, with the long matrices
-	$(PYTEST)
+test-full: lint ## every test, with the long matrices and fresh random examples
+	HYPOTHESIS_PROFILE=searching $(PYTEST)
 
 lint: $(STAMP) ## ruff (its formatter too) and mypy
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 CAPTIONS = [f"a {colour} {thing}" for colour in ("red", "blue", "green", "gold") for thing in ("cat", "hat", "bus")]
@@ -27,6 +28,12 @@ UNET = {
     "attention_head_dim": 2,
     "cross_attention_dim": 16,
 }
+
+
+# What CI runs draws the same examples each time; `make test-full` goes on searching.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.register_profile("searching", deadline=None, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "steady"))
 
 
 @pytest.fixture(scope="session", autouse=True)

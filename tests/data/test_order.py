@@ -17,9 +17,6 @@ from hypothesis import strategies as st
 from finetune import UserError
 from finetune.data.order import Interleave, Order, Source, permute
 
-settings.register_profile("order", deadline=None)
-settings.load_profile("order")
-
 ROOT = Path(__file__).resolve().parents[2]
 
 # Shards of each bucket; some empty, some buckets smaller than a batch.

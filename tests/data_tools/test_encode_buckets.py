@@ -99,7 +99,7 @@ def mean_loss(chosen: list[Bucket], histogram: dict[int, int]) -> float:
     return total / sum(histogram.values())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     histogram=st.dictionaries(st.integers(-1100, 1100), st.integers(1, 50), min_size=1, max_size=12),
     most=st.integers(1, 5),
@@ -125,7 +125,7 @@ def test_no_more_buckets_than_help() -> None:
     assert choose_buckets(candidates("data", 512, 64), {}, 3) == candidates("data", 512, 64)[:3]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     histogram=st.dictionaries(st.integers(-1100, 1100), st.integers(1, 50), min_size=1, max_size=12),
     least=st.integers(0, 100),

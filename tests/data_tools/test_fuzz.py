@@ -40,7 +40,6 @@ BUCKETS = ((16, 16), (16, 24))
 quick = settings(
     derandomize=True,
     max_examples=120,
-    deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -29,7 +29,7 @@ def flip(base: np.ndarray, bits: list[int]) -> np.ndarray:
     return row
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(0, 2**32),
     st.integers(1, 60),

@@ -234,7 +234,7 @@ def intact(data: bytes) -> bool:
     return hashlib.sha256(data[32:]).digest() == data[:32]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example(format=1, flips=[], holes=[(12076, 1500)], cut=13824)
 @given(
     format=st.sampled_from(sorted(WHOLE)),

@@ -48,7 +48,7 @@ def test_vocabulary_size_is_kept():
     assert len(text.train_tokenizer(words, 560)) == 560
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(codec="utf-8", exclude_categories=("Zs", "Zl", "Zp", "Cc", "Cs")), max_size=8))
 def test_any_word_is_encoded_without_loss(tokenizer, word):
     ids = tokenizer(word).input_ids
