@@ -1,0 +1,189 @@
+"""Config to data: which sets of shards, how they are mixed, and what of them is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune import UserError
+from finetune.config import Config
+from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
+from finetune.data.order import Order, Source
+from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
+from finetune.latents import LatentSpace
+from finetune.models.text import (
+    text_encoder_sha256,
+)
+from finetune.rng import fold
+
+
+def open_data(config: Config, held_out_batch: int) -> Data:
+    """Open the shards, fix the order of their samples, and read held-out ones in batches of `held_out_batch`.
+
+    Raises:
+        UserError: no latent shards there, sets that don't go together, or too few samples.
+    """
+    named = _sources(config)
+    cache = None
+    if any(is_remote(root) for root, _ in named.values()):
+        gib = config.data.cache_gib
+        cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30))
+    most = most_open(len(named))
+    opened = {name: _open_latents(root, cache, most) for name, (root, _) in named.items()}
+    first, *others = opened
+    for name in others:
+        _check_same_encoder(first, opened[first], name, opened[name])
+    sizes = [shards.bucket_sizes for shards in opened.values()]
+    buckets = sorted(set().union(*sizes))
+    held = hold_out([each.get(bucket, 0) for each in sizes for bucket in buckets], config.validation.samples)
+    sources: list[Samples] = []
+    for shards in opened.values():
+        mine, held = held[: len(buckets)], held[len(buckets) :]
+        sources.append(Samples(shards, buckets, mine, first_id=sum(len(each.shards) for each in sources)))
+    order = Order(
+        [Source(each.sizes, weight) for each, (_, weight) in zip(sources, named.values(), strict=True)],
+        seed=fold(config.seed, "order"),
+        global_batch=config.train.global_batch,
+        shuffle=config.data.shuffle,
+        lanes=config.data.lanes,
+        window=config.data.shuffle_window,
+    )
+    held_out = [
+        read_batch(sources, np.full(len(piece), number), piece, bucket, piece.astype(np.int64), seed=0)
+        for number, each in enumerate(sources)
+        for index, bucket in enumerate(buckets)
+        for ids in [each.held_out_ids(index)]
+        for piece in np.split(ids, range(held_out_batch, len(ids), held_out_batch))
+        if len(piece)
+    ]
+    encoder = opened[first].manifest.encoder
+    assert encoder is not None
+    return Data(sources, buckets, order, held_out, LatentSpace(encoder.scale, encoder.shift))
+
+
+def _sources(config: Config) -> dict[str, tuple[str, float]]:
+    """(folder or URL of the shards, weight) of each source, by name."""
+    if config.data.shards is not None:
+        if config.data.sources:
+            raise UserError("data.shards and data.sources are both given: put the first among data.sources")
+        return {"data.shards": (config.data.shards, 1.0)}
+    if not config.data.sources:
+        raise UserError("no data: give data.shards=FOLDER, or several as data.sources.NAME.shards=FOLDER")
+    sources = {}
+    for name, given in config.data.sources.items():
+        key = f"data.sources.{name}"
+        if not isinstance(given, dict) or not isinstance(given.get("shards"), str):
+            raise UserError(f"no value for {key}.shards: give {key}.shards=FOLDER")
+        if unknown := given.keys() - {"shards", "weight"}:
+            raise UserError(f"unknown key {key}.{min(unknown)}: a source has shards and weight")
+        weight = given.get("weight", 1.0)
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise UserError(f"{key}.weight={weight} must be a number greater than 0; leave out what is not wanted")
+        sources[name] = (given["shards"], float(weight))
+    return sources
+
+
+def _open_latents(root: str, cache: Cache | None, max_open: int) -> ShardSet:
+    shards = ShardSet.open(root, cache=cache, max_open=max_open)
+    if shards.manifest.kind != "latents":
+        raise UserError(
+            f"{root} holds pictures, not latents: run "
+            f"`data-tools encode {root} --vae MODEL --out LATENTS` and train on LATENTS"
+        )
+    return shards
+
+
+def _check_same_encoder(first: str, one: ShardSet, name: str, other: ShardSet) -> None:
+    """Refuse sets whose latents mean different things."""
+    for field in ("sha256", "scale", "shift", "channels", "downsample"):
+        said, differs = (getattr(shards.manifest.encoder, field) for shards in (one, other))
+        if said != differs:
+            short = [str(value)[:12] for value in (said, differs)]
+            raise UserError(
+                f"sources {first} and {name} are not of one autoencoder: {field} is {short[0]} and {short[1]}; "
+                "encode both with the same VAE"
+            )
+
+
+def captions(data: Data) -> Iterator[str]:
+    """All captions, source by source in the order of the manifests."""
+    for source in data.sources:
+        for sample_id in range(len(source.shards)):
+            yield from captions_of(source.shards.read_json(sample_id))
+
+
+def with_text_states(data: Data, length: int, encoder: nn.Module, notices: list[str]) -> Data:
+    """The same data, whose batches bring the states of their captions where all sources have those of `encoder`."""
+    infos = [source.shards.manifest.text for source in data.sources]
+    if not any(infos):
+        return data
+    sha256 = text_encoder_sha256(encoder)  # type: ignore[arg-type]
+    for source, info in zip(data.sources, infos, strict=True):
+        if info is None or info.sha256 != sha256 or info.length != length:
+            what = "has none" if info is None else f"has those of {info.source}"
+            notices.append(
+                f"cached states of captions are not used: {source.shards.root} {what}, "
+                "not of this model's text encoder; captions are encoded at each visit"
+            )
+            return data
+    shards = data.sources[0].shards
+    empty_LD = parse_npy(shards.read_file(EMPTY_TEXT))
+    info = infos[0]
+    assert info is not None
+    if empty_LD is None or empty_LD.dtype != np.float16 or empty_LD.shape != (info.length, info.width):
+        raise UserError(
+            f"{shards.root}/{EMPTY_TEXT} is no float16 array {[info.length, info.width]}; encode again, "
+            "or give data.text_states=false"
+        )
+    return replace(data, text_states=True, empty_text=torch.from_numpy(empty_LD))
+
+
+def left_out(data: Data) -> list[str]:
+    """What is not trained on, or not in every epoch."""
+    notices = []
+    order = data.order
+    never_SK = order.left_out == order.sizes
+    if small := {
+        bucket: int(count)
+        for bucket, count in zip(data.buckets, np.where(never_SK, order.sizes, 0).sum(axis=0), strict=True)
+        if count
+    }:
+        named = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(small.items())[:8])
+        notices.append(
+            f"{sum(small.values())} samples are never trained on: {len(small)} buckets are smaller than a global "
+            f"batch of {order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; "
+            "merge them with `data-tools encode --min-bucket`"
+        )
+    if rest := int(order.left_out[~never_SK].sum()):
+        notices.append(
+            f"each epoch leaves out {rest} of {int(order.sizes.sum())} samples, others each time: "
+            f"the rest of a bucket that fills no global batch of {order.global_batch}"
+        )
+    return notices
+
+
+def fetched_again(data: Data, ranks: int) -> list[str]:
+    """Whether the cache of remote shards is too small for those that are read by turns."""
+    cache = next((source.shards.cache for source in data.sources if source.shards.cache is not None), None)
+    if cache is None:
+        return []
+    nodes = max(1, ranks // cache.sharers)
+    needed = count = 0.0
+    for source, shards_K in zip(data.sources, data.order.shards_at_once(nodes).tolist(), strict=True):
+        if source.shards.remote:
+            infos = source.shards.manifest.shards
+            for bucket, shards in zip(data.buckets, shards_K, strict=True):
+                numbers = source.shards.bucket_shards(bucket).tolist()
+                count += shards
+                needed += shards * sum(infos[number].bytes for number in numbers) / max(1, len(numbers))
+    if needed <= cache.max_bytes:
+        return []
+    return [
+        f"each node reads about {count:.0f} remote shards by turns ({needed / 2**30:.1f} GiB) and the cache holds "
+        f"{cache.max_bytes / 2**30:.1f} GiB: most will be fetched many times an epoch; raise data.cache_gib, or "
+        f"lower data.lanes={data.order.lanes} to the most nodes that you will use, and data.shuffle_window"
+    ]
