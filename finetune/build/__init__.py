@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import nn
@@ -19,12 +17,9 @@ from finetune.build.data import captions, fetched_again, left_out, open_data, wi
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
 from finetune.config import Config, require, require_choice
-from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
-from finetune.data.order import Order, Source
-from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
+from finetune.data.loader import Data
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
-from finetune.latents import LatentSpace
 from finetune.loop import Parts
 from finetune.models.adapters import TEXT_TARGETS, add_lora
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
@@ -35,7 +30,6 @@ from finetune.models.text import (
     load_text,
     load_tokenizer,
     save_tokenizer,
-    text_encoder_sha256,
     tokenize,
     train_tokenizer,
 )
