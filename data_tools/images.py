@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageColor
 
-from finetune import UserError
+from finetune import UserError, first_line
 
 SUFFIXES = frozenset(
     "." + s
@@ -170,7 +170,7 @@ class _reasons:  # noqa: N801 (used as a context manager only)
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, PictureError) or not isinstance(error, Exception):
             return
-        what = str(error).partition("\n")[0] or type(error).__name__
+        what = first_line(error)
         if isinstance(error, Image.UnidentifiedImageError):
             what = _what_else(self.data)
         elif isinstance(error, MemoryError):

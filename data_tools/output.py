@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from finetune import UserError
+from finetune import DISK_FULL, UserError
 from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError
 from finetune.data.shards.files import WORK
 
@@ -21,7 +20,6 @@ LOCK = ".lock"
 JOB = "encode.json"
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
 _FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT)
-_FULL = (errno.ENOSPC, errno.EDQUOT)  # `run_cli` has words for these
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
 
 
@@ -55,7 +53,7 @@ def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
             out.mkdir(parents=True, exist_ok=True)
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno in _FULL:
+            if error.errno in DISK_FULL:
                 raise
             raise UserError(f"cannot write to {out} ({error.strerror}); choose another folder") from None
         try:
@@ -112,7 +110,7 @@ def whole_file(out: Path) -> Iterator[Path]:
         yield temporary
         os.replace(temporary, out)
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise
         raise UserError(f"cannot write {out} ({error.strerror or error}); choose another place") from None
     finally:

@@ -12,9 +12,18 @@ from typing import NoReturn
 
 __version__ = "0.1.0"
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Error numbers of an `OSError` that `run_cli` has words for."""
+
 
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what, which value, what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """An exception's first line, for a message of ours."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -33,7 +42,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.close()
         code = 0
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         where = f" while writing {error.filename}" if error.filename else ""
         code = _complain(f"no space left on device{where}; free some space or choose another folder")

@@ -21,10 +21,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import write_atomic
 from finetune.distributed import World
-from finetune.models.sources import first_line
 from finetune.sampling import save_png
 
 MODES = ("auto", "online", "offline")

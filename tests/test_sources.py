@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import http.server
 import json
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from finetune.data.shards import ShardSet
 from finetune.distributed import World
 from finetune.loop import Parts
 from tests.conftest import CAPTIONS, launch, metrics
+from tests.data.servers import Server
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 Command = Callable[..., tuple[int, str]]
@@ -124,42 +124,30 @@ def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str
 
 
 @pytest.fixture
-def server(latents: Path) -> Iterator[tuple[str, list[str]]]:
-    """The latents over HTTP; the paths that were asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            asked.append(self.path)
-
-    handler = functools.partial(Handler, directory=str(latents))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever, daemon=True)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_address[1]}", asked
-        running.shutdown()
-        thread.join()
+def server(latents: Path) -> Iterator[Server]:
+    """The latents over HTTP."""
+    with contextlib.closing(Server(latents)) as running:
+        yield running
 
 
 def test_two_ranks_train_from_a_server_as_from_a_folder(
-    server: tuple[str, list[str]], latents: Path, overrides: list[str], tmp_path: Path, command: Command
+    server: Server, latents: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
     """The same losses, and each shard is fetched once for both ranks."""
-    url, asked = server
     assert command("train", *overrides, f"run.dir={tmp_path / 'local'}")[0] == 0
-    remote = [f"data.shards={url}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+    remote = [f"data.shards={server.url}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
     done = launch(2, [*overrides, *remote, f"run.dir={tmp_path / 'remote'}"])
     assert done.returncode == 0, done.stderr
     losses = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("local", "remote")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     for shard in ShardSet.open(latents).manifest.shards:
-        assert asked.count(f"/{shard.name}") == 1
+        assert server.count(f"/{shard.name}") == 1
 
 
 def test_a_cache_that_would_fetch_again_and_again_is_said(
-    server: tuple[str, list[str]], overrides: list[str], tmp_path: Path
+    server: Server, overrides: list[str], tmp_path: Path
 ) -> None:
-    remote = [f"data.shards={server[0]}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
+    remote = [f"data.shards={server.url}", f"data.cache_dir={tmp_path / 'cache'}", "data.cache_gib=0.1"]
     _, parts = parts_of(overrides, *remote)
     said = [notice for notice in parts.notices if "fetched many times an epoch" in notice]
     assert not said

@@ -38,7 +38,7 @@ from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
 from data_tools.tars import Unreadable
 from data_tools.workers import CrashError, Workers
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import (
     EMPTY_TEXT,
     LATENT,
@@ -172,8 +172,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        what = str(error).partition("\n")[0]
-        raise UserError(f"--device {name} can't be used here ({what}); try --device auto") from None
+        raise UserError(f"--device {name} can't be used here ({first_line(error)}); try --device auto") from None
     return device
 
 

@@ -49,7 +49,7 @@ from data_tools.ingest.common import (
     number_or_text,
 )
 from data_tools.tars import printable
-from finetune import UserError
+from finetune import UserError, first_line
 
 URL_COLUMNS = ("url", "urls", "image_url", "img_url", "image_link", "link")
 PATH_COLUMNS = (
@@ -410,5 +410,5 @@ def _parquet(path: Path, columns: list[str]) -> Iterator[Row]:
                         number += 1
                         yield f"{path.name}, row {number}", row
     except (ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        what = str(error).partition("\n")[0]
+        what = first_line(error)
         raise UserError(f"{path} can't be read after row {number} ({what}); mend it or leave it out") from None

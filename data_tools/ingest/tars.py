@@ -44,7 +44,7 @@ from data_tools.ingest.common import (
 )
 from data_tools.pictures import safe_key
 from data_tools.tars import TarSample, iter_tar, printable
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import IMAGE_MEMBERS
 
 _TARS = (".tar", ".tar.gz", ".tgz")
@@ -142,8 +142,7 @@ def _tar(path: Path, name: str, picture: str | None, failed: Counter[str]) -> It
         try:
             rows = _rows(table, failed)
         except Exception as error:  # pyarrow has an error of its own for each layer
-            what = str(error).partition("\n")[0] or type(error).__name__
-            yield SetAside(table.name, f"can't be read ({what}); the samples' own records were used")
+            yield SetAside(table.name, f"can't be read ({first_line(error)}); the samples' own records were used")
     for item in iter_tar(path):
         if not isinstance(item, TarSample):
             if rows is not None and item.key is not None:

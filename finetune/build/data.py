@@ -15,9 +15,7 @@ from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batc
 from finetune.data.order import Order, Source
 from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
 from finetune.latents import LatentSpace
-from finetune.models.text import (
-    text_encoder_sha256,
-)
+from finetune.models.text import text_encoder_sha256
 from finetune.rng import fold
 
 

@@ -24,8 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune import UserError
-from finetune.models.sources import first_line
+from finetune import UserError, first_line
 from finetune.rng import fold
 
 LORA_FILE = "pytorch_lora_weights.safetensors"

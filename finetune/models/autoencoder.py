@@ -7,7 +7,6 @@ latent cell, the decoder maps latents back to pixels. Scale and shift are not ap
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
@@ -16,9 +15,9 @@ from diffusers import AutoencoderKL
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import EncoderInfo
-from finetune.models.sources import fetch, first_line
+from finetune.models.sources import fetch, relative_source, weights_sha256
 
 PIXEL_RANGE = (-1.0, 1.0)
 
@@ -61,16 +60,9 @@ def load_autoencoder(
 
 
 def encoder_sha256(vae: AutoencoderKL) -> str:
-    """sha256 over the sorted names, shapes and float16 values of `encoder.*` and `quant_conv.*`.
-
-    So a float32 and a float16 copy have one sum, and a decoder trained further keeps its latents.
-    """
-    digest = hashlib.sha256()
-    for name, weight in sorted(vae.state_dict().items()):
-        if name.startswith(("encoder.", "quant_conv.")):
-            digest.update(f"{name} {list(weight.shape)}\n".encode())
-            digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """`weights_sha256` of `encoder.*` and `quant_conv.*`: a decoder trained further keeps its latents."""
+    parts = ("encoder.", "quant_conv.")
+    return weights_sha256({name: weight for name, weight in vae.state_dict().items() if name.startswith(parts)})
 
 
 def downsample_factor(vae: AutoencoderKL) -> int:
@@ -80,13 +72,8 @@ def downsample_factor(vae: AutoencoderKL) -> int:
 
 def encoder_info(vae: AutoencoderKL, source: str | os.PathLike[str], root: str | os.PathLike[str]) -> EncoderInfo:
     """What a manifest in `root` says of the autoencoder that was loaded from `source`."""
-    said = str(source)
-    path = Path(source).expanduser()
-    if path.exists():  # relative, so that a folder of model and shards can be moved or mounted elsewhere
-        relative = Path(os.path.relpath(path.resolve(), Path(root).resolve())).as_posix()
-        said = relative if relative.startswith(".") else f"./{relative}"
     return EncoderInfo(
-        source=said,
+        source=relative_source(source, root),
         sha256=encoder_sha256(vae),
         scale=float(vae.config["scaling_factor"]),
         shift=float(vae.config.get("shift_factor") or 0.0),

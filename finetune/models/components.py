@@ -19,12 +19,12 @@ import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
-from finetune.models.sources import fetch, first_line, local_folder
+from finetune.models.sources import fetch, local_folder
 from finetune.models.text import load_text_encoder, load_tokenizer
 from finetune.models.unet import load_unet
 

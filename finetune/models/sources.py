@@ -1,15 +1,20 @@
-"""Where a model comes from: a local folder or the Hugging Face Hub."""
+"""Where a model comes from, a local folder or the Hugging Face Hub, and how a manifest names it."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
+import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from torch import Tensor
 
-from finetune import UserError
+from finetune import UserError, first_line
 
 _PROBE_SECONDS = 5.0
 
@@ -82,7 +87,22 @@ def local_folder(source: str | Path) -> Path | None:
     return None
 
 
-def first_line(error: BaseException) -> str:
-    """An exception's first line, for a message of ours."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+def relative_source(source: str | os.PathLike[str], root: str | os.PathLike[str]) -> str:
+    """How a file in `root` names `source`: an existing path relative to `root`, starting with a dot; else as it is.
+
+    So a folder of model and shards can be moved or mounted elsewhere.
+    """
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    relative = Path(os.path.relpath(path.resolve(), Path(root).resolve())).as_posix()
+    return relative if relative.startswith(".") else f"./{relative}"
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over sorted names, shapes and float16 values, so that a float32 and a float16 copy have one sum."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        digest.update(f"{name} {list(weight.shape)}\n".encode())
+        digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -7,7 +7,6 @@ and written in the 256 byte symbols of GPT-2; a word's last symbol carries `</w>
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -22,9 +21,9 @@ from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
-from finetune.models.sources import fetch, first_line
+from finetune.models.sources import fetch, relative_source, weights_sha256
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Every byte, alone and as the last of a word: so that any text can be written, whatever the captions held.
@@ -182,30 +181,22 @@ def encode_text(text_encoder: CLIPTextModel, ids_BL: Tensor, pad_id: int | None 
 
 
 def text_encoder_sha256(text_encoder: CLIPTextModel) -> str:
-    """sha256 over the sorted names, shapes and float16 values of the weights, by the names of transformers 4.
-
-    So a float32 and a float16 copy have one sum, whichever version of transformers loaded them.
-    """
-    digest = hashlib.sha256()
-    state = {name.removeprefix("text_model."): weight for name, weight in text_encoder.state_dict().items()}
-    for name, weight in sorted(state.items()):
-        if not name.endswith("position_ids"):
-            digest.update(f"{name} {list(weight.shape)}\n".encode())
-            digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    """`weights_sha256` by names without `text_model.`: one sum, whichever version of transformers loaded them."""
+    return weights_sha256(
+        {
+            name.removeprefix("text_model."): weight
+            for name, weight in text_encoder.state_dict().items()
+            if not name.endswith("position_ids")
+        }
+    )
 
 
 def text_info(
     tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, source: str | Path, root: str | Path
 ) -> TextInfo:
     """What a manifest in `root` says of the text encoder that was loaded from `source`."""
-    said = str(source)
-    path = Path(source).expanduser()
-    if path.exists():  # relative, as `EncoderInfo.source`
-        relative = Path(os.path.relpath(path.resolve(), Path(root).resolve())).as_posix()
-        said = relative if relative.startswith(".") else f"./{relative}"
     return TextInfo(
-        source=said,
+        source=relative_source(source, root),
         sha256=text_encoder_sha256(text_encoder),
         length=int(tokenizer.model_max_length),
         width=int(text_encoder.config.hidden_size),

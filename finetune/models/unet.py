@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from finetune import UserError
-from finetune.models.sources import fetch, first_line
+from finetune import UserError, first_line
+from finetune.models.sources import fetch
 
 
 def load_unet(

@@ -19,7 +19,6 @@ go of it soon, see `ShardSet`).
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import os
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from finetune import DISK_FULL
 from finetune.data.shards.files import NPY_ERRORS, ShardError, index_name, parse_npy
 from finetune.data.shards.store import StoppedError, Store, WriteError, reset_after_fork
 
@@ -49,7 +49,6 @@ ROOM_POLL_S = 0.05  # other processes give no sign when they let go of a file
 PREFETCH_THREADS = 4  # one stream of an object store gives 50 to 100 MB/s; four fill a 10 Gb/s share
 SOURCE = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{16}")
 ENTRY = re.compile(r"[A-Za-z0-9_-]*-[0-9a-f]{16}|\.[A-Za-z0-9_-]*-[0-9a-f]{16}\.(tmp|gone)")
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass
@@ -195,7 +194,7 @@ class Cache:
                 except WriteError as error:
                     cause = error.__cause__
                     assert isinstance(cause, OSError)
-                    if cause.errno not in FULL or not self._give_way(need):
+                    if cause.errno not in DISK_FULL or not self._give_way(need):
                         raise cause from None
             return opened
 
@@ -380,7 +379,7 @@ class Cache:
         try:
             yield
         except OSError as error:
-            if error.errno in FULL:
+            if error.errno in DISK_FULL:
                 what = f"no space left for the cache in {self.folder}; free some space, lower data.cache_gib"
                 raise ShardError(
                     f"{what} or set data.cache_dir or LDM_FINETUNE_CACHE to a folder on a larger disk"

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
+from finetune import first_line
 from finetune.data.shards.cache import Cache, Prefetcher
 from finetune.data.shards.files import (
     BLOCK,
@@ -74,10 +75,9 @@ class _Tar:
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except NPY_ERRORS as error:
-            error_line = str(error).partition("\n")[0]
             crowded = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
             remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
-            raise ShardError(f"cannot open {path} and its index: {error_line}; {remedy}") from None
+            raise ShardError(f"cannot open {path} and its index: {first_line(error)}; {remedy}") from None
         if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
             raise ShardError(
                 f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from finetune import first_line
 from finetune.data.shards.files import ShardError
 
 T = TypeVar("T")
@@ -480,8 +481,7 @@ def _line(error: Exception) -> str:
     status, reason = _status(error), getattr(error, "message", None)
     if status is not None and isinstance(reason, str):  # aiohttp's own text repeats the URL, query and all
         return f"HTTP {status} {reason}".strip()
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return first_line(error)
 
 
 # bodies
