@@ -33,7 +33,7 @@ FLOORS: dict[str, float] = {
     "conditioning": 1,
     "objective": 2,
     "sampling": 2,
-    "distributed": 2,
+    "distributed/": 2,
     "step": 3,
     "checkpoint": 3,
     "tracking": 3,

@@ -1,0 +1,173 @@
+"""The processes of a run: who is who, and what they tell each other from the host."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from finetune import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: `rank` of `size`, number `local_rank` on its machine."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run on rank 0 alone; every rank gets its result, or raises its error: nobody is left waiting."""
+        result: T | None = None
+        error: BaseException | None = None
+        if self.is_main:
+            try:
+                result = function()
+            except (UserError, OSError) as caught:
+                error = caught
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
+            raise error
+        return result  # type: ignore[return-value]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in order of rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+
+def start(device: str, *, uses_deepspeed: bool) -> World:
+    """Join the other processes, and refuse to run unless every layer sees the same number of them.
+
+    Args:
+        device: `auto`, `cpu` or `cuda`.
+        uses_deepspeed: the run's strategy is a ZeRO stage. It needs a process group even for one process.
+
+    Raises:
+        UserError: no such device; a launch that says nothing of ranks, or asks for DeepSpeed where the strategy
+            doesn't; layers that disagree.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"train.device={device} is not known: choose auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu or auto")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true" and not uses_deepspeed:
+        raise UserError(
+            "accelerate was launched with DeepSpeed, which strategy=ddp would ignore: add strategy=zero2 (or "
+            "zero1, zero3), or launch with launchers/accelerate/one_machine.yaml"
+        )
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that we were told to leave alone
+    launched = "RANK" in os.environ
+    if not launched and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+        raise UserError(
+            f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but RANK is not set, so each would train alone; "
+            "start through torchrun or accelerate launch, one task a node"
+        )
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; "
+                "start one process a GPU"
+            )
+        torch.cuda.set_device(local_rank)
+    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if (size > 1 or uses_deepspeed) and not dist.is_initialized():
+        if not launched:
+            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            os.environ["MASTER_PORT"] = str(_free_port())
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            timeout=datetime.timedelta(minutes=30),
+            device_id=torch_device if on_gpu else None,
+        )
+    world = World(rank, size, local_rank, torch_device)
+    if size > 1:
+        _agree(world)
+    return world
+
+
+def _agree(world: World) -> None:
+    from accelerate import PartialState
+
+    # Told of the CPU, Accelerate counts gloo's ranks; left to guess on a machine without a GPU it reports one.
+    state = PartialState(cpu=world.device.type == "cpu")
+    require_agreement(
+        {
+            "environment": (world.rank, world.size),
+            "torch.distributed": (dist.get_rank(), dist.get_world_size()),
+            "accelerate": (state.process_index, state.num_processes),
+        }
+    )
+
+
+def require_agreement(layers: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse a run whose layers disagree on (rank, world size): every rank would read the same data.
+
+    Raises:
+        UserError: with what each layer says.
+    """
+    if len(set(layers.values())) > 1:
+        said = ", ".join(f"{name} says rank {rank} of {size}" for name, (rank, size) in layers.items())
+        raise UserError(
+            f"the layers disagree on who is who: {said}; start with a file of launchers/accelerate/ or torchrun"
+        )
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+_LEFT: list[Any] = []  # process groups, kept to the end of the process
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        # Were DDP's reducer the group's last owner, it would wait for gloo's thread with the GIL held, which that
+        # thread may want for the last broadcast's tensors: seen once, after a whole run. Python's own reference
+        # lets go of the GIL.
+        _LEFT.append(dist.group.WORLD)
+        dist.destroy_process_group()
