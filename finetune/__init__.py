@@ -12,6 +12,11 @@ from typing import NoReturn
 
 __version__ = "0.1.0"
 
+STOPPED = 75
+"""Exit code of a run that was asked to stop and has saved: the same command goes on (sysexits' EX_TEMPFAIL)."""
+PEER_LOST = 69
+"""Exit code of a rank that another rank's death or silence has ended (sysexits' EX_UNAVAILABLE)."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of an `OSError` that `run_cli` has words for."""
 
@@ -29,7 +34,8 @@ def first_line(error: BaseException) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
-    Exit codes: what `main` returns (None is 0), 2 for `UserError` and a full disk, 130 after Ctrl-C.
+    Exit codes: what `main` returns (None is 0; `finetune train` knows STOPPED and PEER_LOST), 2 for `UserError` and
+    a full disk, 130 after Ctrl-C.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:

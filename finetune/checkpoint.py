@@ -45,7 +45,8 @@ class Progress:
     """Where a run stands.
 
     `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
-    and `encoder_sha256` of the latent space that it is trained in.
+    and `encoder_sha256` of the latent space that it is trained in. `open_losses`: mean losses of the steps
+    since the last line of metrics, so that lines are the same wherever a run was stopped.
     """
 
     step: int
@@ -54,6 +55,7 @@ class Progress:
     loss_scale: dict[str, float] = field(default_factory=dict)
     depends_on: dict[str, Any] = field(default_factory=dict)
     latents: dict[str, Any] = field(default_factory=dict)
+    open_losses: list[float] = field(default_factory=list)
 
 
 class RunFolder:

@@ -13,7 +13,7 @@ from finetune import UserError
 from finetune.checkpoint import Checkpoints, Progress, require_same
 from finetune.config import Config
 from finetune.data.loader import Data
-from finetune.distributed import Strategy, World
+from finetune.distributed import Control, Facts, StopRequest, Strategy, World
 from finetune.ema import Average
 from finetune.lr import learning_rate
 from finetune.objective import LatentDiffusion
@@ -70,9 +70,15 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     return replace(saved, depends_on=depends_on, latents=latents)
 
 
-def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress: Progress) -> None:
-    """Train from `progress` to `train.steps`."""
-    strategy, data = parts.strategy, parts.data
+def train(
+    config: Config, world: World, parts: Parts, tracker: Tracker, progress: Progress, request: StopRequest
+) -> int:
+    """Train from `progress` to `train.steps`, or until a rank is asked to stop.
+
+    Returns:
+        The number of the signal that stopped the run, after it was saved; 0 when it is complete.
+    """
+    strategy, data, control = parts.strategy, parts.data, Control(world)
     global_batch, total_steps = config.train.global_batch, config.train.steps
     loader = data.loader(
         seed=config.seed,
@@ -85,13 +91,14 @@ def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress
         pin=world.device.type == "cuda",
     )
     batches = iter(loader)
-    step = progress.step
+    step, stop = progress.step, 0
+    request.can_save = True
 
     def due(every: int) -> bool:
         return every > 0 and (step % every == 0 or step == total_steps)
 
     try:
-        while step < total_steps:
+        while step < total_steps and not stop:
             images_seen = (step + 1) * global_batch
             lr = learning_rate(
                 images_seen,
@@ -115,26 +122,32 @@ def train(config: Config, world: World, parts: Parts, tracker: Tracker, progress
             )
             step += 1
             tracker.step(result.loss_sum, result.grad_norm, result.data_seconds)
-            # A checkpoint closes a line, so that lines are cut the same way after a restart.
-            if due(config.tracker.every) or due(config.checkpoint.every):
+            stop = control.exchange(Facts(stop=request.number)).stop
+            save = due(config.checkpoint.every) or stop > 0
+            if due(config.tracker.every):
                 tracker.log(step, lr)
+            elif save:
+                tracker.settle()
             with tracker.paused():
                 if due(config.validation.every) and data.held_out:
                     tracker.write({"step": step, **_validate(config, parts)})
                 if due(config.sample.every):
                     _sample(config, world, parts, tracker, step)
                 # What a step without a finite loss left behind is not worth keeping: the checkpoint before it is.
-                if due(config.checkpoint.every) and tracker.steps_not_finite > 0:
+                if save and tracker.steps_not_finite > 0:
                     tracker.say(f"note: nothing is saved at step {step}, whose loss is not a finite number")
-                elif due(config.checkpoint.every):
+                elif save:
                     progress = replace(
                         progress,
                         step=step,
                         images_seen=images_seen,
                         steps_taken=strategy.steps_taken,
                         loss_scale=strategy.scaler_state(),
+                        open_losses=tracker.open_losses,
                     )
                     parts.checkpoints.save(progress, strategy, parts.average)
+        control.last()  # nobody leaves while another still tells
+        return stop if step < total_steps else 0
     finally:
         batches.close()
         loader.close()

@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ class Tracker:
         run: the run's folder.
         world: only rank 0 writes; all ranks call, since losses are summed over ranks.
         config: what W&B shows as the run's configuration.
+        open_losses: of steps up to `first_step` that have no line yet.
         first_step, total_steps: of the progress bar; lines of steps after `first_step` that an earlier process
             left (it was killed after its last checkpoint) are dropped, since those steps are run again.
         wandb_mode: `online`, `offline` or None for no W&B.
@@ -54,9 +55,11 @@ class Tracker:
         first_step: int,
         total_steps: int,
         global_batch: int,
+        open_losses: Sequence[float] = (),
     ) -> None:
         self.run, self.world, self.global_batch = Path(run), world, global_batch
-        self.losses: list[Tensor] = []
+        self.losses: list[Tensor] = []  # on the device: sums over this rank's samples
+        self.open_losses = list(open_losses)  # means over the step's samples
         self.grad_norm: Tensor | None = None
         self.data_seconds = 0.0
         self.steps_since = 0
@@ -119,6 +122,16 @@ class Tracker:
         if self.bar is not None:
             self.bar.update()
 
+    def settle(self) -> None:
+        """Bring the losses of all steps so far to the host; collective, and waits for the device."""
+        if not self.losses:
+            return
+        losses = (self.world.sum_(torch.stack(self.losses).double()) / self.global_batch).tolist()
+        self.losses = []
+        self.open_losses += losses
+        for loss in losses:
+            self.steps_not_finite = 0 if math.isfinite(loss) else self.steps_not_finite + 1
+
     def log(self, step: int, lr: float) -> None:
         """Write one line for the steps since the last; collective, and waits for the device.
 
@@ -127,9 +140,8 @@ class Tracker:
         """
         if self.grad_norm is None:
             return
-        device_losses = torch.stack(self.losses).double()
-        losses = (self.world.sum_(device_losses) / self.global_batch).tolist()
-        grad_norm = float(self.grad_norm)
+        self.settle()
+        losses, grad_norm = self.open_losses, float(self.grad_norm)
         seconds = time.perf_counter() - self.since
         line = {
             "step": step,
@@ -142,13 +154,11 @@ class Tracker:
         }
         if self.world.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.losses, self.grad_norm, self.data_seconds, self.steps_since = [], None, 0.0, 0
+        self.open_losses, self.grad_norm, self.data_seconds, self.steps_since = [], None, 0.0, 0
         self.since = time.perf_counter()
         self.write(line)
         if self.bar is not None:
             self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s")
-        for loss in losses:
-            self.steps_not_finite = 0 if math.isfinite(loss) else self.steps_not_finite + 1
         if self.steps_not_finite >= PATIENCE_STEPS:
             raise UserError(
                 f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: lower "
@@ -191,11 +201,14 @@ class Tracker:
         if self.world.is_main:
             tqdm.write(line)
 
-    def close(self, *, failed: bool = False) -> None:
+    def close(self, *, failed: bool = False, goes_on: bool = False) -> None:
+        """`goes_on`: the run was asked to stop and will be started again."""
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
-            self.wandb.finish(exit_code=int(failed))
+            if goes_on:
+                self.wandb.mark_preempting()
+            self.wandb.finish(exit_code=int(failed or goes_on))
 
 
 def _finite(value: Any) -> Any:

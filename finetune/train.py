@@ -9,12 +9,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, run_cli
 from finetune.config import Config, compose, describe
 from finetune.terminal import quiet_libraries
+
+if TYPE_CHECKING:
+    from finetune.distributed import StopRequest
 
 USAGE = """\
 usage: finetune train [--print] [KEY=VALUE ...]
@@ -58,9 +62,7 @@ def main(argv: list[str]) -> int:
 
 def run(config: Config, composed: DictConfig) -> int:
     """Train one configuration, from the start or from its last checkpoint."""
-    from finetune import build, distributed, loop, tracking
-    from finetune.checkpoint import RunFolder
-    from finetune.data.shards import write_atomic
+    from finetune import build, distributed
 
     build.check(config)
     quiet_libraries()
@@ -68,6 +70,15 @@ def run(config: Config, composed: DictConfig) -> int:
         import torch
 
         torch.set_num_threads(config.train.threads)
+    with distributed.StopRequest(int(os.environ.get("RANK", 0))) as request:
+        return _run(config, composed, request)
+
+
+def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
+    from finetune import build, distributed, loop, tracking
+    from finetune.checkpoint import RunFolder
+    from finetune.data.shards import write_atomic
+
     world = distributed.start(config.train.device, uses_deepspeed=config.strategy.kind == "zero")
     folder: RunFolder | None = None
     try:
@@ -88,20 +99,21 @@ def run(config: Config, composed: DictConfig) -> int:
             first_step=progress.step,
             total_steps=config.train.steps,
             global_batch=config.train.global_batch,
+            open_losses=progress.open_losses,
         )
-        failed = True
+        failed, stop = True, 0
         try:
             for notice in parts.notices:
                 tracker.say(f"note: {notice}")
             if progress.step >= config.train.steps:
                 tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")
-            loop.train(config, world, parts, tracker, progress)
+            stop = loop.train(config, world, parts, tracker, progress, request)
             failed = False
         finally:
-            tracker.close(failed=failed)
+            tracker.close(failed=failed, goes_on=stop > 0)
         if world.is_main:
-            print(f"run: {path}")
-        return 0
+            print(f"run: {path}{', stopped: the same command goes on' if stop else ''}")
+        return request.exit_code(stop) if stop else 0
     finally:
         if folder is not None:
             folder.close()

@@ -1,10 +1,14 @@
 """Where a run runs: its processes, and how weights, gradients and moments are spread over them.
 
 world           the processes: who is who, agreement, what ranks tell each other
+control         what all ranks must act on in the same step
+signals         being asked to stop
 strategy        what a strategy is (`Shard`s, steps, gathers), and data parallelism
 zero            DeepSpeed's ZeRO stages
 """
 
+from finetune.distributed.control import Control, Facts
+from finetune.distributed.signals import StopRequest
 from finetune.distributed.strategy import (
     MOMENTS,
     AdamW,
@@ -20,10 +24,13 @@ from finetune.distributed.zero import ZeRO
 __all__ = [
     "MOMENTS",
     "AdamW",
+    "Control",
     "DataParallel",
+    "Facts",
     "ParamGroup",
     "Shard",
     "StepStats",
+    "StopRequest",
     "Strategy",
     "World",
     "ZeRO",
