@@ -76,9 +76,8 @@ def batches(work: dict[str, Any], batch: int, device: torch.device) -> Iterator[
         moments = torch.randn(batch, 8, work["size"], work["size"], generator=generator)
         moments[:, 4:] = moments[:, 4:].abs() * 0.1
         clock = torch.arange(index * batch, (index + 1) * batch)
-        made.append(Batch(moments.half(), [""] * batch, clock, clock, (work["size"] * 8,) * 2))
-    if device.type == "cuda":
-        made = [one.pin() for one in made]
+        moments = moments.half().pin_memory() if device.type == "cuda" else moments.half()
+        made.append(Batch(moments, [""] * batch, clock, clock, (work["size"] * 8,) * 2))
     while True:
         yield from made
 

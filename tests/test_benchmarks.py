@@ -28,6 +28,22 @@ def test_train_step_compares_with_the_stock_loop(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
 
+def test_strategies_follow_the_stock_ddp_loop():
+    """Peer and ours draw the same numbers: one curve, but that ZeRO rounds weights to bf16."""
+    chosen = ("--gpus", "2", "--batch", "2", "--seconds", "0.1", "--losses", "4", "--variants", "peer_ddp,zero2")
+    peer, zero = lines("strategies", "--work", "tiny", *chosen)
+    assert [peer["variant"], zero["variant"]] == ["peer_ddp", "zero2"]
+    assert all(
+        row.keys() >= FIELDS and row["images_per_s_gpu"] > 0 and len(row["losses"]) == 4 for row in (peer, zero)
+    )
+    assert peer["apart"] == 0 and 0 < zero["apart"] < 0.03
+
+
+def test_a_variant_that_fails_is_a_row_of_its_own():
+    (row,) = lines("strategies", "--work", "tiny", "--variants", "zero1", "--gpus", "1", "--limit", "0.1")
+    assert row["error"] == "took longer than 0.1 s"
+
+
 @pytest.mark.slow
 def test_gpu_parity_runs_on_the_cpu():
     rows = {row["variant"]: row for row in lines("gpu_parity", "--only", "fp32|bf16")}

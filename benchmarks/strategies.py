@@ -1,0 +1,466 @@
+"""Images per second, memory and losses of each strategy, ours beside what one would write with plain diffusers.
+
+    python -m benchmarks.strategies --work sd21_512 --out benchmarks/results/strategies.jsonl   # all GPUs there
+    python -m benchmarks.strategies --work sdxl_1024 --gpus 2 --variants peer_ddp,ddp,zero2,zero3 --seconds 15
+    python -m benchmarks.strategies --work tiny --gpus 2                                        # gloo, on a CPU
+
+Each variant runs in processes of its own, started by torchrun. Peers are a plain loop over a diffusers U-Net:
+torch's DDP with bf16 autocast and channels-last, and `deepspeed.initialize` with ZeRO 1 to 3 in bf16 and its
+defaults. Ours run `optimizer_step` as `finetune train` does; `one` and `peer_one` take one GPU. A variant may name
+its layout, as `zero2@nhwc` or `ddp@nchw`; without one it has the layout that a run has by default. `--adapter lora`
+trains an adapter of rank 16 instead of all weights.
+
+All see the same random moments, states of captions, noise and timesteps while their first losses are taken; `apart`
+is the largest relative distance of those from DDP's (`ddp`, else `peer_ddp`). Then steps are timed in blocks of
+four, where peers draw noise as they would. Weights are random, gradients clipped, the optimizer is AdamW. SDXL's
+added conditions are fixed tensors. One JSON line each, a table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks import train_step
+from benchmarks.common import context, record
+from benchmarks.train_step import BETAS
+from finetune import diffusion, distributed, rng
+from finetune.batch import Batch
+from finetune.conditioning import TextConditioner
+from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.latents import LatentSpace, sample_latents
+from finetune.models.adapters import add_lora
+from finetune.models.unet import build_unet, enable_gradient_checkpointing
+from finetune.objective import LatentDiffusion
+from finetune.step import optimizer_step
+
+WORKS: dict[str, dict[str, Any]] = {
+    "sd21_512": {
+        "batch": 48,
+        "size": 64,
+        "tokens": 77,
+        "unet": {
+            "sample_size": 64,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+    },
+    "sdxl_1024": {
+        "batch": 8,
+        "size": 128,
+        "tokens": 77,
+        "checkpointing": True,
+        "unet": {
+            "sample_size": 128,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    },
+    "tiny": {"batch": 4, "size": 8, "tokens": 16, "unet": train_step.WORKS["tiny"]["unet"]},
+}
+OURS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
+LAYOUTS = {"": None, "nchw": False, "nhwc": True}
+LR, MAX_GRAD_NORM, SEED = 1e-4, 1.0, 0
+BLOCK = 4  # steps between two looks at the clock
+
+
+class WithAdded(nn.Module):
+    """A U-Net that is told the same pooled text and sizes at each call, as SDXL's is of each sample."""
+
+    def __init__(self, unet: nn.Module, batch: int, device: torch.device) -> None:
+        super().__init__()
+        self.unet = unet
+        generator = torch.Generator().manual_seed(1)
+        self.text_embeds = torch.randn(batch, 1280, generator=generator).to(device)
+        self.time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * batch, device=device)
+
+    def forward(self, noised: Tensor, *args: Any, **settings: Any) -> Any:
+        added = {"text_embeds": self.text_embeds.to(noised.dtype), "time_ids": self.time_ids}
+        return self.unet(noised, *args, added_cond_kwargs=added, **settings)
+
+
+@dataclass
+class Job:
+    """What a worker is told, as JSON on its command line."""
+
+    work: str
+    variant: str
+    batch: int  # of one rank
+    adapter: str
+    losses: int  # steps whose losses are kept
+    seconds: float
+    out: str  # rank 0 leaves its result there
+
+
+def make_unet(job: Job, work: dict[str, Any], world: World) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The U-Net on the CPU, and its parameters that are trained, by name."""
+    unet = build_unet(work["unet"], seed=SEED).train()
+    if job.adapter == "lora":
+        add_lora(unet, 16, 16.0, seed=SEED)
+    if work.get("checkpointing"):
+        enable_gradient_checkpointing(unet)
+    module: nn.Module = unet
+    if work["unet"].get("addition_embed_type"):
+        module = WithAdded(unet, job.batch, world.device)
+    return module, {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def batches(job: Job, work: dict[str, Any], world: World) -> Iterator[Batch]:
+    """Random moments and states in pinned memory; each visit has clocks of its own, as from the loader."""
+    generator = torch.Generator().manual_seed(world.rank)
+    made = []
+    for _ in range(4):
+        moments = torch.randn(job.batch, 8, work["size"], work["size"], generator=generator)
+        moments[:, 4:] = moments[:, 4:].abs() * 0.1
+        states = torch.randn(job.batch, work["tokens"], work["unet"]["cross_attention_dim"], generator=generator)
+        pair = (moments.half(), states.half())
+        made.append([one.pin_memory() for one in pair] if world.device.type == "cuda" else pair)
+    step = 0
+    while True:
+        moments, states = made[step % 4]
+        clock = (step * world.size + world.rank) * job.batch + torch.arange(job.batch)
+        yield Batch(moments, ["x"] * job.batch, clock, clock, (work["size"] * 8,) * 2, text_states=states)
+        step += 1
+
+
+def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
+    """`finetune train`'s step; returns this rank's sum of losses."""
+    unet, trained = make_unet(job, work, world)
+    width = work["unet"]["cross_attention_dim"]
+    conditioner = TextConditioner(
+        lambda texts: torch.zeros(len(texts), work["tokens"], dtype=torch.long),
+        lambda ids: ids,
+        nn.Identity(),
+        trained=False,
+        empty_states_LD=torch.zeros(work["tokens"], width, dtype=torch.float16),
+    )
+    model = LatentDiffusion(
+        unet,
+        conditioner,
+        alphas_cumprod_T=diffusion.alphas_cumprod(diffusion.betas(**BETAS)).to(world.device),
+        space=LatentSpace(0.18215),
+        prediction="epsilon",
+        seed=SEED,
+    ).train()
+    groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
+    common: dict[str, Any] = {"adamw": AdamW(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
+    strategy: Strategy
+    if kind in ("one", "ddp"):
+        if layout:
+            unet.to(memory_format=torch.channels_last)
+        strategy = DataParallel(world, model, groups, **common)
+    else:
+        offload = kind.endswith("_offload")
+        strategy = ZeRO(
+            world,
+            model,
+            groups,
+            **common,
+            stage=int(kind[4]),
+            offload_optimizer=offload,
+            offload_parameters=offload,
+            micro_batch=job.batch,
+            accumulation=1,
+        )
+    source = batches(job, work, world)
+    whole = job.batch * world.size
+
+    def step(index: int) -> Tensor:
+        done = optimizer_step(
+            strategy,
+            conditioner,
+            source,
+            micro_batches=1,
+            global_batch=whole,
+            lr=LR,
+            caption_dropout=0.0,
+            seed=SEED,
+            average=None,
+            images_seen=(index + 1) * whole,
+        )
+        return done.loss_sum
+
+    return step
+
+
+def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
+    """A plain loop over a diffusers U-Net; returns this rank's sum of losses."""
+    unet, trained = make_unet(job, work, world)
+    device, batch = world.device, job.batch
+    optimizer = torch.optim.AdamW(trained.values(), lr=LR)
+    engine: Any = None
+    dtype = torch.bfloat16
+    if kind in ("one", "ddp"):
+        # What is measured beside is plain diffusers: a single GPU as the examples leave it, DDP at its best known.
+        channels_last = kind == "ddp" if layout is None else layout
+        unet.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        if kind == "ddp" and world.size > 1:
+            ids = [device] if device.type == "cuda" else None
+            unet = nn.parallel.DistributedDataParallel(unet, device_ids=ids)
+    else:
+        import deepspeed
+
+        config = {
+            "train_micro_batch_size_per_gpu": batch,
+            "gradient_clipping": MAX_GRAD_NORM,
+            "zero_optimization": {"stage": int(kind[4])},
+            "bf16": {"enabled": True},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 1 << 62,
+        }
+        engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=config, dist_init_required=False)
+    alphas_cumprod_T = diffusion.alphas_cumprod(diffusion.betas(**BETAS)).to(device)
+    source = batches(job, work, world)
+
+    def step(index: int) -> Tensor:
+        one = next(source)
+        moments = one.moments.to(device, non_blocking=True).float()
+        clock = one.clock.to(device, non_blocking=True)
+        states = one.text_states.to(device, non_blocking=True)
+        shape = tuple(moments[0, :4].shape)
+        if index < job.losses:  # the draws that ours makes
+            timesteps = rng.integers(SEED, "timestep", clock, len(alphas_cumprod_T))
+            posterior, noise = (rng.normal(SEED, name, clock, shape) for name in ("posterior", "noise"))
+        else:
+            timesteps = torch.randint(0, len(alphas_cumprod_T), (batch,), device=device)
+            posterior, noise = (torch.randn(batch, *shape, device=device) for _ in range(2))
+        z = sample_latents(moments, posterior, LatentSpace(0.18215))
+        noised = diffusion.add_noise(z, noise, alphas_cumprod_T[timesteps])
+        if engine is not None:
+            predicted = engine(noised.to(dtype), timesteps, states.to(dtype), return_dict=False)[0]
+        else:
+            with torch.autocast(device.type, dtype):
+                predicted = unet(noised, timesteps, states, return_dict=False)[0]
+        loss = nn.functional.mse_loss(predicted.float(), noise)
+        if engine is not None:
+            engine.backward(loss)
+            engine.step()
+        else:
+            loss.backward()
+            nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.detach() * batch
+
+    return step
+
+
+def worker(job: Job) -> None:
+    """One process of a variant."""
+    variant, _, layout_name = job.variant.partition("@")
+    world = distributed.start("auto", uses_deepspeed="zero" in variant)
+    on_gpu = world.device.type == "cuda"
+    work = WORKS[job.work]
+    started = time.perf_counter()
+    make = peer if variant.startswith("peer_") else ours
+    step = make(job, work, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    sums = [step(index).double() for index in range(job.losses)]
+    losses = world.sum_(torch.stack(sums)) / (job.batch * world.size)
+    setup = time.perf_counter() - started
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    index = job.losses
+    seconds: list[float] = []
+    blocks = 2
+    while len(seconds) < blocks:
+        wait()
+        before = time.perf_counter()
+        for _ in range(BLOCK):
+            step(index)
+            index += 1
+        wait()
+        seconds.append(time.perf_counter() - before)
+        if len(seconds) == 1:  # all ranks do as many
+            blocks = world.broadcast(max(2, 1 + round(job.seconds / seconds[0])))
+    median = sorted(seconds[1:])[(len(seconds) - 1) // 2]
+    peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if on_gpu else [0, 0]
+    memory = torch.tensor(peaks, dtype=torch.float64, device=world.device)
+    if world.size > 1:
+        dist.all_reduce(memory, dist.ReduceOp.MAX)
+    if world.is_main:
+        result = {
+            "images_per_s_gpu": BLOCK * job.batch / median,
+            "peak_gib": memory[0].item() / 2**30,
+            "reserved_gib": memory[1].item() / 2**30,
+            "steps_timed": len(seconds) * BLOCK,
+            "setup_s": setup,
+            "losses": losses.tolist(),
+        }
+        Path(job.out).write_text(json.dumps(result))
+    world.barrier()
+    distributed.stop()
+
+
+def used_gib() -> float:
+    """Memory of this machine in use, page-locked memory too, without what it only caches."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return (total - available) / 2**20
+
+
+def run(job: Job, processes: int, limit_s: float) -> dict[str, Any]:
+    """Start a variant's processes and wait: its result, or what went wrong."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher, "-m", "benchmarks.strategies", "--worker", json.dumps(vars(job))]
+    before = peak = used_gib()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.5):
+            peak = max(peak, used_gib())
+
+    watcher = threading.Thread(target=watch)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, cwd=Path(__file__).parent.parent, stdout=log, stderr=log, start_new_session=True
+        )
+        watcher.start()
+        try:
+            code: int | None = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            done.set()
+            watcher.join()
+        if code == 0:
+            return {**json.loads(Path(job.out).read_text()), "host_gib": peak - before}
+        log.seek(0)
+        text = log.read()
+    sys.stderr.write(text[-6000:])
+    if code is None:
+        return {"error": f"took longer than {limit_s:g} s"}
+    lines = [line.strip() for line in text.splitlines() if "Error" in line and "ChildFailedError" not in line]
+    return {"error": (lines[-1] if lines else f"exit code {code}")[-300:]}
+
+
+def largest_distance(losses: list[float], reference: list[float]) -> float:
+    return max(abs(one - other) / abs(other) for one, other in zip(losses, reference, strict=True))
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--worker"]:
+        worker(Job(**json.loads(sys.argv[2])))
+        return
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=WORKS, default="sd21_512" if on_gpu else "tiny")
+    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count() or 1, help="processes, one a GPU")
+    parser.add_argument("--batch", type=int, help="samples of one GPU (default: 48, 8 for sdxl_1024)")
+    parser.add_argument("--adapter", choices=("full", "lora"), default="full")
+    parser.add_argument(
+        "--variants", default=",".join([*PEERS, *OURS]), help="comma-separated, NAME or NAME@LAYOUT"
+    )
+    parser.add_argument("--seconds", type=float, default=15.0, help="measured time of each variant")
+    parser.add_argument("--losses", type=int, default=20, help="steps whose losses are compared")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a variant is ended")
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
+    arguments = parser.parse_args()
+    variants = arguments.variants.split(",")
+    for variant in variants:
+        name, _, layout = variant.partition("@")
+        if name not in (*PEERS, *OURS) or layout not in LAYOUTS:
+            parser.error(f"{variant} is no variant: {', '.join([*PEERS, *OURS])}, with @nchw or @nhwc behind it")
+    if on_gpu and arguments.gpus > torch.cuda.device_count():
+        parser.error(f"--gpus {arguments.gpus}: there are {torch.cuda.device_count()}")
+    batch = arguments.batch or WORKS[arguments.work]["batch"]
+    # DDP before what is compared with it; one GPU and the peers first.
+    order = [name for name in (*PEERS, *OURS) for _ in range(variants.count(name))]
+    variants = order + [name for name in variants if "@" in name]
+    rows: dict[str, dict[str, Any]] = {}
+    measured_on = context()
+    for variant in variants:
+        processes = 1 if variant.partition("@")[0] in ("one", "peer_one") else arguments.gpus
+        with tempfile.TemporaryDirectory() as folder:
+            job = Job(
+                arguments.work,
+                variant,
+                batch,
+                arguments.adapter,
+                arguments.losses,
+                arguments.seconds,
+                str(Path(folder) / "result.json"),
+            )
+            result = run(job, processes, arguments.limit)
+        row: dict[str, Any] = {"work": arguments.work, "variant": variant, "processes": processes, "batch": batch}
+        row |= {"adapter": arguments.adapter, "precision": "bf16"} | result
+        rows[variant] = row
+        compare(row, rows)
+        record(arguments.out, {key: rounded(value) for key, value in row.items()} | measured_on)
+    table(rows)
+
+
+def compare(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
+    """Add to a row how it stands to those before it: to its peer, to one GPU, to DDP's losses."""
+    name = row["variant"].partition("@")[0]
+
+    def measured(*names: str) -> dict[str, Any] | None:
+        return next((rows[n] for n in names if n in rows and "error" not in rows[n]), None)
+
+    if "error" in row:
+        return
+    for key, other in (
+        ("to_peer", measured(f"peer_{name.removeprefix('peer_').removesuffix('_offload')}")),
+        ("to_one_gpu", measured("one") if not name.startswith("peer_") else measured("peer_one")),
+        ("to_ddp", measured("ddp") if not name.startswith("peer_") else measured("peer_ddp")),
+    ):
+        if other is not None:
+            row[key] = row["images_per_s_gpu"] / other["images_per_s_gpu"]
+    reference = measured("ddp", "peer_ddp")
+    if reference is not None and reference["processes"] == row["processes"]:
+        row["apart"] = largest_distance(row["losses"], reference["losses"])
+
+
+def rounded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [rounded(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def table(rows: dict[str, dict[str, Any]]) -> None:
+    columns = ("images_per_s_gpu", "to_peer", "to_one_gpu", "to_ddp", "peak_gib", "host_gib", "apart")
+    print(f"{'variant':<18}" + "".join(f"{name:>18}" for name in columns))
+    for row in rows.values():
+        if "error" in row:
+            print(f"{row['variant']:<18}  {row['error']}")
+            continue
+        cells = [f"{row[name]:.4g}" if name in row else "-" for name in columns]
+        print(f"{row['variant']:<18}" + "".join(f"{cell:>18}" for cell in cells))
+
+
+if __name__ == "__main__":
+    main()
