@@ -11,6 +11,7 @@ from finetune import UserError, __version__, run_cli
 
 COMMANDS = {
     "train": "fine-tune a model, or train one from scratch",
+    "doctor": "look whether a launch will train, before it has to",
     "sample": "draw pictures from captions",
     "export": "write a run's result for other tools",
     "autoencoder": "train the first stage on pictures",
@@ -53,6 +54,10 @@ def _run(name: str, arguments: list[str]) -> int:
             from finetune import train
 
             return train.main(arguments)
+        case "doctor":
+            from finetune.doctor import command as doctor
+
+            return doctor.main(arguments)
         case "sample":
             from finetune import sample
 

@@ -43,6 +43,7 @@ FLOORS: dict[str, float] = {
     "autoencoder/": ASIDE,
     "export/": ASIDE,
     "evaluation/": ASIDE,
+    "doctor/": 6,
     "train": 6,
     "sample": 6,
     "demo": 6,

@@ -1,0 +1,94 @@
+"""What the checks share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from finetune.config import Config
+from finetune.distributed import World
+from finetune.doctor.board import Board, Outcome
+from finetune.doctor.table import FAIL, SKIPPED, Row, ranks_text
+from finetune.loop import Parts
+
+LIMITS_S = {
+    "hosts": 60.0,
+    "folder": 120.0,
+    "network": 120.0,
+    "data": 300.0,
+    "build": 1200.0,  # a large model from a slow disk
+    "steps": 600.0,  # the first one may compile
+    "save": 1200.0,
+    "weights": 300.0,
+}
+"""Bounds on a phase's seconds, by kind: far above what healthy ones take."""
+
+
+@dataclass
+class Context:
+    """One examination.
+
+    Attributes:
+        run: the run's folder, as configured; scratch: where the doctor writes, seen by all ranks, or None.
+        world: None when the ranks could not be joined.
+        parts: what a run is made of, None until and unless it could be built.
+        step_seconds: of each step made so far, on this rank.
+        checkpoint_bytes: what a checkpoint takes on the disk.
+    """
+
+    config: Config
+    composed: DictConfig
+    board: Board
+    rank: int
+    size: int
+    run: Path
+    scratch: Path | None = None
+    world: World | None = None
+    parts: Parts | None = None
+    step_seconds: list[float] = field(default_factory=list)
+    checkpoint_bytes: int = 0
+
+    def exchange(
+        self, kind: str, name: str, function: Callable[[], Any], *, collective: bool = False
+    ) -> list[Outcome]:
+        """`Board.exchange` within the bound of `kind`."""
+        return self.board.exchange(name, function, limit_s=LIMITS_S[kind], collective=collective)
+
+    def joined(self) -> World:
+        assert self.world is not None
+        return self.world
+
+    def named(self, ranks: Sequence[int]) -> str:
+        """Ranks with their hosts, where there are several."""
+        if len(set(self.board.hosts)) == 1 or len(ranks) > 4:
+            return ranks_text(ranks)
+        return ", ".join(f"rank {rank} on {self.board.hosts[rank]}" for rank in ranks)
+
+    def failures(self, name: str, outcomes: Sequence[Outcome], remedy: str) -> list[Row]:
+        """A FAIL row with each error and the ranks that had it; none where all went well."""
+        errors: dict[str, list[int]] = {}
+        for rank, outcome in enumerate(outcomes):
+            if outcome.error is not None:
+                errors.setdefault(outcome.error, []).append(rank)
+        if not errors:
+            return []
+        said = [
+            error if len(ranks) == self.size else f"{self.named(ranks)}: {error}" for error, ranks in errors.items()
+        ]
+        return [Row(name, FAIL, "; ".join(said[:4]), remedy)]
+
+
+def skipped(names: Sequence[str], why: str) -> list[Row]:
+    return [Row(name, SKIPPED, why) for name in names]
+
+
+def odd_ones(values: Sequence[Any]) -> dict[Any, list[int]]:
+    """Ranks by value, where these differ: the most common value first (of equals, rank 0's)."""
+    ranks: dict[Any, list[int]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(rank)
+    return dict(sorted(ranks.items(), key=lambda item: -len(item[1])))

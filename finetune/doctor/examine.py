@@ -1,0 +1,136 @@
+"""All checks in their order: what needs a failed one is skipped, everything else goes on."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from finetune import UserError, build, distributed
+from finetune.config import Config
+from finetune.doctor import files, launch, memory, network, training
+from finetune.doctor.board import Board
+from finetune.doctor.context import Context, skipped
+from finetune.doctor.table import FAIL, SKIPPED, Row, exit_code, show
+
+_TALK_S = 1.0  # a launcher ends all ranks with the first one that fails: rank 0 speaks before
+_NEED_DATA = ("model", "strategy", "weights", "samples", "learning rate", "steps", "resume", "memory", "reading")
+
+Tidy = list[Callable[[], None]]
+
+
+def run(config: Config, composed: DictConfig, rank: int, size: int) -> int:
+    """All checks of one configuration; prints the table on rank 0 and returns the exit code.
+
+    Raises:
+        UserError: values out of range, or a run folder that is in use.
+    """
+    build.check(config)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    started = time.perf_counter()
+    rows = [*launch.launch_rows(config), *launch.process_rows(size)]
+    tidy: Tidy = []
+
+    def broken(row: Row) -> None:
+        show([*rows, row, Row("the rest", SKIPPED, "the doctor could not go on")], time.perf_counter() - started)
+        _clean(tidy)
+
+    try:
+        with Board(rank, size, launch.host_name(), broken) as board:
+            try:
+                examine(Context(config, composed, board, rank, size, Path(config.run.dir)), rows, tidy)
+            finally:
+                _clean(tidy)
+    finally:
+        distributed.stop()
+    if rank == 0:
+        show(rows, time.perf_counter() - started)
+    elif exit_code(rows):
+        time.sleep(_TALK_S)
+    return exit_code(rows)
+
+
+def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
+    """Every check in turn, each adding to `rows` at once, so that they are there when a later one hangs."""
+    rows += launch.rank_rows(context)
+    if context.world is None:
+        rows += skipped(["the rest"], "the ranks could not be joined")
+        return
+    rows += launch.host_rows(context)
+    scratch = context.run / files.SCRATCH
+    _prepare(context, tidy)
+    rows += files.folder_rows(context, scratch)
+    shared = context.scratch is not None
+    if not shared:
+        _borrow(context, tidy)
+    rows += network.network_rows(context)
+    rows += training.tracking_rows(context)
+    opened = training.data_rows(context)
+    rows += opened
+    if any(row.result == FAIL for row in opened):
+        rows += skipped(_NEED_DATA, "the data can't be opened")
+        return
+    if context.scratch is None:
+        rows += skipped(_NEED_DATA, "the ranks share no folder at all")
+        return
+    rows += training.build_rows(context)
+    if context.parts is None:
+        rows += skipped(_NEED_DATA[1:], "there is no model")
+        return
+    rows += training.run_rows(context)
+    rows += training.step_rows(context)
+    if context.parts is None:
+        rows += skipped(["resume", "memory", "reading"], "the steps failed")
+        return
+    if shared:
+        rows += training.resume_rows(context)
+    else:
+        rows += skipped(["resume"], "the ranks do not share run.dir")
+    rows += memory.memory_rows(context)
+    rows += training.reading_rows(context)
+
+
+def _prepare(context: Context, tidy: Tidy) -> None:
+    """Rank 0 makes the folder that the doctor works in.
+
+    Raises:
+        UserError, on every rank: the run's folder is in use, or can't be made.
+    """
+
+    def make() -> None:
+        if context.rank == 0:
+            tidy.append(files.Scratch(context.run).remove)
+
+    outcome = context.exchange("folder", "preparing run.dir", make)[0]
+    if outcome.error is not None:
+        error = UserError(outcome.error)
+        error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
+        raise error
+
+
+def _borrow(context: Context, tidy: Tidy) -> None:
+    """A temporary folder in place of one that the ranks do not share, if they share that."""
+
+    def make() -> str:
+        if context.rank != 0:
+            return ""
+        made = tempfile.TemporaryDirectory(prefix="finetune-doctor-")
+        tidy.append(made.cleanup)
+        return made.name
+
+    folder = context.exchange("folder", "making a temporary folder", make)[0].value
+    if folder and all(
+        each.value for each in context.exchange("folder", "seeing it", lambda: Path(folder).is_dir())
+    ):
+        context.scratch = Path(folder)
+
+
+def _clean(tidy: Tidy) -> None:
+    """Undo what was made, the last first."""
+    while tidy:
+        tidy.pop()()

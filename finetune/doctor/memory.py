@@ -1,0 +1,195 @@
+"""What a run needs against what is there, on the device and in host memory."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.doctor.context import Context
+from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.loop import Parts
+
+OUT_OF_MEMORY = (
+    "lower train.micro_batch, set model.gradient_checkpointing=true, use strategy=zero2 or zero3 on more "
+    "processes, strategy=zero3_offload, or adapter=lora"
+)
+_TIGHT = 0.9
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes of one rank, by what they are for; `on_device` and `on_host` name which lie where.
+
+    Activations are not in it: they depend on the batch, and the two steps measure them.
+    """
+
+    device: dict[str, int]
+    host: dict[str, int]
+
+    def text(self) -> str:
+        return ", ".join(f"{name} {size_text(count)}" for name, count in self.device.items() if count)
+
+
+def estimate(parts: Parts, world_size: int, *, offload_optimizer: bool, offload_parameters: bool) -> Estimate:
+    """Weights, gradients, masters, moments and average of this rank, from the tensors themselves.
+
+    ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): stage 1 spreads masters and moments over the ranks,
+    stage 2 gradients too, stage 3 weights too.
+    """
+    strategy = parts.strategy
+    stage: int = getattr(strategy, "stage", 0)
+    weights = gradients = 0
+    for parameter in strategy.module.parameters():
+        count = whole_numel(parameter)
+        width = parameter.element_size()
+        weights += width * (math.ceil(count / world_size) if stage == 3 else count)
+        if parameter.requires_grad:
+            gradients += width * (math.ceil(count / world_size) if stage >= 2 else count)
+    owned = sum(shard.master.numel() for shard in strategy.shards)
+    optimizer = {"masters": 4 * owned if stage else 0, "moments": 8 * owned}
+    average = {"average": 4 * owned if parts.average else 0}
+    device: dict[str, int] = {"gradients": gradients}
+    host: dict[str, int] = {}
+    (host if offload_parameters else device).update({"weights": weights})
+    (host if offload_optimizer else device).update(optimizer | average)
+    # A checkpoint is written from a copy in host memory: masters, average and moments.
+    host["checkpoint copy"] = (16 if parts.average else 12) * math.ceil(trained_numel(parts) / world_size)
+    return Estimate(device, host)
+
+
+def whole_numel(parameter: Any) -> int:
+    """Elements of a parameter, which ZeRO-3 may have taken to pieces."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def trained_numel(parts: Parts) -> int:
+    return sum(math.prod(shard.shape) for shard in parts.strategy.shards)
+
+
+def memory_rows(context: Context) -> list[Row]:
+    """The estimate, and the peak of the steps made so far, against what each machine has."""
+    outcomes = context.exchange("hosts", "memory", lambda: _measure(context))
+    if rows := context.failures("memory", outcomes, "see the rows above"):
+        return rows
+    seen = [outcome.value for outcome in outcomes]
+    return [_device_row(context, seen), _host_row(context, seen)]
+
+
+def _measure(context: Context) -> dict[str, Any]:
+    world, parts = context.joined(), context.parts
+    assert parts is not None
+    strategy = context.config.strategy
+    kind = getattr(strategy, "offload", None)
+    expected = estimate(
+        parts,
+        world.size,
+        offload_optimizer=bool(getattr(strategy, "offload_optimizer", kind not in (None, "none", ""))),
+        offload_parameters=bool(
+            getattr(strategy, "offload_parameters", kind not in (None, "none", "") and strategy.stage == 3)
+        ),
+    )
+    host_now, host_peak, host_capacity = host_memory()
+    found: dict[str, Any] = {
+        "text": expected.text(),
+        "device": sum(expected.device.values()),
+        "host": sum(expected.host.values()),
+        "copy": expected.host["checkpoint copy"],
+        "host_now": host_now,
+        "host_peak": host_peak,
+        "host_capacity": host_capacity,
+    }
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        # What torch does not count: CUDA's context, NCCL's buffers, and other processes.
+        others = total - free - torch.cuda.memory_reserved(world.device)
+        found |= {
+            "peak": torch.cuda.max_memory_allocated(world.device) + others,
+            "reserved": torch.cuda.max_memory_reserved(world.device) + others,
+            "capacity": total,
+        }
+    return found
+
+
+def host_memory() -> tuple[int, int, int]:
+    """Bytes: resident in this process now, at most so far, and what this process's machine or cgroup may use."""
+    import psutil
+
+    process = psutil.Process()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return process.memory_info().rss, peak, min(psutil.virtual_memory().total, *_cgroup_limits())
+
+
+def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """Memory limits of this process's cgroup and those above it; a huge number where there is none."""
+    limits = [sys.maxsize]
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return limits
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            base, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        inside = base / path.lstrip("/")
+        for folder in (inside, *inside.parents):
+            if not folder.is_relative_to(base):
+                break
+            try:
+                text = (folder / name).read_text().strip()
+            except OSError:
+                continue
+            if text.isdigit():
+                limits.append(int(text))
+    return limits
+
+
+def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:
+    if "peak" not in seen[0]:
+        return Row("memory", OK, f"on the CPU: estimated a rank, without activations: {seen[0]['text']}")
+    worst = max(range(len(seen)), key=lambda rank: seen[rank]["peak"] / seen[rank]["capacity"])
+    it = seen[worst]
+    text = (
+        f"estimated {size_text(it['device'])} a GPU without activations ({it['text']}); measured peak "
+        f"{size_text(it['peak'])} of {size_text(it['capacity'])} on {context.named([worst])} "
+        f"({size_text(it['reserved'])} with torch's reserve)"
+    )
+    if it["peak"] > it["capacity"] or it["device"] > it["capacity"]:
+        return Row("memory", FAIL, text, OUT_OF_MEMORY)
+    if it["peak"] > _TIGHT * it["capacity"]:
+        return Row("memory", WARN, f"{text}: tight, other pictures or samples may not fit", OUT_OF_MEMORY)
+    return Row("memory", OK, text)
+
+
+def _host_row(context: Context, seen: list[dict[str, Any]]) -> Row:
+    """All ranks of a machine share its memory."""
+    by_host: dict[str, list[dict[str, Any]]] = {}
+    for host, each in zip(context.board.hosts, seen, strict=True):
+        by_host.setdefault(host, []).append(each)
+
+    def needed(ranks: list[dict[str, Any]]) -> int:
+        return sum(max(each["host_peak"], each["host_now"] + each["copy"]) for each in ranks)
+
+    host = max(by_host, key=lambda name: needed(by_host[name]) / by_host[name][0]["host_capacity"])
+    ranks = by_host[host]
+    need, capacity = needed(ranks), ranks[0]["host_capacity"]
+    now, copies = (sum(each[what] for each in ranks) for what in ("host_now", "copy"))
+    text = (
+        f"{len(ranks)} rank(s) on {host} use {size_text(now)} and need up to {size_text(need)} (a checkpoint's "
+        f"copy: {size_text(copies)}) of {size_text(capacity)}"
+    )
+    remedy = "ask for more memory (Slurm: --mem), use more machines, or put less there (no offload, adapter=lora)"
+    if need > capacity:
+        return Row("host memory", FAIL, text, remedy)
+    if need > _TIGHT * capacity:
+        return Row("host memory", WARN, text, remedy)
+    return Row("host memory", OK, text)
