@@ -92,6 +92,8 @@ def train(
     )
     batches = iter(loader)
     step, stop = progress.step, 0
+    parts.checkpoints.say = tracker.say
+    parts.checkpoints.prepare(strategy, parts.average)
     request.can_save = True
 
     def due(every: int) -> bool:
@@ -122,13 +124,15 @@ def train(
             )
             step += 1
             tracker.step(result.loss_sum, result.grad_norm, result.data_seconds)
-            stop = control.exchange(Facts(stop=request.number)).stop
+            facts = control.exchange(Facts(stop=request.number, saving=parts.checkpoints.state))
+            stop = facts.stop
             save = due(config.checkpoint.every) or stop > 0
             if due(config.tracker.every):
                 tracker.log(step, lr)
             elif save:
                 tracker.settle()
             with tracker.paused():
+                parts.checkpoints.advance(facts.saving)
                 if due(config.validation.every) and data.held_out:
                     tracker.write({"step": step, **_validate(config, parts)})
                 if due(config.sample.every):
@@ -145,7 +149,11 @@ def train(
                         loss_scale=strategy.scaler_state(),
                         open_losses=tracker.open_losses,
                     )
-                    parts.checkpoints.save(progress, strategy, parts.average)
+                    if stop or step == total_steps:
+                        parts.checkpoints.save(progress, strategy, parts.average)
+                    else:
+                        parts.checkpoints.begin(progress, strategy, parts.average)
+        parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
         return stop if step < total_steps else 0
     finally:

@@ -58,6 +58,7 @@ def optimizer_step(
             global_batch=global_batch,
             last=index == micro_batches - 1,
         )
+    strategy.before_change()
     stats = strategy.step(lr)
     if average is not None:
         average.update([shard.master for shard in strategy.shards], images_seen, global_batch)

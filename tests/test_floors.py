@@ -35,7 +35,7 @@ FLOORS: dict[str, float] = {
     "sampling": 2,
     "distributed/": 2,
     "step": 3,
-    "checkpoint": 3,
+    "checkpoint/": 3,
     "tracking": 3,
     "validation": 3,
     "loop": 4,

@@ -15,8 +15,10 @@ from finetune.distributed.strategy import (
     DataParallel,
     ParamGroup,
     Shard,
+    Source,
     StepStats,
     Strategy,
+    Wanted,
 )
 from finetune.distributed.world import World, require_agreement, start, stop
 from finetune.distributed.zero import ZeRO
@@ -29,9 +31,11 @@ __all__ = [
     "Facts",
     "ParamGroup",
     "Shard",
+    "Source",
     "StepStats",
     "StopRequest",
     "Strategy",
+    "Wanted",
     "World",
     "ZeRO",
     "require_agreement",

@@ -1,0 +1,484 @@
+"""Saves and restores a run: what happens when."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import UserError
+from finetune.checkpoint.host import HostMemory, free_host_memory
+from finetune.checkpoint.layout import Layout
+from finetune.checkpoint.plan import Member, Plan, make_plan
+from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, sum_files, write_record
+from finetune.checkpoint.restore import Named, Reader
+from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
+from finetune.distributed import MOMENTS, Strategy, Wanted
+from finetune.ema import Average
+from finetune.models.components import complete_checkpoints
+
+_PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
+_STALLED_SECONDS = 300.0  # a disk that has taken nothing for so long is given up
+
+_FINISHED, _FINISHING, _WRITTEN, _WRITING = range(4)  # what a rank tells the others: `Checkpoints.state`
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
+    and `encoder_sha256` of the latent space that it is trained in. `open_losses`: mean losses of the steps
+    since the last line of metrics, so that lines are the same wherever a run was stopped.
+    """
+
+    step: int
+    images_seen: int
+    steps_taken: int
+    loss_scale: dict[str, float] = field(default_factory=dict)
+    depends_on: dict[str, Any] = field(default_factory=dict)
+    latents: dict[str, Any] = field(default_factory=dict)
+    open_losses: list[float] = field(default_factory=list)
+
+
+@dataclass
+class _Save:
+    """A save under way. `task`: what this rank's thread does, None for nothing."""
+
+    progress: Progress
+    temporary: Path
+    final: Path
+    writing: Writing
+    began_at: float
+    task: Task[None] | Task[_Outcome] | None = None
+    is_finishing: bool = False
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """How a save ended: why it failed, or None; and what else there is to say."""
+
+    error: str | None = None
+    note: str | None = None
+
+
+class Checkpoints:
+    """Saves and restores a run under `RUN/checkpoints`, keeping the last `keep` checkpoints.
+
+    `begin` takes a snapshot and leaves its writing to threads. Once a step every rank tells the others its `state`
+    and calls `advance` with the largest of all, so that all ranks take the same turn in the same step.
+
+    Attributes:
+        say: prints a line for the user; called on rank 0 alone.
+    """
+
+    def __init__(self, run: str | Path, layout: Layout, keep: int, memory_bytes: int | None = None) -> None:
+        """`memory_bytes`: of host memory for a rank's snapshot; None: half of what is free on the machine.
+
+        What doesn't fit is written in rounds, and training waits for all but the last.
+        """
+        self.run, self.layout, self.keep, self.memory_bytes = Path(run), layout, keep, memory_bytes
+        self.folder = self.run / "checkpoints"
+        self.say: Callable[[str], None] = partial(print, file=sys.stderr)
+        self._save: _Save | None = None
+        self._plan: Plan | None = None
+        self._last_saved: int | None = None
+        self._failures = 0  # in a row
+        self._is_patient = True
+
+    # --- saving -----------------------------------------------------------------------------------
+
+    def prepare(self, strategy: Strategy, average: Average | None) -> None:
+        """Plan the files and take the memory for snapshots, so that the first save stalls no longer than others.
+
+        Collective. Removes what a killed process left half written.
+        """
+        self._world = world = strategy.world
+        self._has_average = average is not None
+        layout = self.layout
+        weights = [(f"weights/{file}", key) for file, key in map(layout.locate, (s.name for s in strategy.shards))]
+        places = [weights]
+        if average is not None:
+            places.append([(f"ema/{file.removeprefix('weights/')}", key) for file, key in weights])
+        places += [[(f"optimizer/{kind}.safetensors", shard.name) for shard in strategy.shards] for kind in MOMENTS]
+        tensors = [
+            Member(kind, index, file, key, tuple(shard.file_shape))
+            for kind, of_kind in enumerate(places)
+            for index, (shard, (file, key)) in enumerate(zip(strategy.shards, of_kind, strict=True))
+        ]
+        metadata: dict[str, dict[str, str]] = {}
+        for file in {tensor.file for tensor in tensors}:
+            shapes = {tensor.key: tensor.shape for tensor in tensors if tensor.file == file}
+            metadata[file] = {"format": "pt"} if file.startswith("optimizer/") else layout.metadata(shapes)
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world.size > 1 else 1
+        limit = min(world.gather(self.memory_bytes or free_host_memory() // 2 // local_ranks))
+        metadata = world.broadcast(metadata)  # one text of each header
+        self._plan = make_plan(tensors, metadata, strategy.holders() * len(places), world.size, limit)
+        self._memory = HostMemory(self._plan.bytes_of(world.rank), pinned=world.device.type == "cuda")
+        self._token, self._attempts = world.broadcast(secrets.token_hex(3)), 0
+        world.on_main(self._remove_stale)
+        if self._plan.rounds > 1:
+            self._say(
+                f"note: a snapshot does not fit into {limit / 2**30:.1f} GiB of host memory a process, so training "
+                "waits while checkpoints are written; checkpoint.memory_gib sets how much may be taken"
+            )
+
+    def _remove_stale(self) -> None:
+        for stale in self.folder.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(stale, ignore_errors=True)
+
+    @property
+    def state(self) -> int:
+        """What this rank tells the others: 0 with nothing under way, else the save's number and where it stands.
+
+        The further a rank has come, the smaller; what is told of an earlier save, or late, is no state waited for.
+        """
+        save = self._save
+        if save is None:
+            return 0
+        running = save.task is not None and save.task.running
+        if save.is_finishing:
+            return 4 * self._attempts + (_FINISHING if running else _FINISHED)
+        return 4 * self._attempts + (_WRITING if running else _WRITTEN)
+
+    def advance(self, agreed: int) -> None:
+        """Take the next turn when all ranks are ready for it; collective, each step.
+
+        Args:
+            agreed: the largest `state` of all ranks, of this step or one before.
+        """
+        if self._save is not None:
+            waited_for = _FINISHED if self._save.is_finishing else _WRITTEN
+            if agreed == 4 * self._attempts + waited_for:
+                self._turn()
+
+    def begin(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
+        """Begin to save; collective. Training may go on, and calls `advance`.
+
+        A save that is due while the one before is still being written is skipped, and the user is told; one that
+        fails is said to have failed and leaves the checkpoints before it as they are.
+        """
+        if self._save is not None and not self._wait_a_little():
+            self._skip(progress)
+            return
+        self._begin(progress, strategy, average)
+
+    def save(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
+        """Save, and wait until the checkpoint is whole; collective. A failure is tried again once.
+
+        Raises:
+            UserError, on every rank: the disk is full or refuses; what was half written is removed.
+        """
+        self.finish()
+        for more in (1, 0):
+            self._begin(progress, strategy, average)
+            final = self._final(progress.step)
+            if not self._settle(math.inf):
+                raise self._stalled(final)
+            if self._failures == 0:
+                return
+            if more:
+                self._say(f"note: trying to save step {progress.step} once more")
+        raise _everywhere(
+            f"cannot save {final}: {self._last_error}; the checkpoints before it are untouched: "
+            "make room and start the same command again"
+        )
+
+    def finish(self) -> None:
+        """Wait for the save that is under way, if any; collective. Its failure is told, not raised."""
+        if not self._settle(math.inf):
+            self._say(f"warning: {self._lost()}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s")
+            self._save = None
+
+    # --- turns ------------------------------------------------------------------------------------
+
+    def _begin(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
+        if self._plan is None or self._has_average != (average is not None):
+            self.prepare(strategy, average)
+        plan, world = self._plan, self._world
+        assert plan is not None and self._save is None
+        self._attempts += 1
+        final = self._final(progress.step)
+        temporary = self.folder / f"{TEMPORARY}{final.name}-{self._token}-{self._attempts}"
+        save = _Save(progress, temporary, final, Writing(temporary, plan.sizes), time.monotonic())
+        kinds = [[shard.master for shard in strategy.shards]]
+        if average is not None:
+            kinds.append(average.tensors)
+        kinds += [strategy.moments(kind) for kind in MOMENTS]
+        for number in range(plan.rounds):
+            if number > 0:  # the memory is used again
+                self._wait_for_round(save)
+            copied, pieces = self._snapshot(number, kinds, strategy)
+            if number == 0 and world.is_main:
+                pieces += [Piece(file, 0, partial(_once, text)) for file, text in plan.headers.items()]
+            before = save.task
+            save.task = Task(
+                partial(self._write, save, before, copied, pieces, number == 0 and world.is_main), "checkpoint"
+            )
+        self._save = save
+
+    def _wait_for_round(self, save: _Save) -> None:
+        assert save.task is not None
+        if not all(self._world.gather(save.task.wait(math.inf, stalled_after=_STALLED_SECONDS))):
+            raise self._stalled(save.final)
+
+    def _snapshot(
+        self, number: int, kinds: list[list[torch.Tensor]], strategy: Strategy
+    ) -> tuple[Callable[[], None], list[Piece]]:
+        """Copy one round of what this rank owns to host memory: how to wait for the copies, and what to write."""
+        plan, rank = self._plan, self._world.rank
+        assert plan is not None
+        entries = [entry for entry in plan.entries if entry.round == number]
+        starts: dict[int, int] = {}
+        pieces: list[Piece] = []
+        at = 0
+        for place, entry in enumerate(entries):
+            if entry.owner == rank:
+                starts[place] = at
+                views = partial(self._memory.views, at, entry.tensor.bytes)
+                pieces.append(Piece(entry.tensor.file, entry.offset, views))
+                at += entry.tensor.bytes
+        wanted = [Wanted(e.tensor.index, kinds[e.tensor.kind][e.tensor.index], e.owner) for e in entries]
+        copied = strategy.collect(wanted, lambda place, whole: self._memory.put(starts[place], whole))
+        return copied, pieces
+
+    def _write(
+        self,
+        save: _Save,
+        before: Task[Any] | None,
+        copied: Callable[[], None],
+        pieces: list[Piece],
+        with_configs: bool,
+        moved: Callable[[], None],
+    ) -> None:
+        if before is not None:
+            before.result()  # an earlier round's failure is this one's
+        copied()
+        if with_configs:
+            for kind in ("weights/", "ema/"):
+                files = [file.removeprefix(kind) for file in save.writing.sizes if file.startswith(kind)]
+                self.layout.write_configs(save.temporary / kind, files)
+            moved()
+        save.writing.write(pieces, moved)
+
+    def _turn(self) -> None:
+        """All ranks have written, or rank 0 has finished: what comes next; collective."""
+        save, world = self._save, self._world
+        assert save is not None
+        if not save.is_finishing:
+            report, defect = self._report(save)
+            reports = world.gather(report)
+            if defect is not None:
+                raise defect
+            save.is_finishing, save.task = True, None
+            if world.is_main:
+                save.task = Task(partial(self._complete, save, reports), "checkpoint")
+            return
+        outcome: _Outcome | None = None
+        defect = None
+        if save.task is not None:
+            try:
+                outcome = save.task.result()
+            except Exception as error:
+                defect = error
+        outcome = world.broadcast(outcome)
+        if defect is not None:
+            raise defect
+        self._save = None
+        assert outcome is not None, "rank 0 could not finish a checkpoint"
+        seconds = world.broadcast(time.monotonic() - save.began_at)
+        self._is_patient = seconds < _PATIENCE_SECONDS
+        if outcome.note is not None:
+            self._say(f"warning: {outcome.note}")
+        if outcome.error is None:
+            self._last_saved, self._failures = save.progress.step, 0
+        else:
+            self._failures += 1
+            self._last_error = outcome.error
+            self._say(f"warning: {self._lost(save)}: {outcome.error}")
+
+    def _report(self, save: _Save) -> tuple[Report, BaseException | None]:
+        """This rank's report, and an error of its thread that is no disk's."""
+        assert save.task is not None
+        try:
+            save.task.result()
+        except Exception as error:
+            text = describe(error, self._world.rank, self._world.size)
+            return Report({}, text), None if isinstance(error, OSError) else error
+        return Report(save.writing.sums), None
+
+    def _complete(self, save: _Save, reports: list[Report], moved: Callable[[], None]) -> _Outcome:
+        """On rank 0, in its thread: check what was written, record and publish it; else remove it."""
+        errors = [report.error for report in reports if report.error is not None]
+        note = None
+        try:
+            if not errors:
+                sums = sum_files(save.temporary, moved)
+                errors += self._differences(save, reports, {name: of.words for name, of in sums.items()})
+            if not errors:
+                write_record(save.temporary, asdict(save.progress), sums)
+                publish(save.temporary, save.final)
+                moved()
+                try:
+                    prune(self.run, self.keep, save.progress.step)
+                except OSError as error:
+                    note = f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
+        except OSError as error:
+            errors.append(describe(error, 0, self._world.size))
+        if errors:
+            shutil.rmtree(save.temporary, ignore_errors=True)
+        return _Outcome(errors[0] if errors else None, note)
+
+    def _differences(self, save: _Save, reports: list[Report], found: dict[str, int]) -> list[str]:
+        for file, size in save.writing.sizes.items():
+            meant = sum(report.sums.get(file, 0) for report in reports) % (1 << 64)
+            path = save.temporary / file
+            if path.stat().st_size != size or found.get(file) != meant:
+                return [
+                    f"{file} does not hold what was written to it: is {self.folder} the same folder on all "
+                    "machines, and its disk sound?"
+                ]
+        return []
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    def _settle(self, seconds: float) -> bool:
+        """Wait, so long at most, until nothing is under way; whether it is so. Collective."""
+        ends = time.monotonic() + seconds
+        while self._save is not None:
+            task = self._save.task
+            done = task is None or task.wait(ends - time.monotonic(), stalled_after=_STALLED_SECONDS)
+            if not all(self._world.gather(done)):
+                return False
+            self._turn()
+        return True
+
+    def _wait_a_little(self) -> bool:
+        """Wait for the save under way, where it is young and the disk was fast so far; whether it is done.
+
+        Collective. Tiny models save so often. On a slow disk training would wait each time.
+        """
+        assert self._save is not None
+        left = self._world.broadcast(self._save.began_at + _PATIENCE_SECONDS - time.monotonic())
+        if not self._is_patient or left <= 0:
+            return False
+        self._is_patient = self._settle(left)
+        return self._is_patient
+
+    def _skip(self, progress: Progress) -> None:
+        save, plan = self._save, self._plan
+        assert save is not None and plan is not None
+        seconds = time.monotonic() - save.began_at
+        written, total = sum(self._world.gather(save.writing.written_bytes)), sum(plan.sizes.values())
+        self._say(
+            f"warning: step {progress.step} is not saved: step {save.progress.step} is still being written, "
+            f"{written / 2**20:.0f} of {total / 2**20:.0f} MiB in {seconds:.0f} s ({written / 2**20 / seconds:.1f} "
+            "MiB/s); raise checkpoint.every or put run.dir on a faster disk"
+        )
+
+    def _lost(self, save: _Save | None = None) -> str:
+        save = save or self._save
+        assert save is not None
+        many = f" ({self._failures} in a row)" if self._failures > 1 else ""
+        last = "there is none yet" if self._last_saved is None else f"the last good one is step {self._last_saved}"
+        return f"the checkpoint of step {save.progress.step} cannot be saved{many}, {last}"
+
+    def _say(self, line: str) -> None:
+        if self._world.is_main:
+            self.say(line)
+
+    def _stalled(self, final: Path) -> UserError:
+        return _everywhere(
+            f"cannot save {final}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s; the checkpoints before "
+            "it are untouched: start the same command again when the disk answers"
+        )
+
+    def _final(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint whose files are whole; broken ones are named in a warning and passed over."""
+        for path in reversed(complete_checkpoints(self.run).values()):
+            fault = find_fault(path)
+            if fault is None:
+                return path
+            warnings.warn(f"passing over the broken checkpoint {path}: {fault}", stacklevel=2)
+        return None
+
+    def named(self, path: str) -> Path:
+        """The checkpoint folder `path`.
+
+        Raises:
+            UserError: it is not whole.
+        """
+        fault = find_fault(Path(path))
+        if fault is not None:
+            raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
+        return Path(path)
+
+    def read(self, path: Path) -> Progress:
+        """What a checkpoint says of its run."""
+        record = json.loads((path / "trainer.json").read_text())
+        if missing := {"step", "images_seen", "steps_taken"} - record.keys():
+            raise UserError(
+                f"{path} is no checkpoint of finetune train: it lacks {sorted(missing)[0]}; choose another run.dir"
+            )
+        return Progress(**{name: record[name] for name in Progress.__dataclass_fields__ if name in record})
+
+    def restore(self, path: Path, strategy: Strategy, average: Average | None) -> None:
+        """Put everything back, under any strategy and number of ranks; collective.
+
+        Raises:
+            UserError: the checkpoint is of another model or adapter.
+        """
+        progress = self.read(path)
+        self._last_saved = progress.step
+
+        def inside(folder: str) -> Callable[[str], tuple[str, str]]:
+            def locate(name: str) -> tuple[str, str]:
+                file, key = self.layout.locate(name)
+                return f"{folder}/{file}", key
+
+            return locate
+
+        with contextlib.ExitStack() as stack:
+            reader = Reader(path, stack)
+            strategy.scatter_([shard.master for shard in strategy.shards], Named(reader, inside("weights")))
+            if average is not None:
+                folder = "ema" if (path / "ema").is_dir() else "weights"  # the average was switched on later
+                strategy.scatter_(average.tensors, Named(reader, inside(folder)))
+            for kind in MOMENTS:
+                locate = partial(_pair, f"optimizer/{kind}.safetensors")
+                strategy.scatter_(strategy.moments(kind), Named(reader, locate))
+        strategy.refresh()
+        strategy.set_steps_taken(progress.steps_taken)
+        strategy.load_scaler_state(progress.loss_scale)
+
+
+def _pair(file: str, key: str) -> tuple[str, str]:
+    return file, key
+
+
+def _once(data: bytes) -> list[memoryview]:
+    return [memoryview(data)]
+
+
+def _everywhere(line: str) -> UserError:
+    error = UserError(line)
+    error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
+    return error

@@ -1,0 +1,60 @@
+"""Which file and key a trained parameter has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.models.adapters import LORA_FILE, lora_key, lora_metadata
+
+_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How trained parameters are named in files.
+
+    `components` maps `unet` and `text_encoder` to the modules whose configuration stands beside their weights;
+    `lora_alpha` is None for full fine-tuning, else the adapter's alpha.
+    """
+
+    components: Mapping[str, nn.Module]
+    lora_alpha: float | None = None
+
+    def locate(self, name: str) -> tuple[str, str]:
+        """(file, key) of a parameter, as `unet.conv_in.weight`, inside `weights/` or `ema/`."""
+        if self.lora_alpha is not None:
+            return LORA_FILE, lora_key(name)
+        component, _, key = name.partition(".")
+        if component == "text_encoder" and not key.startswith("text_model."):
+            key = f"text_model.{key}"  # the names of transformers 4, which 5 reads as well
+        return f"{component}/{_WEIGHTS[component]}", key
+
+    def metadata(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+        """What stands in the header of a file of weights that holds tensors of these shapes by key."""
+        if self.lora_alpha is None:
+            return {"format": "pt"}
+        return lora_metadata(
+            {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}, self.lora_alpha
+        )
+
+    def write_configs(self, folder: Path, files: Sequence[str]) -> None:
+        """Put the configuration of its model beside each of `files`, weights under `folder`."""
+        if self.lora_alpha is not None:
+            return
+        for component in sorted({file.split("/")[0] for file in files}):
+            (folder / component).mkdir(parents=True, exist_ok=True)
+            _write_config(self.components[component], folder / component)
+
+
+def _write_config(module: Any, folder: Path) -> None:
+    if hasattr(module, "save_config"):  # diffusers
+        module.save_config(folder)
+    else:
+        module.config.architectures = [type(module).__name__]
+        module.config.save_pretrained(folder)

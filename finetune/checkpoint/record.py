@@ -1,0 +1,139 @@
+"""The record that completes a checkpoint, its checksums, and what happens to finished folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune import UserError
+from finetune.checkpoint.writing import sum_of_words
+from finetune.models.components import complete_checkpoints
+
+FORMAT = 1
+TEMPORARY = ".tmp-"
+_READ_BYTES = 1 << 23
+_READERS = 4
+
+
+@dataclass(frozen=True)
+class FileSum:
+    """Of one file: `sha256` in hexadecimal, and the sum of its 4-byte words modulo 2^64 (0 for other lengths)."""
+
+    sha256: str
+    words: int
+
+
+def sum_files(folder: Path, moved: Callable[[], None] = lambda: None) -> dict[str, FileSum]:
+    """The sums of every file under `folder`, by its name from there; calls `moved` while it comes forward."""
+    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return dict(zip(names, _each(lambda name: _sum(folder / name, moved), names), strict=True))
+
+
+def write_record(folder: Path, record: Mapping[str, Any], sums: Mapping[str, FileSum] | None = None) -> None:
+    """Write the trainer.json that completes a checkpoint: `record` and the checksum of every other file."""
+    sums = sum_files(folder) if sums is None else sums
+    whole = {"format": FORMAT, **record, "files": {name: of.sha256 for name, of in sums.items()}}
+    (folder / "trainer.json").write_text(json.dumps(whole, indent=2, sort_keys=True) + "\n")
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Put a finished folder in place of `final`, which may exist; its bytes reach the disk before its name.
+
+    A kill between the two renames leaves no folder at `final`, never half of one.
+    """
+    for path in [*temporary.rglob("*"), temporary]:
+        _sync(path)
+    aside = final.with_name(f"{TEMPORARY}old-{final.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    if final.exists():
+        os.replace(final, aside)
+    os.replace(temporary, final)
+    _sync(final.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(run: Path, keep: int, step: int) -> None:
+    """Remove all but the last `keep` of a run's checkpoints up to `step`, the one just saved.
+
+    Later ones go as well: the run went on from before them, because they were broken or by the user's wish, and is
+    on its way to make them anew.
+    """
+    complete = complete_checkpoints(run)
+    kept = [at for at in complete if at <= step][-keep:]
+    for old in (path for at, path in complete.items() if at not in kept):
+        # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
+        doomed = old.with_name(f"{TEMPORARY}{old.name}")
+        os.replace(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None."""
+    try:
+        record = json.loads((path / "trainer.json").read_text())
+        if record["format"] != FORMAT:
+            return f"format {record['format']}, this version reads {FORMAT}"
+        files = dict(record["files"])
+        for name in files:
+            if not (path / name).is_file():
+                return f"{name} is missing"
+        found = _each(lambda name: _sum(path / name, lambda: None).sha256, list(files))
+        for (name, wanted), digest in zip(files.items(), found, strict=True):
+            if digest != wanted:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"trainer.json cannot be read ({error})"
+    return None
+
+
+def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to go on when what a run depends on has changed since its checkpoint.
+
+    Raises:
+        UserError: names the first such key, with both values.
+    """
+    for key in sorted(saved.keys() & now.keys()):
+        if saved[key] != now[key]:
+            raise UserError(
+                f"cannot go on from {path}: {key} was {saved[key]!r} and is {now[key]!r} now; "
+                "put it back or choose another run.dir"
+            )
+
+
+def _each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
+    with ThreadPoolExecutor(_READERS) as pool:  # hashing lets go of the GIL
+        return list(pool.map(function, names))
+
+
+def _sum(path: Path, moved: Callable[[], None]) -> FileSum:
+    digest, words = hashlib.sha256(), 0
+    buffer = memoryview(bytearray(_READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        whole_words = os.fstat(file.fileno()).st_size % 4 == 0
+        filled = 0
+        while count := file.readinto(buffer[filled:]):
+            filled += count
+            if filled == len(buffer):
+                digest.update(buffer)
+                words += sum_of_words(buffer) if whole_words else 0
+                filled = 0
+                moved()
+        digest.update(buffer[:filled])
+        words += sum_of_words(buffer[:filled]) if whole_words and filled % 4 == 0 else 0
+    return FileSum(digest.hexdigest(), words % (1 << 64))
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder's list of names is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
