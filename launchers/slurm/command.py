@@ -1,0 +1,204 @@
+"""`python -m launchers.slurm`: check a run and its job, submit it, follow its log."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from finetune import UserError
+from finetune.config import Config, compose
+from launchers.slurm import queue
+from launchers.slurm.settings import KEYS, Job, read
+
+SCRIPT = Path(__file__).with_name("train.sbatch")
+
+USAGE = """\
+usage: python -m launchers.slurm [KEY=VALUE ...] [--dry-run] [--no-follow] -- OVERRIDES
+
+Train under Slurm: checks the overrides and the job's size, submits the job and follows its log. The exit code is
+the job's. Before the time limit, at preemption and at `scancel --signal=USR1 JOB` the run saves, is requeued and
+goes on; after a failure it is tried again.
+
+examples:
+  python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora data.shards=LATENTS run.dir=RUN
+  python -m launchers.slurm nodes=2-4 gpus=a100:8 time=2-00 partition=long account=me -- train.global_batch=768 ...
+  python -m launchers.slurm processes=2 time=30 --dry-run -- experiment=smoke data.shards=LATENTS run.dir=RUN
+
+options:
+  --dry-run     print the sbatch command line and the script, and submit nothing
+  --no-follow   submit and leave
+  -h, --help    this text
+
+settings (KEY=VALUE):
+"""
+_NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check, submit and follow; the job's exit code.
+
+    Raises:
+        UserError: a setting or an override that can't work, or Slurm's refusal.
+    """
+    words, overrides = _split(list(argv))
+    if any(word in ("-h", "--help") for word in words):
+        width = max(map(len, KEYS))
+        print(USAGE + "\n".join(f"  {key:<{width}}  {text}".rstrip() for key, text in KEYS.items()))
+        return 0
+    flags = {word for word in words if word.startswith("-")}
+    if unknown := sorted(flags - {"--dry-run", "--no-follow"}):
+        raise UserError(
+            f"unknown option {unknown[0]}: settings are KEY=VALUE, see python -m launchers.slurm --help"
+        )
+    job = read([word for word in words if word not in flags])
+    if unknown := [word for word in overrides if word.startswith("-")]:
+        raise UserError(f"unknown option {unknown[0]} after --: overrides are KEY=VALUE, see finetune train --help")
+    config, _ = compose("train", overrides, Config)
+    check_batch(job, config.train.global_batch, config.train.micro_batch)
+    if config.data.shards is None and not config.data.sources:
+        raise UserError("no data: set data.shards=LATENTS, a folder or an address")
+    overrides, notes = settle_paths(overrides, config, Path.cwd())
+    environ = without_job(os.environ)
+    known, default = queue.partitions(environ)
+    queue.check(job, known, default)
+    run = Path(config.run.dir).absolute()
+    folder = Path(job.log).absolute() if job.log else run
+    line = command(job, overrides, folder, job.name or config.run.name)
+    variables = settings(job)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if "--dry-run" in flags:
+        shown = " ".join(f"{key}={shlex.quote(value)}" for key, value in variables.items())
+        print(f"{shown} {shlex.join(line)}\n\n# {SCRIPT}\n{SCRIPT.read_text()}", end="")
+        return 0
+    for made in {run, folder}:
+        try:
+            made.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"cannot make the folder {made} ({error.strerror}); choose another run.dir or log"
+            ) from None
+    environ.pop("LDM_FINETUNE_PROCESSES", None)  # the job's GPUs say it, or `settings`
+    number = queue.submit(line, {**environ, **variables})
+    log = folder / f"slurm-{number}.log"
+    print(f"job {number}: log in {log}", flush=True)
+    if "--no-follow" in flags:
+        return 0
+    try:
+        return queue.follow(number, log, environ, _write)
+    except KeyboardInterrupt:
+        print(
+            f"\njob {number} goes on. To look: tail -f {shlex.quote(str(log))}; to end it: scancel {number}; "
+            f"to save and requeue it: scancel --signal=USR1 {number}",
+            flush=True,
+        )
+        return 130
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
+    """Refuse a global batch that can't be shared by the processes of every number of nodes that the job may get.
+
+    Raises:
+        UserError: names the numbers, and a batch that works.
+    """
+    for nodes in range(job.nodes[0], job.nodes[1] + 1):
+        size = nodes * job.processes
+        kind = "GPUs" if job.gpus else "processes"
+        many = f"{nodes} nodes with {job.processes} {kind} each" if nodes > 1 else f"{job.processes} {kind}"
+        share, rest = divmod(global_batch, size)
+        if rest or share == 0:
+            nearest = max(round(global_batch / size), 1) * size
+            raise UserError(
+                f"train.global_batch={global_batch} cannot be shared by {many}: take a multiple of {size}, such as "
+                f"{nearest}" + (f", or other nodes than {_range(job)}" if job.nodes[0] != job.nodes[1] else "")
+            )
+        if micro_batch and share % min(micro_batch, share):
+            raise UserError(
+                f"train.micro_batch={micro_batch} does not divide the {share} samples of each process "
+                f"(train.global_batch={global_batch} over {many})"
+            )
+
+
+def settle_paths(overrides: Sequence[str], config: Config, here: Path) -> tuple[list[str], list[str]]:
+    """Overrides in which run.dir and data.shards are absolute, and what is worth knowing about the two."""
+    settled, notes = list(overrides), []
+    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.shards)):
+        if value is None or "://" in value:
+            continue
+        path = Path(value)
+        if not path.is_absolute():
+            path = here / path
+            settled.append(f"{key}={_quoted(os.path.normpath(path))}")
+        if any(path.is_relative_to(place) for place in _NODE_LOCAL):
+            notes.append(f"{key}={path}: such a folder is usually each node's own; all nodes must see the same one")
+        elif key == "data.shards" and not path.exists():
+            notes.append(f"{key}={path} is not there on this machine; the nodes must see it")
+    return settled, notes
+
+
+def _quoted(value: str) -> str:
+    """A value as an override says it."""
+    if re.fullmatch(r"[A-Za-z0-9_./-]+", value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def command(job: Job, overrides: Sequence[str], folder: Path, name: str) -> list[str]:
+    """The sbatch command line."""
+    options = {
+        "job-name": name,
+        "nodes": _range(job),
+        "gpus-per-node": (f"{job.gpu_type}:" if job.gpu_type else "") + str(job.gpus) if job.gpus else "",
+        "cpus-per-task": str(job.cpus or ""),
+        "mem": job.mem,
+        "time": job.time,
+        "signal": f"B:USR1@{job.warning}",
+        "partition": job.partition,
+        "account": job.account,
+        "qos": job.qos,
+        "constraint": job.constraint,
+        "output": str(folder).replace("%", "%%") + "/slurm-%j.log",
+        "chdir": str(Path.cwd()),
+        "export": "ALL",
+        **job.sbatch,
+    }
+    written = [f"--{key}={value}" for key, value in options.items() if value]
+    bare = [f"--{key}" for key, value in job.sbatch.items() if not value]  # sbatch.exclusive=
+    return ["sbatch", "--parsable", *written, *bare, str(SCRIPT), *overrides]
+
+
+def _range(job: Job) -> str:
+    fewest, most = job.nodes
+    return str(fewest) if fewest == most else f"{fewest}-{most}"
+
+
+def settings(job: Job) -> dict[str, str]:
+    """What the script takes from the environment, which is not on any command line."""
+    variables = {
+        "LDM_FINETUNE_PYTHON": sys.executable,
+        "LDM_FINETUNE_RETRIES": str(job.retries),
+        "LDM_FINETUNE_REQUEUES": str(job.requeues),
+    }
+    return variables if job.gpus else {**variables, "LDM_FINETUNE_PROCESSES": str(job.processes)}
+
+
+def without_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what a surrounding job left in it, which the new one would inherit."""
+    kept = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    return {key: value for key, value in environ.items() if not key.startswith("SLURM_") or key in kept}
