@@ -109,6 +109,13 @@ def stock(work: dict[str, Any], batch: int, device: torch.device, dtype: torch.d
 def ours(
     work: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype, *, ema: bool, channels_last: bool
 ) -> Callable[[], Any]:
+    return trained(work, batch, device, dtype, ema=ema, channels_last=channels_last)[0]
+
+
+def trained(
+    work: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype, *, ema: bool, channels_last: bool
+) -> tuple[Callable[[], Any], DataParallel, Average | None]:
+    """One step of ours, and what it trains."""
     unet, text = models(work, device)
     if channels_last:
         unet.to(memory_format=torch.channels_last)
@@ -131,7 +138,7 @@ def ours(
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
     )
     average = Average.starting_at([s.master for s in strategy.shards], 500_000, 0.05) if ema else None
-    return partial(
+    step = partial(
         optimizer_step,
         strategy,
         conditioner,
@@ -144,6 +151,7 @@ def ours(
         average=average,
         images_seen=1_000_000,
     )
+    return step, strategy, average
 
 
 def measure(step: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, float]:

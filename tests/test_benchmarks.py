@@ -44,6 +44,16 @@ def test_a_variant_that_fails_is_a_row_of_its_own():
     assert row["error"] == "took longer than 0.1 s"
 
 
+def test_a_checkpoint_is_measured_beside_what_it_cannot_beat(tmp_path):
+    rows = lines("checkpoint", "--batch", "2", "--steps", "2", "--saves", "1", "--folder", str(tmp_path))
+    assert [row["variant"] for row in rows] == [
+        "step", "bare_copy", "bare_write", "torch_save", "ours_waited", "ours", "step_again"
+    ]  # fmt: skip
+    assert all(row.keys() >= FIELDS and row["gib"] > 0 for row in rows)
+    assert rows[5]["total_s"] > rows[5]["call_s"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
 def test_gpu_parity_runs_on_the_cpu():
     rows = {row["variant"]: row for row in lines("gpu_parity", "--only", "fp32|bf16")}

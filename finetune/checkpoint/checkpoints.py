@@ -22,7 +22,7 @@ import torch
 from finetune import UserError
 from finetune.checkpoint.host import HostMemory, free_host_memory
 from finetune.checkpoint.layout import Layout
-from finetune.checkpoint.plan import Member, Plan, make_plan
+from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, sum_files, write_record
 from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
@@ -65,6 +65,15 @@ class _Save:
     began_at: float
     task: Task[None] | Task[_Outcome] | None = None
     is_finishing: bool = False
+
+
+@dataclass(frozen=True)
+class _Round:
+    """`starts`: where in host memory this rank's tensors lie, by their place among `entries`; `pieces` of these."""
+
+    entries: list[Entry]
+    starts: dict[int, int]
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,7 @@ class Checkpoints:
         metadata = world.broadcast(metadata)  # one text of each header
         self._plan = make_plan(tensors, metadata, strategy.holders() * len(places), world.size, limit)
         self._memory = HostMemory(self._plan.bytes_of(world.rank), pinned=world.device.type == "cuda")
+        self._rounds = [self._round(self._plan, number) for number in range(self._plan.rounds)]
         self._token, self._attempts = world.broadcast(secrets.token_hex(3)), 0
         world.on_main(self._remove_stale)
         if self._plan.rounds > 1:
@@ -135,6 +145,19 @@ class Checkpoints:
                 f"note: a snapshot does not fit into {limit / 2**30:.1f} GiB of host memory a process, so training "
                 "waits while checkpoints are written; checkpoint.memory_gib sets how much may be taken"
             )
+
+    def _round(self, plan: Plan, number: int) -> _Round:
+        entries = [entry for entry in plan.entries if entry.round == number]
+        starts: dict[int, int] = {}
+        pieces: list[Piece] = []
+        at = 0
+        for place, entry in enumerate(entries):
+            if entry.owner == self._world.rank:
+                starts[place] = at
+                views = partial(self._memory.views, at, entry.tensor.bytes)
+                pieces.append(Piece(entry.tensor.file, entry.offset, views))
+                at += entry.tensor.bytes
+        return _Round(entries, starts, pieces)
 
     def _remove_stale(self) -> None:
         for stale in self.folder.glob(f"{TEMPORARY}*"):
@@ -239,21 +262,10 @@ class Checkpoints:
         self, number: int, kinds: list[list[torch.Tensor]], strategy: Strategy
     ) -> tuple[Callable[[], None], list[Piece]]:
         """Copy one round of what this rank owns to host memory: how to wait for the copies, and what to write."""
-        plan, rank = self._plan, self._world.rank
-        assert plan is not None
-        entries = [entry for entry in plan.entries if entry.round == number]
-        starts: dict[int, int] = {}
-        pieces: list[Piece] = []
-        at = 0
-        for place, entry in enumerate(entries):
-            if entry.owner == rank:
-                starts[place] = at
-                views = partial(self._memory.views, at, entry.tensor.bytes)
-                pieces.append(Piece(entry.tensor.file, entry.offset, views))
-                at += entry.tensor.bytes
-        wanted = [Wanted(e.tensor.index, kinds[e.tensor.kind][e.tensor.index], e.owner) for e in entries]
-        copied = strategy.collect(wanted, lambda place, whole: self._memory.put(starts[place], whole))
-        return copied, pieces
+        here = self._rounds[number]
+        wanted = [Wanted(e.tensor.index, kinds[e.tensor.kind][e.tensor.index], e.owner) for e in here.entries]
+        copied = strategy.collect(wanted, lambda place, whole: self._memory.put(here.starts[place], whole))
+        return copied, [*here.pieces]
 
     def _write(
         self,

@@ -233,7 +233,7 @@ class Strategy(ABC):
         self._copying.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._copying):
             self._collect(wanted, put)
-            self._copied = torch.cuda.Event()
+            self._copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
             self._copied.record()
         return self._copied.synchronize
 
@@ -250,12 +250,11 @@ class Strategy(ABC):
         queues: dict[int, list[tuple[int, Wanted]]] = {}  # by owner: what must be put together there
         for number, want in enumerate(wanted):
             shard = self.shards[want.index]
-            at_owner = self._held[want.owner][want.index]
-            if not shard.is_whole and at_owner != (0, math.prod(shard.shape)):
+            if not shard.is_whole and self._held[want.owner][want.index] != (0, math.prod(shard.shape)):
                 queues.setdefault(want.owner, []).append((number, want))
             elif want.owner == self.world.rank:
                 tensor = want.tensor.detach()
-                put(number, shard.to_file(tensor.view(shard.shape)))
+                put(number, tensor if shard.is_whole else shard.to_file(tensor.view(shard.shape)))
         # One batch of each owner's at a time: all links are in use, and every rank's memory is bounded.
         batches = [self._batches(queue, _GATHER_ELEMENTS // self.world.size) for queue in queues.values()]
         for turn in itertools.zip_longest(*batches, fillvalue=()):
