@@ -45,6 +45,7 @@ from finetune.conditioning import TextConditioner
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.latents import LatentSpace, sample_latents
 from finetune.models.adapters import add_lora
+from finetune.models.layout import store_channels_last
 from finetune.models.unet import build_unet, enable_gradient_checkpointing
 from finetune.objective import LatentDiffusion
 from finetune.step import optimizer_step
@@ -175,15 +176,15 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
             unet.to(memory_format=torch.channels_last)
         strategy = DataParallel(world, model, groups, **common)
     else:
-        offload = kind.endswith("_offload")
+        if layout:
+            store_channels_last(unet)
         strategy = ZeRO(
             world,
             model,
             groups,
             **common,
             stage=int(kind[4]),
-            offload_optimizer=offload,
-            offload_parameters=offload,
+            offload=kind.endswith("_offload"),
             micro_batch=job.batch,
             accumulation=1,
         )

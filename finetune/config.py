@@ -72,7 +72,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    channels_last: bool | None = None  # NHWC convolutions, under DDP; null: on a CPU, where they are faster
+    channels_last: bool | None = None  # NHWC convolutions; null: on a CPU, where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 
 
@@ -152,9 +152,8 @@ class DataConfig:
 @dataclass
 class StrategyConfig:
     kind: str = "ddp"  # ddp | zero
-    stage: int = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
+    stage: int = 0  # of zero: 1 | 2 | 3
+    offload: str = "none"  # none | cpu: of zero, moments and (stage 3) weights in host memory, where updates run
 
 
 @dataclass
@@ -319,16 +318,15 @@ def _check_keys(
     """
     nodes = dict(_nodes(OmegaConf.structured(schema)))
     names = {*nodes, *choices}
-    free = [key for key, node in nodes.items() if isinstance(node, DictConfig) and not _is_section(node)]
     checked = []
     for text in overrides:
-        override, text = _parse(text)
+        override, text = parse_override(text)
         key = override.key_or_group
         if override.is_sweep_override() or (key in choices and isinstance(override.value(), list)):
             raise UserError(f"'{text}' names several values: a run takes one")
-        free_form = any(key == name or key.startswith(f"{name}.") for name in free)
-        checked.append(f"++{text}" if free_form and text.startswith(key) else text)
-        if key in names or free_form:
+        free = is_free_form(key, schema)
+        checked.append(f"++{text}" if free and text.startswith(key) else text)
+        if key in names or free:
             continue
         nearest = difflib.get_close_matches(key, names, n=1) or [
             name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]
@@ -338,7 +336,14 @@ def _check_keys(
     return checked
 
 
-def _parse(text: str) -> tuple[Override, str]:
+def is_free_form(key: str, schema: type) -> bool:
+    """Whether a dotted key is, or is inside, a dictionary of the schema that takes any key (`model.unet.*`)."""
+    nodes = _nodes(OmegaConf.structured(schema))
+    free = [name for name, node in nodes if isinstance(node, DictConfig) and not _is_section(node)]
+    return any(key == name or key.startswith(f"{name}.") for name in free)
+
+
+def parse_override(text: str) -> tuple[Override, str]:
     """An override as Hydra reads it, and its text, quoted where a path's signs (~, =, umlauts) ask for it.
 
     Raises:

@@ -24,6 +24,7 @@ from finetune.loop import Parts
 from finetune.models.adapters import TEXT_TARGETS, add_lora
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
 from finetune.models.components import scheduler_config
+from finetune.models.layout import store_channels_last
 from finetune.models.text import (
     build_text_encoder,
     encode_text,
@@ -55,6 +56,7 @@ def check(config: Config) -> None:
             "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
             "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
             "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
+            "strategy.offload": (config.strategy.offload, ("none", "cpu")),
             "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
             "tracker.mode": (config.tracker.mode, tracking.MODES),
             "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
@@ -111,6 +113,8 @@ def check(config: Config) -> None:
         )
     if config.strategy.kind == "zero" and config.strategy.stage not in (1, 2, 3):
         raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
+    if config.strategy.kind == "ddp" and config.strategy.offload != "none":
+        raise UserError("strategy.offload=cpu is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload")
     if config.adapter.kind == "lora" and config.model.pretrained is None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
@@ -240,8 +244,10 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
         channels_last = world.device.type == "cpu"
-    if channels_last and config.strategy.kind == "ddp":  # DeepSpeed's flat buffers would lose the layout
+    if channels_last and config.strategy.kind == "ddp":
         unet.to(memory_format=torch.channels_last)
+    elif channels_last:
+        store_channels_last(unet)
 
     schedule = config.model.scheduler
     betas_T = diffusion.betas(
@@ -330,14 +336,15 @@ def _strategy(
     }
     if config.strategy.kind == "ddp":
         return DataParallel(world, model, groups, **common)
+    if common["precision"] == "fp16" and world.device.type == "cpu":
+        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
     return ZeRO(
         world,
         model,
         groups,
         **common,
         stage=config.strategy.stage,
-        offload_optimizer=config.strategy.offload_optimizer,
-        offload_parameters=config.strategy.offload_parameters,
+        offload=config.strategy.offload == "cpu",
         micro_batch=micro_batch,
         accumulation=accumulation,
     )

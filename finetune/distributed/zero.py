@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,19 @@ from torch import Tensor, nn
 
 from finetune.distributed.strategy import AdamW, ParamGroup, Shard, StepStats, Strategy, make_adamw
 from finetune.distributed.world import World, require_agreement
+from finetune.models.layout import stored_channels_last
+
+# Blocks whose weights ZeRO-3 gathers as one: with hooks on each of a U-Net's thousand modules the host takes longer
+# for hooks and for starting gathers than the GPU for computing.
+_GATHERED_WHOLE = (
+    "ResnetBlock2D",
+    "BasicTransformerBlock",
+    "TimestepEmbedding",
+    "Downsample2D",
+    "Upsample2D",
+    "CLIPEncoderLayer",
+)
+_BUCKET_ELEMENTS = 50_000_000  # of gradients that are reduced at a time: a U-Net has 10 to 50 such buckets
 
 
 class ZeRO(Strategy):
@@ -20,6 +33,13 @@ class ZeRO(Strategy):
     Weights are kept in the working precision, with float32 masters and moments in pieces over the ranks.
     DeepSpeed moves and steps; which part of which parameter a rank holds is read from its mappings, so that
     files and averages need none of its own formats.
+
+    Gradients are computed and reduced in the working precision. Micro-batches are summed in float32 under stages 2
+    and 3, each after its reduction; under stage 1 in the working precision, on each rank, before the only one.
+
+    Args:
+        stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
+        offload: masters and moments (under stage 3 weights as well) stay in host memory, and the update runs there.
     """
 
     def __init__(
@@ -32,38 +52,46 @@ class ZeRO(Strategy):
         max_grad_norm: float,
         precision: str,
         stage: int,
-        offload_optimizer: bool,
-        offload_parameters: bool,
+        offload: bool = False,
         micro_batch: int,
         accumulation: int,
     ) -> None:
         import deepspeed
 
         deepspeed.utils.logger.setLevel("WARNING")
-        self.world, self.module, self.stage = world, module, stage
+        self.world, self.module, self.stage, self.max_grad_norm = world, module, stage, max_grad_norm
         on_gpu = world.device.type == "cuda"
         names = {id(p): name for group in groups for name, p in group.parameters.items()}
+        in_host_memory = {"device": "cpu", "pin_memory": on_gpu}
         zero: dict[str, Any] = {
             "stage": stage,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
+            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "sub_group_size": 4
+            * _BUCKET_ELEMENTS,  # stage 3 steps that many at a time, with copies of their gradients
         }
-        if offload_optimizer:
-            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
-        if offload_parameters:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+        if offload:
+            zero["offload_optimizer"] = in_host_memory
+        if offload and stage == 3:
+            zero["offload_param"] = in_host_memory
         config: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": micro_batch,
             "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": max_grad_norm,
+            "gradient_clipping": 0.0,  # the optimizer's kernel clips
             "zero_optimization": zero,
-            "bf16": {"enabled": precision == "bf16"},
+            # Its own search for overflow takes five kernels a tensor and waits for them; the norm shows it as well.
+            "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
             "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16},
+            # Under stage 1 this would choose another optimizer of DeepSpeed's, which keeps whole float32 gradients.
+            "data_types": {"grad_accum_dtype": "fp32"} if stage > 1 else {},
+            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a micro-batch
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,  # its extension would be compiled at the first start
             "steps_per_print": 1 << 62,
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints which of its extensions was built
+        exact = {name: p.data for group in groups for name, p in group.parameters.items()}
+        with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module):  # it prints what it has built
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module, optimizer=make_adamw(groups, adamw), config=config, dist_init_required=False
             )
@@ -75,6 +103,7 @@ class ZeRO(Strategy):
         )
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
+        self.optimizer.register_step_pre_hook(self._before_update)
         keys = self.zero.fp32_partitioned_groups_flat if stage == 3 else self.zero.single_partition_of_fp32_groups
         self._start_adamw(keys)
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
@@ -82,12 +111,21 @@ class ZeRO(Strategy):
             self._stage3_shard(name, p) if stage == 3 else self._stage12_shard(name, p)
             for name, p in parameters.items()
         ]
+        for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
+            shard.master.copy_(shard.piece_of(exact[shard.name]))
+
+    def _before_update(self, *_: Any) -> None:
+        if not isinstance(self.zero._global_grad_norm, float):
+            self._clip_and_skip(self.zero._global_grad_norm.float(), self.max_grad_norm)
 
     def _stage12_shard(self, name: str, parameter: Any) -> Shard:
         mapping = parameter._hp_mapping
         if mapping is None:  # this rank owns nothing of it
             nothing = torch.empty(0, dtype=torch.float32, device=self.world.device)
-            return Shard(name, parameter.shape, 0, nothing, self.zero.single_partition_of_fp32_groups[0], 0)
+            key = self.zero.single_partition_of_fp32_groups[0]
+            return Shard(
+                name, parameter.shape, 0, nothing, key, 0, is_channels_last=stored_channels_last(parameter)
+            )
         key = self.zero.single_partition_of_fp32_groups[mapping.param_group_index]
         where = mapping.hp_fragment_address
         return Shard(
@@ -97,6 +135,7 @@ class ZeRO(Strategy):
             key.data.narrow(0, where.start, where.numel),
             key,
             where.start,
+            is_channels_last=stored_channels_last(parameter),
         )
 
     def _stage3_shard(self, name: str, parameter: Any) -> Shard:
@@ -105,7 +144,9 @@ class ZeRO(Strategy):
         piece = parameter.partition_numel()
         start = min(self.world.rank * piece, parameter.ds_numel)
         length = min(piece, parameter.ds_numel - start)  # the last pieces may be padding
-        return Shard(name, parameter.ds_shape, start, key.data.narrow(0, offset, length), key, offset)
+        master = key.data.narrow(0, offset, length)
+        layout = stored_channels_last(parameter)
+        return Shard(name, parameter.ds_shape, start, master, key, offset, is_channels_last=layout)
 
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -149,3 +190,24 @@ class ZeRO(Strategy):
         for name, value in state.items():
             if hasattr(self.zero.loss_scaler, name):
                 setattr(self.zero.loss_scaler, name, value)
+
+
+@contextlib.contextmanager
+def _gathered_whole(module: nn.Module) -> Iterator[None]:
+    """What `_GATHERED_WHOLE` names becomes one unit of ZeRO-3's gathers; gradients stay units of their own.
+
+    DeepSpeed, told of such a unit, would reduce its gradients together when those of its inputs are known. An
+    adapter's first block has no such inputs: its gradients would be taken for zero.
+    """
+    from deepspeed.runtime.zero import stage3
+    from deepspeed.utils import set_z3_leaf_module
+
+    for block in module.modules():
+        if type(block).__name__ in _GATHERED_WHOLE:
+            set_z3_leaf_module(block, True)
+    kept = stage3.z3_leaf_parameter
+    stage3.z3_leaf_parameter = lambda parameter: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = kept
