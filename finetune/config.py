@@ -171,6 +171,7 @@ class CheckpointConfig:
     every: int = 500  # steps; a run's end is always saved
     keep: int = 3
     resume: str = "auto"  # auto | never | a checkpoint folder
+    memory_gib: float | None = None  # host memory of a process for the copy that is written; null: half of the free
 
 
 @dataclass

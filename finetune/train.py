@@ -76,7 +76,7 @@ def run(config: Config, composed: DictConfig) -> int:
 
 def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
     from finetune import build, distributed, loop, tracking
-    from finetune.checkpoint import RunFolder
+    from finetune.checkpoint import RunFolder, require_shared
     from finetune.data.shards import write_atomic
 
     world = distributed.start(config.train.device, uses_deepspeed=config.strategy.kind == "zero")
@@ -86,6 +86,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         world.on_main(lambda: box.append(RunFolder(config.run.dir)))
         folder = box[0] if box else None
         path = Path(config.run.dir)
+        require_shared(world, path)
         parts = build.build(config, world, path)
         progress = loop.resume(config, world, parts, build.depends_on(config, parts.data))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))

@@ -69,6 +69,7 @@ def check(config: Config) -> None:
         "optim.lr": config.optim.lr,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.memory_gib": 1 if config.checkpoint.memory_gib is None else config.checkpoint.memory_gib,
         "tracker.every": config.tracker.every,
         "validation.timesteps": config.validation.timesteps,
         "sample.steps": config.sample.steps,
@@ -277,7 +278,9 @@ def build(config: Config, world: World, run: Path) -> Parts:
         {"unet": unet, "text_encoder": text_encoder},
         config.adapter.alpha if config.adapter.kind == "lora" else None,
     )
-    checkpoints = Checkpoints(run, layout, config.checkpoint.keep)
+    memory_gib = config.checkpoint.memory_gib
+    memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
+    checkpoints = Checkpoints(run, layout, config.checkpoint.keep, memory_bytes)
     return Parts(
         data,
         model,
