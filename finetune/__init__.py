@@ -25,6 +25,10 @@ class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what, which value, what to do."""
 
 
+class PeerLostError(Exception):
+    """Another rank, or the store where ranks meet, is gone. Its text is one line; a retry may mend it."""
+
+
 def first_line(error: BaseException) -> str:
     """An exception's first line, for a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -35,13 +39,16 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: what `main` returns (None is 0; `finetune train` knows STOPPED and PEER_LOST), 2 for `UserError` and
-    a full disk, 130 after Ctrl-C.
+    a full disk, 69 for `PeerLostError`, 130 after Ctrl-C.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:
         code = main()
     except UserError as error:
         code = _complain(" ".join(str(error).split()))
+    except PeerLostError as error:
+        _complain(" ".join(str(error).split()))
+        code = PEER_LOST
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `finetune ... | head` closed the pipe: nothing is wrong

@@ -201,6 +201,17 @@ class TrackerConfig:
 
 
 @dataclass
+class WatchConfig:
+    """When a rank counts as lost; all ranks then end with exit code 69, for the launcher to start them again."""
+
+    lost_s: float = 60.0  # without a sign of life: killed, frozen, its machine or link gone; 0: never
+    # Without progress: hung in its data or a collective. Six times as long for what is long by nature: loading,
+    # compiling (the first two steps), validating, sampling, saving. 0: never.
+    stalled_s: float = 600.0
+    start_s: float = 600.0  # for all ranks to come together
+
+
+@dataclass
 class Config:
     seed: int = 0
     run: RunConfig = field(default_factory=RunConfig)
@@ -217,6 +228,7 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
 
 def conf_dir() -> Path:

@@ -13,7 +13,7 @@ from finetune import UserError
 from finetune.checkpoint import Checkpoints, Progress, require_same
 from finetune.config import Config
 from finetune.data.loader import Data
-from finetune.distributed import Control, Facts, StopRequest, Strategy, World
+from finetune.distributed import LONG, Control, Facts, StopRequest, Strategy, World
 from finetune.ema import Average
 from finetune.lr import learning_rate
 from finetune.objective import LatentDiffusion
@@ -101,6 +101,7 @@ def train(
 
     try:
         while step < total_steps and not stop:
+            world.watch.begin(step + 1)
             images_seen = (step + 1) * global_batch
             lr = learning_rate(
                 images_seen,
@@ -124,6 +125,7 @@ def train(
             )
             step += 1
             tracker.step(result.loss_sum, result.grad_norm, result.data_seconds)
+            world.watch.at("agreeing with the other ranks")
             facts = control.exchange(Facts(stop=request.number, saving=parts.checkpoints.state))
             stop = facts.stop
             save = due(config.checkpoint.every) or stop > 0
@@ -132,11 +134,15 @@ def train(
             elif save:
                 tracker.settle()
             with tracker.paused():
+                world.watch.at("seeing to the last checkpoint", LONG)
                 parts.checkpoints.advance(facts.saving)
+                world.watch.at("validating", LONG)
                 if due(config.validation.every) and data.held_out:
                     tracker.write({"step": step, **_validate(config, parts)})
+                world.watch.at("drawing samples", LONG)
                 if due(config.sample.every):
                     _sample(config, world, parts, tracker, step)
+                world.watch.at("saving", LONG)
                 # What a step without a finite loss left behind is not worth keeping: the checkpoint before it is.
                 if save and tracker.steps_not_finite > 0:
                     tracker.say(f"note: nothing is saved at step {step}, whose loss is not a finite number")
@@ -153,6 +159,7 @@ def train(
                         parts.checkpoints.save(progress, strategy, parts.average)
                     else:
                         parts.checkpoints.begin(progress, strategy, parts.average)
+        world.watch.at("ending", LONG)
         parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
         return stop if step < total_steps else 0

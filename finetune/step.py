@@ -45,10 +45,13 @@ def optimizer_step(
     device = strategy.world.device
     loss_sum = torch.zeros((), device=device)
     data_seconds = 0.0
+    watch = strategy.world.watch
     for index in range(micro_batches):
+        watch.at("waiting for data", patience=1)
         started = time.perf_counter()
         batch = next(batches)
         data_seconds += time.perf_counter() - started
+        watch.at("in forward and backward")
         # Layers that draw from torch's own generator (LoRA's dropout) are made a function of the clock as well.
         torch.manual_seed(rng.fold(seed, f"layers:{int(batch.clock[0])}"))
         text = conditioner.text_of(batch, caption_dropout, seed, device)
@@ -58,6 +61,7 @@ def optimizer_step(
             global_batch=global_batch,
             last=index == micro_batches - 1,
         )
+    watch.at("in the optimizer")
     strategy.before_change()
     stats = strategy.step(lr)
     if average is not None:

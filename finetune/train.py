@@ -41,6 +41,8 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(f"{USAGE}\n{describe('train', Config)}")
         return 0
+    # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     overrides = [word for word in argv if word != "--print"]
     try:
         if unknown := [word for word in overrides if word.startswith("-")]:
@@ -79,7 +81,9 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
     from finetune.checkpoint import RunFolder, require_shared
     from finetune.data.shards import write_atomic
 
-    world = distributed.start(config.train.device, uses_deepspeed=config.strategy.kind == "zero")
+    bounds = distributed.Bounds(config.watch.lost_s, config.watch.stalled_s, config.watch.start_s)
+    uses_deepspeed = config.strategy.kind == "zero"
+    world = distributed.start(config.train.device, uses_deepspeed=uses_deepspeed, bounds=bounds)
     folder: RunFolder | None = None
     try:
         box: list[RunFolder] = []  # the lock stays with rank 0
@@ -87,7 +91,9 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         folder = box[0] if box else None
         path = Path(config.run.dir)
         require_shared(world, path)
+        world.watch.at("building the model")
         parts = build.build(config, world, path)
+        world.watch.at("restoring the last checkpoint")
         progress = loop.resume(config, world, parts, build.depends_on(config, parts.data))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(
@@ -110,15 +116,26 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
                 tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")
             stop = loop.train(config, world, parts, tracker, progress, request)
             failed = False
+        except BaseException as error:
+            world.watch.judge(error)
+            raise
         finally:
+            world.watch.at("closing the tracker", distributed.LONG)
             tracker.close(failed=failed, goes_on=stop > 0)
         if world.is_main:
             print(f"run: {path}{', stopped: the same command goes on' if stop else ''}")
+        world.watch.leave()
+        distributed.stop()
         return request.exit_code(stop) if stop else 0
+    except BaseException as error:
+        world.watch.judge(error)
+        # Leaving a group whose members are gone may take forever; the process is about to end anyway.
+        if world.size == 1 or getattr(error, "everywhere", False):
+            distributed.stop()
+        raise
     finally:
         if folder is not None:
             folder.close()
-        distributed.stop()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -174,6 +175,12 @@ def make_agent(base: type, signals: Signals, grace: float) -> type:
                 signals.workers = None
             super()._initialize_workers(worker_group)
 
+        def _rendezvous(self, worker_group: Any) -> None:
+            super()._rendezvous(worker_group)
+            # A name of this attempt for the workers' keys in the store: each node counts restarts for itself.
+            key = f"launchers.torchrun/round/{self._attempt if self._is_static() else ''}"
+            os.environ["LAUNCHERS_ROUND"] = self._store.compare_set(key, "", uuid.uuid4().hex).decode()
+
         def _start_workers(self, worker_group: Any) -> dict[int, Any]:
             self.codes, self.failure, self._failed_at, self._all_ended_at = {}, None, None, None
             self._ended, self._signalled = set(), set()
@@ -183,8 +190,11 @@ def make_agent(base: type, signals: Signals, grace: float) -> type:
                 finally:
                     signals.install()  # torch has put its own handlers in place
                     signals.workers = self._processes if self._pcontext is not None else None
-                    round_ = self._worker_group.spec.max_restarts - self._remaining_restarts
-                    self._others.watch(f"{_KEY}/{round_}" if self._is_static() else _KEY)
+                    self._others.watch(f"{_KEY}/{self._attempt if self._is_static() else ''}")
+
+        @property
+        def _attempt(self) -> int:
+            return self._worker_group.spec.max_restarts - self._remaining_restarts
 
         def _is_static(self) -> bool:
             return self._worker_group.spec.rdzv_handler.get_backend() == "static"

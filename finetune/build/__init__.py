@@ -82,6 +82,7 @@ def check(config: Config) -> None:
         "optim.eps": config.optim.eps,
         "ema.halflife_images": config.ema.halflife_images,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
+        "watch.start_s": config.watch.start_s,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
@@ -94,6 +95,8 @@ def check(config: Config) -> None:
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
         "optim.final_lr_ratio": config.optim.final_lr_ratio,
         "ema.rampup_ratio": config.ema.rampup_ratio,
+        "watch.lost_s": config.watch.lost_s,
+        "watch.stalled_s": config.watch.stalled_s,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}

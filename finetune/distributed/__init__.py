@@ -3,6 +3,7 @@
 world           the processes: who is who, agreement, what ranks tell each other
 control         what all ranks must act on in the same step
 signals         being asked to stop
+watch           which rank is lost, so that the others end in bounded time
 strategy        what a strategy is (`Shard`s, steps, gathers), and data parallelism
 zero            DeepSpeed's ZeRO stages
 """
@@ -20,12 +21,15 @@ from finetune.distributed.strategy import (
     Strategy,
     Wanted,
 )
+from finetune.distributed.watch import LONG, Bounds, Watch
 from finetune.distributed.world import World, require_agreement, start, stop
 from finetune.distributed.zero import ZeRO
 
 __all__ = [
+    "LONG",
     "MOMENTS",
     "AdamW",
+    "Bounds",
     "Control",
     "DataParallel",
     "Facts",
@@ -36,6 +40,7 @@ __all__ = [
     "StopRequest",
     "Strategy",
     "Wanted",
+    "Watch",
     "World",
     "ZeRO",
     "require_agreement",

@@ -29,7 +29,7 @@ class Control:
     """
 
     def __init__(self, world: World) -> None:
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.size > 1 else None
         self._work: dist.Work | None = None
         self._told = torch.zeros(0, dtype=torch.int64)
 

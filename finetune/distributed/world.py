@@ -5,27 +5,34 @@ from __future__ import annotations
 import datetime
 import os
 import socket
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune import UserError
+from finetune import PeerLostError, UserError, first_line
+from finetune.distributed.watch import Bounds, Watch
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: `rank` of `size`, number `local_rank` on its machine."""
+    """This process among all: `rank` of `size`, number `local_rank` on its machine.
+
+    `timeout`: of a collective; `watch`: told where this rank is, and of its end.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    timeout: datetime.timedelta = datetime.timedelta(minutes=30)
+    watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -73,8 +80,11 @@ class World:
         return tensor
 
 
-def start(device: str, *, uses_deepspeed: bool) -> World:
+def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) -> World:
     """Join the other processes, and refuse to run unless every layer sees the same number of them.
+
+    With `bounds` the ranks watch each other from here on, and a process whose peers don't come, die or hang ends
+    with exit code 69.
 
     Args:
         device: `auto`, `cpu` or `cuda`.
@@ -112,19 +122,71 @@ def start(device: str, *, uses_deepspeed: bool) -> World:
             )
         torch.cuda.set_device(local_rank)
     torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    world = World(rank, size, local_rank, torch_device)
+    if bounds is not None and not dist.is_initialized():
+        world = replace(world, timeout=bounds.collective, watch=Watch(rank, size, bounds=bounds))
+        # torchrun's default lets NCCL's own watchdog abort the process with pages of stack; ours names the rank.
+        if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if (size > 1 or uses_deepspeed) and not dist.is_initialized():
         if not launched:
             os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(_free_port())
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-            timeout=datetime.timedelta(minutes=30),
-            device_id=torch_device if on_gpu else None,
-        )
-    world = World(rank, size, local_rank, torch_device)
+        store = _store(rank, world.timeout if bounds is None else datetime.timedelta(seconds=bounds.start_s))
+        if bounds is not None and size > 1:
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            watch = Watch(rank, size, dist.PrefixStore("watch", store), address, bounds)
+            world = replace(world, watch=watch)
+        world.watch.start()
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=world.timeout,
+                device_id=torch_device if on_gpu else None,
+            )
+        except BaseException as error:
+            world.watch.judge(error)
+            raise
+    elif bounds is not None:
+        world.watch.start()
     if size > 1:
         _agree(world)
     return world
+
+
+def _store(rank: int, timeout: datetime.timedelta) -> dist.Store:
+    """The store of this attempt to run, where ranks find each other: torchrun's, else one that rank 0 opens.
+
+    Raises:
+        UserError: rank 0 can't open it.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    opens_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    deadline = time.monotonic() + timeout.total_seconds()
+    while not opens_it:  # torch's client fills the screen with its stack when nobody answers yet
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise PeerLostError(
+                    f"no answer from rank 0's store at {host}:{port} within {timeout.total_seconds():.0f} s "
+                    f"({error}): is that machine up, and can this one reach it?"
+                ) from None
+            time.sleep(0.5)
+    try:
+        store = dist.TCPStore(
+            host, port, None, opens_it, timeout=timeout, wait_for_workers=False, multi_tenant=opens_it
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"rank {rank} has no store at {host}:{port} ({first_line(error)}); choose another port"
+        ) from None
+    attempt = os.environ.get("LAUNCHERS_ROUND") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _agree(world: World) -> None:
