@@ -65,6 +65,7 @@ class Tracker:
         self.steps_since = 0
         self.steps_not_finite = 0  # in a row, up to the last line; such steps don't move the weights
         self.since = time.perf_counter()
+        self.unwritten: list[str] = []  # lines that the disk has not taken yet
         self.wandb: Any = None
         self.bar: tqdm[Any] | None = None
         if not world.is_main:
@@ -169,19 +170,40 @@ class Tracker:
         """Write one line of numbers, which has a "step", to metrics.jsonl and W&B."""
         if not self.world.is_main:
             return
-        with self.metrics.open("a") as file:
-            file.write(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+        self.unwritten.append(json.dumps({k: _finite(v) for k, v in values.items()}) + "\n")
+        try:
+            self._append()
+        except OSError as error:
+            if len(self.unwritten) == 1:  # said once, not at each line
+                self.say(
+                    f"warning: {self.metrics} cannot be written ({error.strerror}): its lines wait for the disk"
+                )
         if self.wandb is not None:
             self.wandb.log(values)
+
+    def _append(self) -> None:
+        """Append the lines that wait, all or none."""
+        with self.metrics.open("ab", buffering=0) as file:  # a buffer would be flushed once more when it is closed
+            size, data = file.tell(), memoryview("".join(self.unwritten).encode())
+            try:
+                while data:
+                    data = data[file.write(data) :]
+            except OSError:
+                file.truncate(size)
+                raise
+        self.unwritten.clear()
 
     def image(self, step: int, picture: Image.Image, caption: str) -> None:
         """Keep a picture as samples/step-00001000.png and send it to W&B."""
         if not self.world.is_main:
             return
         folder = self.run / "samples"
-        folder.mkdir(exist_ok=True)
         path = folder / f"step-{step:08d}.png"
-        save_png(picture, path)
+        try:
+            folder.mkdir(exist_ok=True)
+            save_png(picture, path)
+        except OSError as error:
+            self.say(f"warning: {path} cannot be written ({error.strerror or error})")
         if self.wandb is not None:
             import wandb
 
@@ -203,6 +225,11 @@ class Tracker:
 
     def close(self, *, failed: bool = False, goes_on: bool = False) -> None:
         """`goes_on`: the run was asked to stop and will be started again."""
+        if self.unwritten:
+            try:
+                self._append()
+            except OSError:
+                self.say(f"warning: {self.metrics} lacks its last {len(self.unwritten)} lines")
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,24 @@ def test_lines_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) ->
     tracker_of(tmp_path, first_step=0).close()
     assert (tmp_path / "metrics.jsonl").read_text() == ""
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_lines_wait_for_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """None is lost, half written or said twice."""
+    tracker = tracker_of(tmp_path)
+    tracker.write({"step": 1, "loss": 0.5})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 7, hard))
+    try:
+        tracker.write({"step": 2, "loss": 0.25})
+        tracker.write({"step": 3, "loss": 0.125})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert lines_of(tmp_path) == [{"step": 1, "loss": 0.5}]
+    tracker.write({"step": 4, "loss": 0.0625})
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4]
+    tracker.close()
+    assert capsys.readouterr().out.count("cannot be written (File too large)") == 1
 
 
 def test_bytes_that_are_no_text_are_dropped(tmp_path: Path) -> None:
