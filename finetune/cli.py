@@ -50,6 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(name: str, arguments: list[str]) -> int:
     match name:
+        case "train" if {"--multirun", "-m"} & {*arguments}:
+            from finetune import sweep
+
+            return sweep.main([word for word in arguments if word not in ("--multirun", "-m")])
         case "train":
             from finetune import train
 

@@ -46,6 +46,7 @@ FLOORS: dict[str, float] = {
     "doctor/": 6,
     "train": 6,
     "sample": 6,
+    "sweep": 6,
     "demo": 6,
     "cli": 7,
     "__main__": 8,

@@ -104,7 +104,7 @@ def test_gpus_are_read_from_what_sinfo_says(gres: str, counts: dict[str, int]) -
         ("gpus=1 sbatch.wrap=x", "the launcher sets that itself"),
         ("gpus=1 --dryrun", "unknown option --dryrun"),
         ("gpus=3", "train.global_batch=8 cannot be shared by 3 GPUs: take a multiple of 3, such as 9"),
-        ("nodes=2-4 gpus=2", "by 3 nodes with 2 GPUs each: take a multiple of 6, such as 6, or other nodes than 2-4"),
+        ("nodes=2-4 gpus=2", "by 3 nodes with 2 GPUs each: take a multiple of 6, such as 6, or other nodes than 2"),
         ("processes=16", "cannot be shared by 16 processes"),
         ("gpus=2 -- train.micro_batch=3", "train.micro_batch=3 does not divide the 4 samples of each process"),
         ("gpus=1 -- train.stepz=3", "unknown override 'train.stepz': did you mean 'train.steps'?"),
