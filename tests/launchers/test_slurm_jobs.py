@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import metrics
-from tests.launchers.cluster import Cluster
-from tests.launchers.jobs import Job
+from tests.conftest import ROOT, metrics
+from tests.launchers.cluster import NODES, Cluster
+from tests.launchers.jobs import Job, job_environment
 
 STEPS = 120
 SETTINGS = [f"train.steps={STEPS}", "checkpoint.every=40", "checkpoint.keep=9", "tracker=wandb"]
@@ -49,9 +51,19 @@ def settings(latents: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def calm(slurm: Cluster, settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A job of two nodes that nothing disturbs."""
-    job = Job.submit(slurm, tmp_path_factory.mktemp("jobs") / "calm", settings, "--nodes=2")
-    assert job.end() == "COMPLETED", job.text()
+    """A job of two nodes that nothing disturbs, submitted and followed by `python -m launchers.slurm`."""
+    run = tmp_path_factory.mktemp("jobs") / "calm"
+    words = ["nodes=2", "processes=1", "time=30", "--", *settings, f"run.dir={run}"]
+    environ = job_environment(slurm)
+    followed = subprocess.run(
+        [sys.executable, "-m", "launchers.slurm", *words],
+        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert followed.returncode == 0, (followed.stdout[-3000:], followed.stderr)
+    number = followed.stdout.split(":")[0].removeprefix("job ")
+    job = Job(slurm, number, run, run / f"slurm-{number}.log", environ)
+    assert followed.stdout.splitlines()[0] == f"job {number}: log in {job.log}"
+    assert job.text() and job.text() in followed.stdout.replace(f"job {number}: runs on node[1-2]\n", "")
     return job
 
 
@@ -61,7 +73,7 @@ def test_two_nodes_train_as_one_run(calm: Job) -> None:
     assert [line["step"] for line in metrics(calm.run)] == list(range(1, STEPS + 1))
     config = yaml.safe_load((calm.run / "config.yaml").read_text())
     assert config["sample"]["prompts"] == ['a "red" apple, please', "it's $HOME"]
-    assert calm.state()["ExitCode"] == "0:0"
+    assert (calm.state()["JobState"], calm.state()["ExitCode"]) == ("COMPLETED", "0:0")
     assert "srun: error" not in calm.text()
 
 
@@ -88,8 +100,156 @@ def test_killed_then_stopped_then_requeued_ends_bit_identical(
 
 
 def test_a_mistake_is_not_tried_again(slurm: Cluster, settings: list[str], tmp_path: Path) -> None:
-    job = Job.submit(slurm, tmp_path / "run", [*settings, "data.shards=/nowhere"], "--nodes=1")
+    job = Job.submit(slurm, tmp_path / "run", [*settings, "train.stepz=3"], "--nodes=2")
     assert job.end() == "FAILED"
     assert job.state()["ExitCode"] == "2:0"
-    assert "/nowhere" in job.text()
+    assert "did you mean 'train.steps'?" in job.text()
     assert "trying again" not in job.text() and "requeued" not in job.text()
+
+
+# --- what the script does with its step's end: a stand-in for Python costs no time -----------------
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """Runs for a minute; told to stop it says so and exits as a node that has saved. After a requeue it is done."""
+    path = tmp_path / "stand-in"
+    path.write_text(
+        "#!/bin/bash\n"
+        "(( ${SLURM_RESTART_COUNT:-0} > 0 )) && exit 0\n"
+        "trap 'echo told to stop; exit 240' USR1 TERM\n"
+        'echo "started: ${SLURM_GPUS_ON_NODE:-no} GPUs, ${SLURM_CPUS_PER_TASK:-no} CPUs, $*"\n'
+        "sleep 60 & wait\n"
+    )
+    path.chmod(0o755)
+    return path
+
+
+def test_failures_are_tried_again_a_bounded_number_of_times(slurm: Cluster, tmp_path: Path) -> None:
+    """Each try fails: two in each allocation, two allocations, then the failure's exit code."""
+    job = Job.submit(
+        slurm, tmp_path / "run", [], "--nodes=1",
+        LDM_FINETUNE_PYTHON="/bin/false", LDM_FINETUNE_RETRIES="1", LDM_FINETUNE_REQUEUES="1",
+    )  # fmt: skip
+    assert job.end() == "FAILED"
+    assert (job.state()["Restarts"], job.state()["ExitCode"]) == ("1", "1:0")
+    assert job.text().count("srun: error") == 4
+    assert job.text().count("trying again in") == 2
+
+
+def test_what_the_job_was_given_reaches_each_node(slurm: Cluster, tmp_path: Path, stand_in: Path) -> None:
+    job = Job.submit(
+        slurm, tmp_path / "run", ["a=b c"], "--nodes=2", "--gpus-per-node=2", "--cpus-per-task=3",
+        LDM_FINETUNE_PYTHON=str(stand_in),
+    )  # fmt: skip
+    line = f"started: 2 GPUs, 3 CPUs, -m launchers.slurm.node --attempt=0 -- a=b c run.dir={job.run}\n"
+    job.until(lambda: job.text().count(line) == 2, "start on both nodes")
+    slurm.run("scancel", job.number)
+    assert job.end() == "CANCELLED"
+
+
+def test_however_the_signal_is_sent_the_job_is_requeued(slurm: Cluster, tmp_path: Path, stand_in: Path) -> None:
+    """To the steps, to the batch script, to both."""
+    ways = (["--signal=USR1"], ["--signal=USR1", "--batch"], ["--signal=USR1", "--full"])
+    variables = {"LDM_FINETUNE_PYTHON": str(stand_in)}
+    jobs = [Job.submit(slurm, tmp_path / f"run{way}", [], "--nodes=2", **variables) for way in range(3)]
+    for job, to in zip(jobs, ways, strict=True):
+        job.until(lambda job=job: job.text().count("started: ") == 2, "start on both nodes")  # type: ignore[misc]
+        slurm.run("scancel", *to, job.number)
+    for job in jobs:
+        assert job.end() == "COMPLETED"
+        assert job.state()["Restarts"] == "1"
+        assert job.text().count("told to stop") == 2
+        assert "trying again" not in job.text()
+
+
+def test_a_signal_between_two_tries_is_not_lost(slurm: Cluster, tmp_path: Path) -> None:
+    failing = tmp_path / "failing"
+    failing.write_text("#!/bin/bash\n(( ${SLURM_RESTART_COUNT:-0} > 0 ))\n")
+    failing.chmod(0o755)
+    job = Job.submit(slurm, tmp_path / "run", [], LDM_FINETUNE_PYTHON=str(failing), LDM_FINETUNE_RETRY_SECONDS="60")
+    job.until(lambda: "trying again in 60 s" in job.text(), "first failure")
+    slurm.run("scancel", "--signal=USR1", "--batch", job.number)
+    assert job.end(30) == "COMPLETED"
+    assert job.state()["Restarts"] == "1"
+
+
+def test_a_cancelled_job_saves_and_does_not_rise_again(slurm: Cluster, tmp_path: Path, stand_in: Path) -> None:
+    job = Job.submit(slurm, tmp_path / "run", [], "--nodes=2", LDM_FINETUNE_PYTHON=str(stand_in))
+    job.until(lambda: job.text().count("started: ") == 2, "start on both nodes")
+    slurm.run("scancel", job.number)
+    assert job.end() == "CANCELLED"
+    job.until(lambda: "Slurm is ending this job" in job.text(), "last word", 20)
+    assert job.text().count("told to stop") == 2
+    assert (job.state()["JobState"], job.state()["Restarts"]) == ("CANCELLED", "0")
+
+
+def test_a_preempted_job_saves_within_its_grace_and_is_requeued(
+    slurm: Cluster, tmp_path: Path, stand_in: Path
+) -> None:
+    """Slurm tells the steps alone, with SIGTERM; the job ends by itself, and has to ask for its requeue."""
+    job = Job.submit(slurm, tmp_path / "run", [], "--nodes=2", "--exclusive", LDM_FINETUNE_PYTHON=str(stand_in))
+    job.until(lambda: job.text().count("started: ") == 2, "start on both nodes")
+    slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert job.end(60) == "COMPLETED"
+    assert job.state()["Restarts"] == "1"
+    assert job.text().count("told to stop") == 2
+
+
+# --- the long ones: real training -------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_preempted_training_ends_bit_identical(
+    slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path
+) -> None:
+    job = Job.submit(slurm, tmp_path / "run", settings, "--nodes=2", "--exclusive")
+    job.until_line(30)
+    slurm.run("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    assert job.end() == "COMPLETED", job.text()
+    assert job.state()["Restarts"] == "1"
+    assert metrics(job.run) == metrics(calm.run)
+    same_checkpoints(job.run, calm.run)
+    assert len(wandb_ids(job.run)) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_training_goes_on_past_its_time_limit(slurm: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """A minute is Slurm's shortest limit: the run takes two or three such jobs, warned 20 s before the end."""
+    steps = [*settings, "train.steps=1000", "checkpoint.every=1000"]
+    job = Job.submit(slurm, tmp_path / "run", steps, "--nodes=2", "--time=1", "--signal=B:USR1@20")
+    assert job.end(600) == "COMPLETED", job.text()
+    assert int(job.state()["Restarts"]) >= 1
+    assert job.text().count("stopped by SIGUSR1") == int(job.state()["Restarts"])
+    assert [line["step"] for line in metrics(job.run)] == list(range(1, 1001))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_job_that_was_not_warned_is_requeued_after_its_time_limit(
+    slurm: Cluster, tmp_path: Path, stand_in: Path
+) -> None:
+    job = Job.submit(slurm, tmp_path / "run", [], "--time=1", "--signal=WINCH@1", LDM_FINETUNE_PYTHON=str(stand_in))
+    assert job.end(300) == "COMPLETED", job.text()
+    assert job.state()["Restarts"] == "1"
+    assert "told to stop" in job.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_allocation_comes_back_smaller(slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path) -> None:
+    """Two nodes, then one: the loss goes on as the undisturbed run's."""
+    job = Job.submit(slurm, tmp_path / "run", settings, "--nodes=1-2")
+    job.until_line(30)
+    slurm.run("scontrol", "update", f"nodename={NODES[1]}", "state=drain", "reason=test")
+    try:
+        slurm.run("scancel", "--signal=USR1", job.number)
+        assert job.end() == "COMPLETED", job.text()
+    finally:
+        slurm.run("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
+    assert job.text().count("slurm job") and "2 node(s)" in job.text() and "1 node(s)" in job.text()
+    ours, theirs = metrics(job.run), metrics(calm.run)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert [line["loss"] for line in ours] == pytest.approx([line["loss"] for line in theirs], rel=1e-4)
