@@ -250,6 +250,8 @@ class Board:
             silent = self._silent(QUIET_S if suspected else SILENT_S)
         if self._signal and (store is None or silent or now - self._signalled > 2 * QUIET_S):
             died = f"; {self._named(silent)} had died before" if silent else ""
+            if phase.name == "start" and (missing := self._missing()):
+                died = f"; {ranks_text(missing)} of {self.size} had not come"
             return Row(
                 phase.name,
                 FAIL,
@@ -293,8 +295,8 @@ class Board:
                 return Row(phase.name, FAIL, f"{text}: rank {self.rank} stands in {place}", remedy)
             return Row(phase.name, FAIL, f"{text}: it stands in {place}", remedy)
         if phase.name == "start":
-            missing = [rank for rank in range(self.size) if not store.check([self._key(f"seat/{rank}")])]
-            return Row("ranks", FAIL, f"{text}: {ranks_text(missing)} of {self.size} never came", remedy)
+            missing = ranks_text(self._missing())
+            return Row("ranks", FAIL, f"{text}: {missing} of {self.size} never came", remedy)
         store.set(self._key(f"where/{phase.number}/{self.rank}"), place)
         for _ in range(3):  # the others come to this point within the difference of their clocks
             time.sleep(TICK_S)
@@ -305,7 +307,7 @@ class Board:
             where = store.get(key).decode() if store.check([key]) else "it has not said where"
             places.setdefault(where, []).append(rank)
         # Those that stand in a collective, or have come through, wait for the others.
-        waits = ("torch/distributed", "waiting for the others")
+        waits = ("torch/distributed", "parallel/distributed", "deepspeed/comm", "waiting for the others")
         ordered = sorted(places.items(), key=lambda item: any(word in item[0] for word in waits))
         return Row(
             phase.name,
@@ -313,6 +315,11 @@ class Board:
             f"{text}: " + "; ".join(f"{self._named(ranks)}: {where}" for where, ranks in ordered),
             remedy,
         )
+
+    def _missing(self) -> list[int]:
+        """Ranks that have not taken their seat."""
+        store = self._thread_store
+        return [rank for rank in range(self.size) if store and not store.check([self._key(f"seat/{rank}")])]
 
     def _place(self) -> str:
         """Where the main thread stands."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -43,7 +44,9 @@ def run(config: Config, composed: DictConfig, rank: int, size: int) -> int:
     try:
         with Board(rank, size, launch.host_name(), broken) as board:
             try:
-                examine(Context(config, composed, board, rank, size, Path(config.run.dir)), rows, tidy)
+                context = Context(config, composed, board, rank, size, Path(config.run.dir))
+                examine(context, rows, tidy)
+                rows += _of_others(context, rows)
             finally:
                 _clean(tidy)
     finally:
@@ -93,6 +96,19 @@ def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
         rows += skipped(["resume"], "the ranks do not share run.dir")
     rows += memory.memory_rows(context)
     rows += training.reading_rows(context)
+
+
+def _of_others(context: Context, rows: list[Row]) -> list[Row]:
+    """Rows that failed on other ranks alone, whose own config or files say other things: they count as well."""
+    failed = [row for row in rows if row.result == FAIL]
+    outcomes = context.exchange("hosts", "comparing the rows", lambda: failed)
+    mine = {row.name for row in failed}
+    missed: dict[str, Row] = {}
+    for rank, outcome in enumerate(outcomes):
+        for row in outcome.value or ():
+            if row.name not in mine:
+                missed.setdefault(row.name, replace(row, seen=f"seen by {context.named([rank])}: {row.seen}"))
+    return list(missed.values())
 
 
 def _prepare(context: Context, tidy: Tidy) -> None:

@@ -29,6 +29,7 @@ def exit_code(rows: Iterable[Row]) -> int:
 
 def show(rows: Sequence[Row], seconds: float) -> None:
     """Print all rows and a line that counts them: a table on a terminal, else plain lines without colours."""
+    rows = merged(rows)
     counts = {result: sum(row.result == result for row in rows) for result in (OK, WARN, FAIL, SKIPPED)}
     summary = ", ".join(f"{count} {result}" for result, count in counts.items() if count)
     if sys.stdout.isatty():
@@ -36,6 +37,20 @@ def show(rows: Sequence[Row], seconds: float) -> None:
     else:
         print("\n".join(line for row in rows for line in plain(row)))
     print(f"doctor: {summary} ({seconds:.0f} s)", flush=True)
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Neighbours that were skipped for one reason become one row."""
+    short: list[Row] = []
+    names: list[str] = []
+    for row in rows:
+        if short and row.result == SKIPPED == short[-1].result and row.seen == names[0]:
+            names.append(row.name)
+            short[-1] = Row("the rest", SKIPPED, f"{', '.join(names[1:])}: {names[0]}")
+        else:
+            short.append(row)
+            names = [row.seen, row.name]
+    return short
 
 
 def plain(row: Row, width: int = 140) -> list[str]:

@@ -404,7 +404,9 @@ def step_rows(context: Context) -> list[Row]:
     rows += _equal_rows(context, after[0], outcomes, f"after {STEPS} steps")
     moved = context.exchange("weights", "what has moved", lambda: _moved(parts, before[0], after[0]))
     rows += _moved_rows(context, [each.value for each in moved])
-    if all(row.result == OK for row in rows):  # one row says it all
+    if bad := [row for row in rows if row.result != OK]:
+        rows = [replace(bad[0], seen="; ".join(row.seen for row in bad))]
+    else:  # one row says it all
         digest = outcomes[0].value[0]
         count = len({name for each in moved for name in each.value[0]})
         text = f"equal on all ranks before and after {STEPS} steps ({digest})" if context.size > 1 else f"{digest}"
@@ -413,7 +415,6 @@ def step_rows(context: Context) -> list[Row]:
         rows = [
             Row("weights", OK, f"{text}; the steps moved {count} of {len(parts.strategy.shards)} trained tensors")
         ]
-    rows = [row for row in rows if row.result != OK] or rows
     seen = [outcome.value for outcome in outcomes_steps]
     return [*rows, *sample_rows(context, seen), *rate_rows(context, seen), *_loss_rows(config, seen)]
 
@@ -708,14 +709,8 @@ def resume_rows(context: Context) -> list[Row]:
     size = sum(path.stat().st_size for path in (context.scratch / "checkpoints").rglob("*") if path.is_file())
     context.checkpoint_bytes = size
     if wrong:
-        return [
-            Row(
-                name,
-                FAIL,
-                "; ".join(wrong[:4]),
-                "do not trust checkpoints on this file system: compare with another",
-            )
-        ]
+        remedy = "if all rows above are good, do not trust this file system with checkpoints: compare with another"
+        return [Row(name, FAIL, "; ".join(wrong[:4]), remedy)]
     how = "bit for bit" if exact else f"to {apart:.0e} of the loss (kernels that add in any order)"
     speed = size / max(seconds["save"], 1e-9) / 1e6
     text = (

@@ -1,0 +1,216 @@
+"""The doctor's pieces against references."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune import build, loop
+from finetune.config import Config, StrategyConfig, compose
+from finetune.distributed import StopRequest, World
+from finetune.doctor import launch, memory, network, table, training
+from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8]
+
+
+@given(st.sampled_from(DTYPES), st.integers(1, 300), st.data())
+def test_a_checksum_sees_every_change(dtype, count, data):
+    """A changed element, two that change places, and nothing else: not the layout of the same values."""
+    tensor = torch.arange(count).to(dtype)
+    other = tensor.clone()
+    place = data.draw(st.integers(0, count - 1))
+    other[place] += 1
+    assert (training.checksum(tensor) == training.checksum(other)) == torch.equal(tensor, other)
+    swapped = tensor.clone()
+    a, b = place, data.draw(st.integers(0, count - 1))
+    swapped[[a, b]] = tensor[[b, a]]
+    assert (training.checksum(tensor) == training.checksum(swapped)) == torch.equal(tensor, swapped)
+
+
+def test_a_checksum_in_pieces_is_that_of_the_whole(monkeypatch):
+    tensor = torch.randn(1000)
+    whole = training.checksum(tensor)
+    monkeypatch.setattr(training, "_CHUNK", 7)
+    assert training.checksum(tensor) == whole
+    weight = torch.randn(4, 3, 5, 5)
+    assert training.checksum(weight) == training.checksum(weight.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 16])
+def test_every_pair_of_machines_meets_once(count):
+    rounds = network.rounds_of(count)
+    met = [pair for pairs in rounds for pair in pairs]
+    assert sorted(met) == list(itertools.combinations(range(count), 2))
+    for pairs in rounds:  # nobody is in two places
+        assert len({seat for pair in pairs for seat in pair}) == 2 * len(pairs)
+
+
+def test_the_estimate_is_what_a_step_allocates(overrides, tmp_path):
+    """Weights, gradients, moments and average of one process, against the tensors that a step leaves behind."""
+    config, _ = compose("train", overrides, Config)
+    (tmp_path / "run").mkdir()
+    world = World(0, 1, 0, torch.device("cpu"))
+    parts = build.build(config, world, tmp_path / "run")
+    expected = memory.estimate(parts, 1, offload_optimizer=False, offload_parameters=False)
+    parameters = list(parts.strategy.module.parameters())
+
+    def size(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    seen: dict[str, int] = {}
+    real = parts.strategy.step
+
+    def step(lr):
+        seen["gradients"] = size(p.grad for p in parameters if p.grad is not None)
+        return real(lr)
+
+    parts.strategy.step = step
+    probe = training._Probe(parts, world, 1)
+    progress = training.Progress(step=0, images_seen=0, steps_taken=0)
+    with pytest.raises(training._EnoughError):
+        loop.train(config, world, parts, probe, progress, StopRequest(0))
+    moments = [tensor for kind in ("exp_avg", "exp_avg_sq") for tensor in parts.strategy.moments(kind)]
+    seen |= {"weights": size(parameters), "moments": size(moments), "average": size(parts.average.tensors)}
+    assert {name: count for name, count in expected.device.items() if count} == seen
+    assert expected.host == {"checkpoint copy": seen["weights"] + seen["moments"] + seen["average"]}
+
+
+def test_limits_of_control_groups_above_count(tmp_path):
+    root = tmp_path / "cgroup"
+    (root / "slurm" / "job").mkdir(parents=True)
+    (root / "slurm" / "memory.max").write_text("1000\n")
+    (root / "slurm" / "job" / "memory.max").write_text("max\n")
+    process = tmp_path / "self"
+    process.write_text("0::/slurm/job\n")
+    assert min(memory._cgroup_limits(root, process)) == 1000
+    old = root / "memory" / "job"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("500\n")
+    process.write_text("4:cpu,cpuacct:/x\n3:memory:/job\n")
+    assert min(memory._cgroup_limits(root, process)) == 500
+
+
+ZERO3_OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+@pytest.mark.parametrize(
+    ("environment", "strategy", "result", "says"),
+    [
+        ({}, {"kind": "ddp"}, OK, "one process, no launcher"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, {"kind": "ddp"}, FAIL, "which strategy=ddp ignores"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
+            {"kind": "zero", "stage": 2},
+            OK,
+            "",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            {"kind": "zero", "stage": 2},
+            FAIL,
+            "asks for stage=3, the run for 2",
+        ),
+        (
+            {
+                "ACCELERATE_USE_DEEPSPEED": "true",
+                "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+                "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu",
+            },
+            {"kind": "zero", "stage": 2},
+            FAIL,
+            "asks for offload_optimizer=cpu, the run for none",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "FILE"},
+            {"kind": "zero", "stage": 2},
+            FAIL,
+            "asks for stage=3, the run for 2",
+        ),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "/none/ds.json"},
+            {"kind": "zero", "stage": 2},
+            FAIL,
+            "/none/ds.json cannot be read",
+        ),
+        ({"ACCELERATE_USE_FSDP": "true"}, {"kind": "ddp"}, FAIL, "FSDP, which is ignored"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"kind": "ddp"}, WARN, "mixed_precision=fp16 is ignored"),
+    ],
+)
+def test_what_a_launch_asks_for_in_vain(monkeypatch, tmp_path, environment, strategy, result, says):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": ZERO3_OFFLOAD}))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.replace("FILE", str(file)))
+    (row,) = launch.launch_rows(Config(strategy=StrategyConfig(**strategy)))
+    assert row.result == result
+    assert says in row.seen
+
+
+def test_one_process_where_the_launch_looks_like_several(monkeypatch):
+    assert launch.process_rows(1) == []
+    monkeypatch.setenv("SLURM_NTASKS", "8")  # in a batch script: nothing was started by srun
+    assert launch.process_rows(1) == []
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    (row,) = launch.process_rows(1)
+    assert (row.result, row.seen[:14]) == (FAIL, "SLURM_NTASKS=8")
+    monkeypatch.setenv("RANK", "0")  # torchrun in each task
+    assert launch.process_rows(8) == []
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    (row,) = launch.process_rows(2)
+    assert "Slurm gave 4 nodes, and the run has 2 processes" in row.seen
+
+
+def test_packages_out_of_bounds_are_named(monkeypatch):
+    wanted = ["torch>=2.11", "deepspeed>=0.18; sys_platform == 'none'", "peft>=0.17", 'boto3>=1; extra == "dev"']
+    monkeypatch.setattr(launch.importlib.metadata, "requires", lambda _: wanted)
+    installed = {"torch": "2.9.1+cpu", "deepspeed": "0.1", "peft": "-", "boto3": "-"}
+    assert launch._unfit(installed) == ["torch is 2.9.1+cpu, wanted is >=2.11", "peft is -, wanted is >=0.17"]
+
+
+def test_what_was_skipped_for_one_reason_is_one_line():
+    rows = [
+        Row("a", OK, "x"),
+        Row("b", SKIPPED, "no data"),
+        Row("c", SKIPPED, "no data"),
+        Row("d", SKIPPED, "other"),
+    ]
+    assert table.merged(rows) == [rows[0], Row("the rest", SKIPPED, "b, c: no data"), rows[3]]
+
+
+def test_ranks_are_named_shortly():
+    assert table.ranks_text([3]) == "rank 3"
+    assert table.ranks_text([5, 0, 1, 2, 9, 8]) == "ranks 0-2, 5, 8-9"
+
+
+def test_brackets_of_a_key_are_no_markup(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    table.show([Row("config", FAIL, "data.sources[bold] is [red]", "set [it]")], 1.0)
+    out = capsys.readouterr().out
+    assert "[red]" in out
+    assert "[it]" in out
+
+
+def test_code_is_compared_by_its_contents(monkeypatch, tmp_path):
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "__init__.py").write_text("one = 1\n")
+    monkeypatch.setattr(launch.finetune, "__file__", str(tmp_path / "finetune" / "__init__.py"))
+    first = launch.code_sha256()
+    (tmp_path / "finetune" / "new.py").write_text("")
+    assert launch.code_sha256() != first
+
+
+def test_a_lock_that_is_held_is_refused(tmp_path: Path) -> None:
+    from finetune.doctor import files
+
+    path = tmp_path / "lock"
+    with path.open("w") as held:
+        files.fcntl.flock(held, files.fcntl.LOCK_EX)
+        assert files._refused(path)
+    assert not files._refused(path)
