@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: finetune train [--print] [KEY=VALUE ...]
+       finetune train --multirun KEY=VALUE,VALUE ...
 
 Fine-tune a latent diffusion model on latent shards, or train one from scratch.
 The same command goes on where an earlier one stopped.
@@ -34,6 +35,7 @@ examples:
 options:
   -h, --help    this text
   --print       print the composed configuration and stop
+  --multirun    one run for each combination of values, here or in Slurm: finetune train --multirun --help
 """
 
 
