@@ -14,6 +14,7 @@ import os
 import pickle
 import select
 import signal
+import socket
 import sys
 import threading
 import time
@@ -74,8 +75,8 @@ class Board:
         self._phase: _Phase | None = None
         self._inside = False
         self._numbers = itertools.count()
-        restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self._prefix = f"doctor/{restarts}/{next(_RUNS)}"
+        attempt = os.environ.get("LAUNCHERS_ROUND") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self._prefix = f"doctor/{attempt}/{next(_RUNS)}"
         self._beats: dict[int, tuple[bytes, float]] = {}
         self._beat_number = 0
         self._signal = 0
@@ -149,14 +150,17 @@ class Board:
                 f"WORLD_SIZE={self.size}, but MASTER_ADDR and MASTER_PORT are not set: start through torchrun, "
                 "accelerate launch or launchers/"
             )
-        agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        opens_it = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:
+            ends = time.monotonic() + JOIN_S / 2
+            while not opens_it and not _answers(address, int(port), time.monotonic() > ends):
+                time.sleep(0.5)
             # `multi_tenant`: torch.distributed finds this same store when it starts on the same port.
             store: Any = dist.TCPStore(
                 address,
                 int(port),
                 self.size,
-                is_master=self.rank == 0 and not agent,
+                is_master=opens_it,
                 timeout=datetime.timedelta(seconds=JOIN_S / 2),
                 wait_for_workers=False,
                 multi_tenant=True,
@@ -402,6 +406,21 @@ def attempt(function: Callable[[], Any]) -> Outcome:
         frames = [each for each in traceback.extract_tb(error.__traceback__) if "finetune" in each.filename]
         where = f" (at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno})" if frames else ""
         return Outcome(error=f"{kind}: {first_line(error)[:300]}{where}", memory=memory)
+
+
+def _answers(address: str, port: int, must: bool) -> bool:
+    """Whether somebody listens there: torch's client fills the screen with its stack when nobody does yet.
+
+    Raises:
+        OSError: nobody, and `must`.
+    """
+    try:
+        socket.create_connection((address, port), timeout=5).close()
+    except OSError:
+        if must:
+            raise
+        return False
+    return True
 
 
 def _where(frame: FrameType) -> str:

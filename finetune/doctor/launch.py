@@ -54,8 +54,8 @@ def launch_rows(config: Config) -> list[Row]:
         else:
             ours = {
                 "stage": str(strategy.stage),
-                "offload_optimizer": _offload(strategy, "optimizer"),
-                "offload_param": _offload(strategy, "parameters"),
+                "offload_optimizer": strategy.offload,
+                "offload_param": strategy.offload if strategy.stage == 3 else "none",
             }
             asked = {
                 "stage": env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
@@ -104,14 +104,6 @@ def launch_rows(config: Config) -> list[Row]:
         "torchrun or accelerate" if "TORCHELASTIC_RUN_ID" in env else "the environment" if "RANK" in env else ""
     )
     return [Row("launch", OK, f"ranks come from {launcher}" if launcher else "one process, no launcher")]
-
-
-def _offload(strategy: Any, what: str) -> str:
-    """Where the run puts it, in DeepSpeed's words."""
-    whole = getattr(strategy, "offload", None)
-    if isinstance(whole, str):
-        return whole
-    return "cpu" if getattr(strategy, f"offload_{what}", False) else "none"
 
 
 def process_rows(size: int) -> list[Row]:

@@ -36,11 +36,12 @@ class Estimate:
         return ", ".join(f"{name} {size_text(count)}" for name, count in self.device.items() if count)
 
 
-def estimate(parts: Parts, world_size: int, *, offload_optimizer: bool, offload_parameters: bool) -> Estimate:
+def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimate:
     """Weights, gradients, masters, moments and average of this rank, from the tensors themselves.
 
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): stage 1 spreads masters and moments over the ranks,
-    stage 2 gradients too, stage 3 weights too.
+    stage 2 gradients too, stage 3 weights too. `offload`: what the optimizer has, and under stage 3 the weights,
+    are in host memory.
     """
     strategy = parts.strategy
     stage: int = getattr(strategy, "stage", 0)
@@ -50,14 +51,16 @@ def estimate(parts: Parts, world_size: int, *, offload_optimizer: bool, offload_
         width = parameter.element_size()
         weights += width * (math.ceil(count / world_size) if stage == 3 else count)
         if parameter.requires_grad:
-            gradients += width * (math.ceil(count / world_size) if stage >= 2 else count)
+            # Stages 2 and 3 sum micro-batches in float32, after their reduction.
+            summed = 4 if stage >= 2 and parts.accumulation > 1 else width
+            gradients += summed * (math.ceil(count / world_size) if stage >= 2 else count)
     owned = sum(shard.master.numel() for shard in strategy.shards)
     optimizer = {"masters": 4 * owned if stage else 0, "moments": 8 * owned}
     average = {"average": 4 * owned if parts.average else 0}
     device: dict[str, int] = {"gradients": gradients}
     host: dict[str, int] = {}
-    (host if offload_parameters else device).update({"weights": weights})
-    (host if offload_optimizer else device).update(optimizer | average)
+    (host if offload and stage == 3 else device).update({"weights": weights})
+    (host if offload else device).update(optimizer | average)
     # A checkpoint is written from a copy in host memory: masters, average and moments.
     host["checkpoint copy"] = (16 if parts.average else 12) * math.ceil(trained_numel(parts) / world_size)
     return Estimate(device, host)
@@ -84,16 +87,7 @@ def memory_rows(context: Context) -> list[Row]:
 def _measure(context: Context) -> dict[str, Any]:
     world, parts = context.joined(), context.parts
     assert parts is not None
-    strategy = context.config.strategy
-    kind = getattr(strategy, "offload", None)
-    expected = estimate(
-        parts,
-        world.size,
-        offload_optimizer=bool(getattr(strategy, "offload_optimizer", kind not in (None, "none", ""))),
-        offload_parameters=bool(
-            getattr(strategy, "offload_parameters", kind not in (None, "none", "") and strategy.stage == 3)
-        ),
-    )
+    expected = estimate(parts, world.size, offload=context.config.strategy.offload != "none")
     host_now, host_peak, host_capacity = host_memory()
     found: dict[str, Any] = {
         "text": expected.text(),

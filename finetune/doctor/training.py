@@ -636,7 +636,7 @@ def resume_rows(context: Context) -> list[Row]:
     parts, world = context.parts, context.joined()
     assert parts is not None and context.scratch is not None
     config = loop_config(context.config, context.scratch)
-    seconds = {"save": 0.0, "load": 0.0}
+    seconds = {"stall": 0.0, "save": 0.0, "load": 0.0}
     after: list[Weights] = []
 
     def save() -> None:
@@ -647,10 +647,16 @@ def resume_rows(context: Context) -> list[Row]:
             steps_taken=parts.strategy.steps_taken,
             loss_scale=parts.strategy.scaler_state(),
         )
+        said: list[str] = []
+        parts.checkpoints.say = said.append
         started = time.perf_counter()
-        parts.checkpoints.save(progress, parts.strategy, parts.average)
-        _written(parts)
+        parts.checkpoints.begin(progress, parts.strategy, parts.average)
+        _settle(world)
+        seconds["stall"] = time.perf_counter() - started
+        parts.checkpoints.finish()
         seconds["save"] = time.perf_counter() - started
+        if complaints := [line for line in said if not line.startswith("note:")]:
+            raise UserError("; ".join(complaints))
 
     def state() -> tuple[str, str]:
         weights = weights_of(parts)
@@ -714,18 +720,11 @@ def resume_rows(context: Context) -> list[Row]:
     how = "bit for bit" if exact else f"to {apart:.0e} of the loss (kernels that add in any order)"
     speed = size / max(seconds["save"], 1e-9) / 1e6
     text = (
-        f"{size_text(size)} saved in {seconds['save']:.1f} s ({speed:.0f} MB/s), loaded on all ranks in "
-        f"{seconds['load']:.1f} s; the next step is the same {how}"
+        f"{size_text(size)} saved in {seconds['save']:.1f} s ({speed:.0f} MB/s; training waits for "
+        f"{seconds['stall']:.1f} s of it), loaded on all ranks in {seconds['load']:.1f} s; the next step is the "
+        f"same {how}"
     )
     return [Row(name, OK, text), space_row(context, lambda: _kept_bytes(context.run))]
-
-
-def _written(parts: Parts) -> None:
-    """Wait until a checkpoint that is written in the background is whole."""
-    for name in ("wait", "finish", "flush"):
-        if callable(done := getattr(parts.checkpoints, name, None)):
-            done()
-            return
 
 
 def _state_digest(strategy: Strategy, parts: Parts) -> str:

@@ -58,7 +58,7 @@ def test_the_estimate_is_what_a_step_allocates(overrides, tmp_path):
     (tmp_path / "run").mkdir()
     world = World(0, 1, 0, torch.device("cpu"))
     parts = build.build(config, world, tmp_path / "run")
-    expected = memory.estimate(parts, 1, offload_optimizer=False, offload_parameters=False)
+    expected = memory.estimate(parts, 1)
     parameters = list(parts.strategy.module.parameters())
 
     def size(tensors):
