@@ -6,14 +6,18 @@ each that are plain files, so that jobs which ask for GPUs can be queued too.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import getpass
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -136,26 +140,16 @@ class Cluster:
         _wait(self._idle, 60, self.logs)
 
     def stop(self) -> None:
-        """End jobs and daemons, and every process that came from them."""
-        subprocess.run(
-            ["scancel", "--quiet", "--user", getpass.getuser()],
-            env=self.environment, capture_output=True, timeout=60, check=False,
-        )  # fmt: skip
-        family = [child for daemon in self.daemons for child in _descendants(daemon.pid)]
-        family += self._strays()
+        """End the daemons, their jobs, and every process that came from those."""
         for daemon in self.daemons:
-            daemon.terminate()
+            daemon.kill()  # told to end, they would wait for their jobs
         for daemon in self.daemons:
-            try:
-                daemon.wait(10)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        for process in {*family, *self._strays()}:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                pass
+            daemon.wait()
+        while strays := self._strays():
+            for process in strays:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(strays, 5)
         shutil.rmtree(self.root, ignore_errors=True)
 
     def run(self, *command: str, check: bool = True, timeout: float = 60) -> str:
@@ -189,29 +183,41 @@ class Cluster:
         out = (self.root / f"{program}-{len(self.daemons)}.out.log").open("wb")
         self.daemons.append(
             subprocess.Popen(
-                [path, *arguments], env=self.environment, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                [path, *arguments],
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=_die_with_the_tests,
             )
         )
 
     def _strays(self) -> list[psutil.Process]:
-        """Processes of jobs: their steps' managers leave the daemons' process tree, but keep their environment."""
-        mark = f"SLURM_CONF={self.root}/slurm.conf"
+        """Processes of jobs, by their environment, and their steps' managers, by the log that they write to.
+
+        Both leave the daemons' process tree.
+        """
+        mark = str(self.root / "slurm.conf")
+        daemons = {os.getpid(), *(daemon.pid for daemon in self.daemons)}
         found = []
         for process in psutil.process_iter():
             try:
-                own = process.pid == os.getpid() or any(process.pid == daemon.pid for daemon in self.daemons)
-                if not own and (mark in (f"{k}={v}" for k, v in process.environ().items())):
+                if process.pid in daemons:
+                    continue
+                if process.name().startswith("slurm"):
+                    ours = any(Path(file.path).is_relative_to(self.root) for file in process.open_files())
+                else:
+                    ours = process.environ().get("SLURM_CONF") == mark
+                if ours:
                     found.append(process)
             except (psutil.NoSuchProcess, psutil.AccessDenied, OSError):
                 continue
         return found
 
 
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
+def _die_with_the_tests() -> None:
+    """Runs in a daemon before it becomes one: killed with SIGKILL, the tests can't stop it themselves."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _free_ports(count: int) -> list[int]:
@@ -225,7 +231,7 @@ def _free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _wait(ready, seconds: float, explain) -> None:
+def _wait(ready: Callable[[], bool], seconds: float, explain: Callable[[], str]) -> None:
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:

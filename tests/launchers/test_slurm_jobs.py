@@ -57,7 +57,7 @@ def calm(slurm: Cluster, settings: list[str], tmp_path_factory: pytest.TempPathF
     environ = job_environment(slurm)
     followed = subprocess.run(
         [sys.executable, "-m", "launchers.slurm", *words],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=280, check=False,
+        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=560, check=False,
     )  # fmt: skip
     assert followed.returncode == 0, (followed.stdout[-3000:], followed.stderr)
     number = followed.stdout.split(":")[0].removeprefix("job ")
@@ -67,6 +67,7 @@ def calm(slurm: Cluster, settings: list[str], tmp_path_factory: pytest.TempPathF
     return job
 
 
+@pytest.mark.timeout(600)
 def test_two_nodes_train_as_one_run(calm: Job) -> None:
     import yaml
 
@@ -77,6 +78,7 @@ def test_two_nodes_train_as_one_run(calm: Job) -> None:
     assert "srun: error" not in calm.text()
 
 
+@pytest.mark.timeout(600)
 def test_killed_then_stopped_then_requeued_ends_bit_identical(
     slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path
 ) -> None:
