@@ -58,7 +58,7 @@ class Job:
         return file.read_bytes().count(b"\n") if file.exists() else 0
 
     def text(self) -> str:
-        return self.log.read_text() if self.log.exists() else ""
+        return self.log.read_text(errors="replace") if self.log.exists() else ""  # a kill may cut a sign
 
     def state(self) -> dict[str, str]:
         return self.cluster.job(self.number)

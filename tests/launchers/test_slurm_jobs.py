@@ -114,14 +114,14 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster, settings: list[str], tmp_p
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Runs for a minute; told to stop it says so and exits as a node that has saved. After a requeue it is done."""
+    """Runs for minutes; told to stop it says so and exits as a node that has saved. After a requeue it is done."""
     path = tmp_path / "stand-in"
     path.write_text(
         "#!/bin/bash\n"
         "(( ${SLURM_RESTART_COUNT:-0} > 0 )) && exit 0\n"
         "trap 'echo told to stop; exit 240' USR1 TERM\n"
         'echo "started: ${SLURM_GPUS_ON_NODE:-no} GPUs, ${SLURM_CPUS_PER_TASK:-no} CPUs, $*"\n'
-        "sleep 60 & wait\n"
+        "sleep 300 & wait\n"
     )
     path.chmod(0o755)
     return path
@@ -233,10 +233,22 @@ def test_training_goes_on_past_its_time_limit(slurm: Cluster, settings: list[str
 def test_a_job_that_was_not_warned_is_requeued_after_its_time_limit(
     slurm: Cluster, tmp_path: Path, stand_in: Path
 ) -> None:
-    job = Job.submit(slurm, tmp_path / "run", [], "--time=1", "--signal=WINCH@1", LDM_FINETUNE_PYTHON=str(stand_in))
+    job = Job.submit(slurm, tmp_path / "run", [], "--time=1", "--signal=CONT@1", LDM_FINETUNE_PYTHON=str(stand_in))
     assert job.end(300) == "COMPLETED", job.text()
     assert job.state()["Restarts"] == "1"
     assert "told to stop" in job.text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_job_that_is_always_warned_at_its_start_ends(slurm: Cluster, tmp_path: Path) -> None:
+    path = tmp_path / "stand-in"
+    path.write_text("#!/bin/bash\ntrap 'exit 240' USR1 TERM\nsleep 100 & wait\n")
+    path.chmod(0o755)
+    job = Job.submit(slurm, tmp_path / "run", [], "--time=1", "--signal=B:USR1@60", LDM_FINETUNE_PYTHON=str(path))
+    assert job.end(600) == "FAILED", job.text()
+    assert (job.state()["Restarts"], job.state()["ExitCode"]) == ("3", "75:0")
+    assert "give the job more time" in job.text()
 
 
 @pytest.mark.slow
