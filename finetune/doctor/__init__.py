@@ -6,7 +6,10 @@ context     what checks share
 launch      who is who, on which machines, with which versions
 files       the run's folder as all ranks see it
 network     bandwidth and latency
-training    data, model, two real steps, save and resume
+pieces      data, model, strategy, reading
+steps       two real steps: samples, learning rate, losses
+weights     whether all ranks have the same ones
+saving      save, load and go on; what a run would find in its folder
 memory      what is needed against what is there
 examine     the order of the checks
 command     the command

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig
 
 from finetune.config import Config
@@ -38,6 +39,7 @@ class Context:
         parts: what a run is made of, None until and unless it could be built.
         step_seconds: of each step made so far, on this rank.
         checkpoint_bytes: what a checkpoint takes on the disk.
+        apart: config keys whose values differ among the ranks.
     """
 
     config: Config
@@ -51,6 +53,7 @@ class Context:
     parts: Parts | None = None
     step_seconds: list[float] = field(default_factory=list)
     checkpoint_bytes: int = 0
+    apart: list[str] = field(default_factory=list)
 
     def exchange(
         self, kind: str, name: str, function: Callable[[], Any], *, collective: bool = False
@@ -80,6 +83,12 @@ class Context:
             error if len(ranks) == self.size else f"{self.named(ranks)}: {error}" for error, ranks in errors.items()
         ]
         return [Row(name, FAIL, "; ".join(said[:4]), remedy)]
+
+
+def settle(world: World) -> None:
+    """Wait for the device, so that clocks tell what was done and errors come where they belong."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
 
 
 def skipped(names: Sequence[str], why: str) -> list[Row]:

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from finetune import UserError, build, distributed
 from finetune.config import Config
-from finetune.doctor import files, launch, memory, network, training
+from finetune.doctor import files, launch, memory, network, pieces, saving, steps
 from finetune.doctor.board import Board
 from finetune.doctor.context import Context, skipped
 from finetune.doctor.table import FAIL, SKIPPED, Row, exit_code, show
@@ -72,30 +72,33 @@ def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
     if not shared:
         _borrow(context, tidy)
     rows += network.network_rows(context)
-    rows += training.tracking_rows(context)
-    opened = training.data_rows(context)
+    rows += pieces.tracking_rows(context)
+    opened = pieces.data_rows(context)
     rows += opened
     if any(row.result == FAIL for row in opened):
         rows += skipped(_NEED_DATA, "the data can't be opened")
         return
+    if set(context.apart) - {"run.dir", "run.name"}:  # their collectives may not match
+        rows += skipped(_NEED_DATA, "the ranks have different settings")
+        return
     if context.scratch is None:
         rows += skipped(_NEED_DATA, "the ranks share no folder at all")
         return
-    rows += training.build_rows(context)
+    rows += pieces.build_rows(context)
     if context.parts is None:
         rows += skipped(_NEED_DATA[1:], "there is no model")
         return
-    rows += training.run_rows(context)
-    rows += training.step_rows(context)
+    rows += saving.run_rows(context)
+    rows += steps.step_rows(context)
     if context.parts is None:
         rows += skipped(["resume", "memory", "reading"], "the steps failed")
         return
     if shared:
-        rows += training.resume_rows(context)
+        rows += saving.resume_rows(context)
     else:
         rows += skipped(["resume"], "the ranks do not share run.dir")
     rows += memory.memory_rows(context)
-    rows += training.reading_rows(context)
+    rows += pieces.reading_rows(context)
 
 
 def _of_others(context: Context, rows: list[Row]) -> list[Row]:

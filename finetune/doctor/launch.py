@@ -428,6 +428,7 @@ def _config_rows(context: Context, seen: list[dict[str, Any]]) -> list[Row]:
         for key in keys:
             said = odd_ones([repr(table.get(key)) for table in tables])
             if len(said) > 1:
+                context.apart.append(key)
                 values = ", ".join(f"{value} on {context.named(ranks)}" for value, ranks in said.items())
                 wrong.append(f"{key} is {values}")
     if wrong:

@@ -27,7 +27,7 @@ import torch
 from finetune import UserError, build, distributed, loop
 from finetune.data.loader import Data, Loader
 from finetune.distributed import DataParallel
-from finetune.doctor import board, command, context, examine, files, network, training
+from finetune.doctor import board, command, context, examine, files, network, pieces, weights
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 Fault = Callable[[list[str]], "contextlib.AbstractContextManager[Any]"]
@@ -110,7 +110,7 @@ def one_master(parts: Any) -> None:
 
 def one_piece(parts: Any) -> None:
     mine = next(shard.name for shard in parts.strategy.shards if shard.master.numel())
-    training.parameters_of(parts.strategy)[mine].ds_tensor.data[0] += 0.25
+    weights.parameters_of(parts.strategy)[mine].ds_tensor.data[0] += 0.25
 
 
 def frozen(parts: Any) -> None:
@@ -354,8 +354,8 @@ def quick() -> None:
     """Bounds and sizes for tiny runs on busy cores."""
     network._LARGE_BYTES = 2 << 20
     files._WRITE_BYTES, files._SLOW_MB_S, files._SEEN_WITHIN_S = 1 << 20, 0.0, 0.5
-    training._READ_SECONDS, training._MARGIN = 0.05, 0.0
-    board.GRACE_S, board.TICK_S = 3.0, 0.5
+    pieces._READ_SECONDS, pieces._MARGIN = 0.05, 0.0
+    board.GRACE_S, board.TICK_S = 6.0, 0.5
     context.LIMITS_S["steps"] = 30.0
     network._USUAL.update({key: (0.0, usual) for key, (_, usual) in network._USUAL.items()})
     network._SLOW_LATENCY_S.update(nccl=10.0, gloo=10.0)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from finetune import build, loop
 from finetune.config import Config, StrategyConfig, compose
 from finetune.distributed import StopRequest, World
-from finetune.doctor import launch, memory, network, table, training
+from finetune.doctor import launch, memory, network, steps, table, weights
 from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8]
@@ -27,20 +27,20 @@ def test_a_checksum_sees_every_change(dtype, count, data):
     other = tensor.clone()
     place = data.draw(st.integers(0, count - 1))
     other[place] += 1
-    assert (training.checksum(tensor) == training.checksum(other)) == torch.equal(tensor, other)
+    assert (weights.checksum(tensor) == weights.checksum(other)) == torch.equal(tensor, other)
     swapped = tensor.clone()
     a, b = place, data.draw(st.integers(0, count - 1))
     swapped[[a, b]] = tensor[[b, a]]
-    assert (training.checksum(tensor) == training.checksum(swapped)) == torch.equal(tensor, swapped)
+    assert (weights.checksum(tensor) == weights.checksum(swapped)) == torch.equal(tensor, swapped)
 
 
 def test_a_checksum_in_pieces_is_that_of_the_whole(monkeypatch):
     tensor = torch.randn(1000)
-    whole = training.checksum(tensor)
-    monkeypatch.setattr(training, "_CHUNK", 7)
-    assert training.checksum(tensor) == whole
+    whole = weights.checksum(tensor)
+    monkeypatch.setattr(weights, "_CHUNK", 7)
+    assert weights.checksum(tensor) == whole
     weight = torch.randn(4, 3, 5, 5)
-    assert training.checksum(weight) == training.checksum(weight.to(memory_format=torch.channels_last))
+    assert weights.checksum(weight) == weights.checksum(weight.to(memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 7, 16])
@@ -72,9 +72,9 @@ def test_the_estimate_is_what_a_step_allocates(overrides, tmp_path):
         return real(lr)
 
     parts.strategy.step = step
-    probe = training._Probe(parts, world, 1)
-    progress = training.Progress(step=0, images_seen=0, steps_taken=0)
-    with pytest.raises(training._EnoughError):
+    probe = steps.Probe(parts, world, 1)
+    progress = steps.Progress(step=0, images_seen=0, steps_taken=0)
+    with pytest.raises(steps.EnoughError):
         loop.train(config, world, parts, probe, progress, StopRequest(0))
     moments = [tensor for kind in ("exp_avg", "exp_avg_sq") for tensor in parts.strategy.moments(kind)]
     seen |= {"weights": size(parameters), "moments": size(moments), "average": size(parts.average.tensors)}

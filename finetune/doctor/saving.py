@@ -1,0 +1,162 @@
+"""Save, load and go on: on the file system that the run will use, and in the run's own folder."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from finetune import UserError, build, loop
+from finetune.checkpoint import Progress, require_same
+from finetune.distributed import Strategy
+from finetune.doctor.context import Context, settle
+from finetune.doctor.files import space_row
+from finetune.doctor.steps import STEPS, at_start, loop_config, make_steps
+from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.doctor.weights import Weights, checksum, weights_of
+from finetune.loop import Parts
+from finetune.models.components import complete_checkpoints
+
+_LOSS_RTOL = 1e-3  # of a repeated step on a GPU, whose kernels may add in another order
+
+
+def resume_rows(context: Context) -> list[Row]:
+    """Save, go one step on; load on all ranks, go the same step on: weights and loss must be the same."""
+    parts, world = context.parts, context.joined()
+    assert parts is not None and context.scratch is not None
+    config = loop_config(context.config, context.scratch)
+    seconds = {"stall": 0.0, "save": 0.0, "load": 0.0}
+    after: list[Weights] = []
+
+    def save() -> None:
+        progress = replace(
+            at_start(context),
+            step=STEPS,
+            images_seen=STEPS * config.train.global_batch,
+            steps_taken=parts.strategy.steps_taken,
+            loss_scale=parts.strategy.scaler_state(),
+        )
+        said: list[str] = []
+        parts.checkpoints.say = said.append
+        started = time.perf_counter()
+        parts.checkpoints.begin(progress, parts.strategy, parts.average)
+        settle(world)
+        seconds["stall"] = time.perf_counter() - started
+        parts.checkpoints.finish()
+        seconds["save"] = time.perf_counter() - started
+        if complaints := [line for line in said if not line.startswith("note:")]:
+            raise UserError("; ".join(complaints))
+
+    def state() -> tuple[str, str]:
+        weights = weights_of(parts)
+        after.append(weights)
+        return weights.masters_digest(), _state_digest(parts.strategy, parts)
+
+    def load() -> Progress:
+        started = time.perf_counter()
+        progress = loop.resume(config, world, parts, build.depends_on(context.config, parts.data))
+        seconds["load"] = time.perf_counter() - started
+        if progress.step != STEPS:
+            raise UserError(f"a checkpoint of step {STEPS} was saved, and one of step {progress.step} is found")
+        return progress
+
+    def one_step(progress: Progress) -> float:
+        probe, _ = make_steps(context, progress, 1)
+        return probe.loss_sums[0]
+
+    name, remedy = "resume", "see what it says; a run could not go on from its checkpoints here"
+    saved = context.exchange("save", "saving a checkpoint", save, collective=True)
+    if rows := context.failures(name, saved, remedy):
+        return rows
+    at_save = context.exchange("weights", "the saved state", state)
+    here = Progress(
+        **{
+            **at_start(context).__dict__,
+            "step": STEPS,
+            "images_seen": STEPS * config.train.global_batch,
+            "steps_taken": parts.strategy.steps_taken,
+        }
+    )
+    undisturbed = context.exchange("steps", "a step without loading", lambda: one_step(here), collective=True)
+    end = context.exchange("weights", "the state after it", state)
+    loaded = context.exchange("save", "loading the checkpoint", load, collective=True)
+    for phase in (at_save, undisturbed, end, loaded):
+        if rows := context.failures(name, phase, remedy):
+            return rows
+    at_load = context.exchange("weights", "the loaded state", state)
+    repeated = context.exchange("steps", "a step after loading", lambda: one_step(loaded[0].value), collective=True)
+    again = context.exchange("weights", "the state after that", state)
+    for phase in (at_load, repeated, again):
+        if rows := context.failures(name, phase, remedy):
+            return rows
+    wrong = [
+        f"{context.named([rank])} does not load what was saved: {what}"
+        for rank in range(context.size)
+        for what, place in (("weights", 0), ("moments, average or count of steps", 1))
+        if at_load[rank].value[place] != at_save[rank].value[place]
+    ]
+    losses = [sum(each.value for each in phase) for phase in (undisturbed, repeated)]
+    exact = all(again[rank].value == end[rank].value for rank in range(context.size)) and losses[0] == losses[1]
+    apart = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
+    on_gpu = world.device.type == "cuda"
+    if not exact and (not on_gpu or apart > _LOSS_RTOL):
+        wrong.append(f"the step after loading is another than without it: the losses differ by {apart:.1e}")
+    size = sum(path.stat().st_size for path in (context.scratch / "checkpoints").rglob("*") if path.is_file())
+    context.checkpoint_bytes = size
+    if wrong:
+        remedy = "if all rows above are good, do not trust this file system with checkpoints: compare with another"
+        return [Row(name, FAIL, "; ".join(wrong[:4]), remedy)]
+    how = "bit for bit" if exact else f"to {apart:.0e} of the loss (kernels that add in any order)"
+    speed = size / max(seconds["save"], 1e-9) / 1e6
+    text = (
+        f"{size_text(size)} saved in {seconds['save']:.1f} s ({speed:.0f} MB/s; training waits for "
+        f"{seconds['stall']:.1f} s of it), loaded on all ranks in {seconds['load']:.1f} s; the next step is the "
+        f"same {how}"
+    )
+    return [Row(name, OK, text), space_row(context, lambda: _kept_bytes(context.run))]
+
+
+def _state_digest(strategy: Strategy, parts: Parts) -> str:
+    """Of this rank's moments and average, and its count of steps."""
+    sums = [
+        checksum(tensor) for kind in ("exp_avg", "exp_avg_sq") for tensor in strategy.moments(kind) if len(tensor)
+    ]
+    sums += [checksum(tensor) for tensor in (parts.average.tensors if parts.average else []) if tensor.numel()]
+    return hashlib.sha256(repr([*sums, strategy.steps_taken]).encode()).hexdigest()[:12]
+
+
+def _kept_bytes(run: Path) -> int:
+    return sum(
+        file.stat().st_size
+        for folder in complete_checkpoints(run).values()
+        for file in folder.rglob("*")
+        if file.is_file()
+    )
+
+
+def run_rows(context: Context) -> list[Row]:
+    """What `finetune train` would find in the run's folder."""
+    parts = context.parts
+    assert parts is not None
+
+    def look() -> tuple[str, str]:
+        if context.rank != 0:
+            return OK, ""
+        complete = complete_checkpoints(context.run)
+        if not complete:
+            return OK, f"{context.run} has no checkpoint: a run starts anew"
+        step, path = list(complete.items())[-1]
+        if context.config.checkpoint.resume == "never":
+            return FAIL, f"checkpoint.resume=never, but {path} is there"
+        require_same(parts.checkpoints.read(path).depends_on, build.depends_on(context.config, parts.data), path)
+        if step >= context.config.train.steps:
+            return WARN, f"{context.run} is complete: {step} steps"
+        return OK, f"a run goes on from step {step} of {context.config.train.steps}"
+
+    outcomes = context.exchange("save", "looking at the run", look)
+    if rows := context.failures("run", outcomes, "put it back, or choose another run.dir"):
+        return rows
+    result, text = outcomes[0].value
+    remedy = {OK: "", WARN: "raise train.steps to go on", FAIL: "choose another run.dir or remove that folder"}
+    return [Row("run", result, text, remedy[result])]
