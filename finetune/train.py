@@ -5,15 +5,18 @@ Also `python -m finetune.train`, for `accelerate launch`, `torchrun` and `srun`.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import UserError, run_cli
+from finetune import STOPPED, UserError, run_cli
 from finetune.config import Config, compose, describe
 from finetune.terminal import quiet_libraries
 
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
         if "--print" in argv:
             print(OmegaConf.to_yaml(composed), end="")
             return 0
-        return run(config, composed)
+        with _stopped_at_once():
+            return run(config, composed)
     except UserError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank > 0:
@@ -62,6 +66,19 @@ def main(argv: list[str]) -> int:
             if getattr(error, "everywhere", False):
                 return 2
         raise UserError(f"[rank {rank}] {error}" if rank > 0 else str(error)) from None
+
+
+@contextlib.contextmanager
+def _stopped_at_once() -> Iterator[None]:
+    """While libraries are loaded, for seconds, there is nothing to save; `StopRequest` takes over after that."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    for number in old:
+        signal.signal(number, lambda number, frame: os._exit(STOPPED))
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def run(config: Config, composed: DictConfig) -> int:
