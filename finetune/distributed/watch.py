@@ -10,14 +10,14 @@ stalled     signs of life without progress: hung in its data, or in a collective
 failed      a rank says itself that it ends with an error
 
 The first rank to find something writes its verdict into the store, and all say the same line, one rank a host.
-A rank whose interpreter is itself blocked (a C call that keeps the GIL) is lost to the others, and ended by a timer
-that needs no interpreter.
+A rank whose interpreter is itself blocked (a C call that keeps the GIL) is lost to the others, whose end makes its
+launcher kill it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import faulthandler
 import json
 import os
 import socket
@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune import PEER_LOST, UserError, first_line
@@ -143,7 +144,7 @@ class Watch:
         now = time.monotonic()
         self._started = self._answered = self._read = self._moved = self._looked = now
         self._seen = self.mark
-        if self.size > 1 and self.bounds.lost_s > 0:
+        if self._beats_are_timed:
             self._threads.append(threading.Thread(target=self._beat, name="beats", daemon=True))
         else:
             self._met.set()
@@ -162,7 +163,7 @@ class Watch:
         if self._judged or not self._threads:
             return
         self._judged = True
-        if self.size > 1 and _is_of_connection(error):
+        if self._beats_are_timed and _is_of_connection(error):
             self._suspicious = True
             time.sleep(self._beat_s * 6 + 1)
         own = f"{type(error).__name__}: " if not isinstance(error, UserError) else ""
@@ -178,11 +179,10 @@ class Watch:
         self._over.set()
         for thread in self._threads:
             thread.join(2)
-        if self._beats_are_timed:
-            faulthandler.cancel_dump_traceback_later()
 
     @property
     def _beats_are_timed(self) -> bool:
+        """Whether signs of life are exchanged at all."""
         return self.size > 1 and self.bounds.lost_s > 0
 
     # --- the thread that talks to the store
@@ -214,9 +214,6 @@ class Watch:
                 self._store = None  # made anew where that is possible; `_trouble` counts the seconds
             if over:
                 return
-            if self._met.is_set():
-                # Goes off when no thread of this interpreter has run for long: a C call that keeps the GIL.
-                faulthandler.dump_traceback_later(max(3 * self.bounds.lost_s, 30.0), exit=True)
             self._over.wait(0.1 if not self._met.is_set() else self._beat_s)
 
     def _connected(self) -> Any:
@@ -288,7 +285,7 @@ class Watch:
     def _trouble(self, now: float) -> _Verdict | None:
         if not self._met.is_set():
             return self._not_met(now)
-        if self.size > 1 and self.bounds.lost_s > 0:
+        if self._beats_are_timed:
             if (verdict := self._failed(now) or self._silent(now)) is not None:
                 return verdict
             # Refused: the machine is there, and the process that held the store is not.
@@ -380,7 +377,26 @@ class Watch:
             os.write(2, f"\nerror: {verdict.line}; {advice}\n".encode())
         if self._peers[0].host == self.host and self.size > 1:
             time.sleep(3 * self._beat_s)  # the store may end with this process: let the others read the verdict
+        _keep_flight_record(self.rank)
         os._exit(PEER_LOST)
+
+
+def _keep_flight_record(rank: int) -> None:
+    """Write NCCL's flight record where its own watchdog would have, if the user wants that; we end before it."""
+    from torch._C import _distributed_c10d as c10d
+
+    dump = getattr(c10d, "_dump_nccl_trace", None)
+    if dump is None or os.environ.get("TORCH_NCCL_DUMP_ON_TIMEOUT", "0").lower() not in ("1", "true", "y", "yes"):
+        return
+    path = os.environ.get("TORCH_NCCL_DEBUG_INFO_TEMP_FILE", "/tmp/nccl_trace_rank_") + str(rank)
+
+    def write() -> None:
+        with contextlib.suppress(Exception):
+            Path(path).write_bytes(dump())
+
+    thread = threading.Thread(target=write, daemon=True)  # it may wait for a lock that a hung collective holds
+    thread.start()
+    thread.join(5)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

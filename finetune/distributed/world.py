@@ -126,7 +126,7 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
     if bounds is not None and not dist.is_initialized():
         world = replace(world, timeout=bounds.collective, watch=Watch(rank, size, bounds=bounds))
         # torchrun's default lets NCCL's own watchdog abort the process with pages of stack; ours names the rank.
-        if os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":
+        if bounds.lost_s > 0 and os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if (size > 1 or uses_deepspeed) and not dist.is_initialized():
         if not launched:

@@ -46,9 +46,6 @@ def ranks():
     yield make
     for watch in made:
         watch.leave()
-    import faulthandler
-
-    faulthandler.cancel_dump_traceback_later()
 
 
 def silence(watch: Watch) -> None:
