@@ -8,11 +8,13 @@ of them in bounded time, and one line says which rank failed first, and how.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -34,6 +36,8 @@ signals     SIGUSR1, SIGUSR2, SIGTERM, SIGINT and SIGHUP are passed on to each w
             then the launcher waits until the workers have ended, however long they save.
 failures    one line names the rank and host that failed first. The other nodes are told, and end as well: workers
             have --grace seconds to end by themselves (SIGTERM after half of it, then SIGKILL).
+network     with several nodes, gloo and the rendezvous use the interface that leads to --rdzv-endpoint (or
+            --master-addr), unless GLOO_SOCKET_IFNAME, --local-addr and --rdzv-conf is_host=... say otherwise.
 restarts    --max-restarts is as in torchrun, but after exit codes 2, 75 and 130 nothing is restarted.
 orphans     workers are killed when the launcher is.
 """
@@ -366,6 +370,7 @@ def main(argv: Sequence[str]) -> int:
     if not chatty and cpp_level == "ERROR":
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the agent's alone
     args = parse(torchrun.get_args_parser(), argv)
+    find_way(args)
     if not chatty:
         logging.disable(logging.ERROR)  # our line says it
     api.LocalElasticAgent = make_agent(api.LocalElasticAgent, signals, args.grace)
@@ -388,6 +393,47 @@ def main(argv: Sequence[str]) -> int:
             agent.end_soon()
         return code or PEER_LOST
     return api.LocalElasticAgent.current.exit_code()
+
+
+def find_way(args: Any) -> None:
+    """Settle by which address and interface this node meets the others, as far as the user has not.
+
+    torch and gloo go by the machine's own name, which on many machines leads to the loopback interface or nowhere.
+    """
+    endpoint = args.rdzv_endpoint or (args.master_addr if args.rdzv_backend == "static" else "")
+    if args.nnodes in ("1", "1:1") or args.standalone or not endpoint:
+        return
+    host = endpoint.rsplit(":", 1)[0] if endpoint.count(":") == 1 else endpoint
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing: the kernel chooses the way
+            ours, theirs = probe.getsockname()[0], probe.getpeername()[0]
+            names = [name for _, name in socket.if_nameindex() if _address_of(probe, name) == ours]
+    except OSError:
+        return  # torch says what is wrong with the name
+    if ours.startswith("127."):
+        return
+    if names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+    args.local_addr = args.local_addr or ours
+    if args.rdzv_backend == "c10d" and "is_host" not in args.rdzv_conf:
+        from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
+
+        guess = None
+        with contextlib.suppress(OSError):  # the machine's own name means nothing to it
+            guess = _matches_machine_hostname(host)
+        # Where torch guesses right it is left to: of two launchers on one machine the second then becomes a guest.
+        if (ours == theirs) != guess:
+            settings = [args.rdzv_conf] if args.rdzv_conf else []
+            args.rdzv_conf = ",".join([*settings, f"is_host={int(ours == theirs)}"])
+
+
+def _address_of(probe: socket.socket, name: str) -> str:
+    """The IPv4 address of a network interface, or nothing."""
+    with contextlib.suppress(OSError):
+        answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name.encode()[:15]))  # SIOCGIFADDR
+        return socket.inet_ntoa(answer[20:24])
+    return ""
 
 
 def parse(parser: Any, argv: Sequence[str]) -> Any:
