@@ -74,9 +74,9 @@ def test_choices_hold_no_defaults() -> None:
 def test_strategies_are_what_they_are_called() -> None:
     for stage in (1, 2, 3):
         made = composed(f"strategy=zero{stage}").strategy
-        assert (made.kind, made.stage, made.offload_optimizer) == ("zero", stage, False)
+        assert (made.kind, made.stage, made.offload) == ("zero", stage, "none")
     made = composed("strategy=zero3_offload").strategy
-    assert (made.stage, made.offload_optimizer, made.offload_parameters) == (3, True, True)
+    assert (made.stage, made.offload) == (3, "cpu")
     assert composed().strategy.kind == "ddp"
 
 

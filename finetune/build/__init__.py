@@ -49,6 +49,14 @@ def check(config: Config) -> None:
         UserError: names the key, its value and what it may be.
     """
     schedule = config.model.scheduler
+    if config.strategy.offload == "nvme":
+        # DeepSpeed keeps masters and moments on the disk between steps and brings them a part at a time while it
+        # steps. The average follows the masters at each step, checkpoints take all of them: both would read the
+        # disk beside it. The largest U-Net (SDXL's, 2.6 billion weights) needs 42 GB for them over all machines.
+        raise UserError(
+            "strategy.offload=nvme is not supported: averages and checkpoints need masters and moments in memory; "
+            "choose strategy.offload=cpu"
+        )
     require_choice(
         {
             "adapter.kind": (config.adapter.kind, ("full", "lora")),
@@ -119,6 +127,9 @@ def check(config: Config) -> None:
         raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
     if config.strategy.kind == "ddp" and config.strategy.offload != "none":
         raise UserError("strategy.offload=cpu is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload")
+    on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
+    if config.strategy.kind == "zero" and config.train.precision == "fp16" and on_cpu:
+        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
     if config.adapter.kind == "lora" and config.model.pretrained is None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
@@ -342,8 +353,6 @@ def _strategy(
     }
     if config.strategy.kind == "ddp":
         return DataParallel(world, model, groups, **common)
-    if common["precision"] == "fp16" and world.device.type == "cpu":
-        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
     return ZeRO(
         world,
         model,

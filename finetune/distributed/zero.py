@@ -23,6 +23,7 @@ _GATHERED_WHOLE = (
     "Downsample2D",
     "Upsample2D",
     "CLIPEncoderLayer",
+    "CLIPTextEmbeddings",  # looks at a weight's shape before the layer that holds it is called
 )
 _BUCKET_ELEMENTS = 50_000_000  # of gradients that are reduced at a time: a U-Net has 10 to 50 such buckets
 
@@ -68,6 +69,7 @@ class ZeRO(Strategy):
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
             "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "memory_efficient_linear": False,
             "sub_group_size": 4
             * _BUCKET_ELEMENTS,  # stage 3 steps that many at a time, with copies of their gradients
         }

@@ -1,0 +1,106 @@
+"""Several processes that make many runs, and runs that are made once for all tests of a module."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT, environment
+
+STEPS = 20
+
+
+def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run a script in several gloo processes."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*torchrun, str(script), *arguments],
+        env=environment() | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
+    return done
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of `STEPS` steps; one that starts from another's checkpoint of half its steps goes on from there."""
+
+    adapter: str
+    strategy: str
+    processes: int = 2
+    more: tuple[str, ...] = ()
+    start: Run | None = None
+
+
+class Lab:
+    """Makes runs, each once, those of equal process counts in one launch."""
+
+    def __init__(self, folder: Path, settings: dict[str, list[str]]) -> None:
+        self.folder, self.settings = folder, settings
+        self.made: dict[Run, Path] = {}
+
+    def make(self, *runs: Run) -> None:
+        """Make what isn't there yet, starting points first."""
+        wanted = [one for run in runs for one in (run.start, run) if one is not None]
+        missing = [run for run in dict.fromkeys(wanted) if run not in self.made]
+        while missing:
+            ready = [run for run in missing if run.start is None or run.start in self.made]
+            processes = ready[0].processes
+            batch = []
+            for run in missing:  # in their order: a start in the same launch comes before what goes on from it
+                if run.processes == processes and (run.start is None or run.start in self.made):
+                    self.made[run] = self.folder / f"run-{len(self.made)}"
+                    batch.append(run)
+            jobs = [
+                {
+                    "run": str(self.made[run]),
+                    "start": run.start and str(self.made[run.start]),
+                    "overrides": [*self.settings[run.adapter], *run.more, f"strategy={run.strategy}"],
+                }
+                for run in batch
+            ]
+            file = self.folder / "jobs.json"
+            file.write_text(json.dumps(jobs))
+            done = spawn(processes, Path(__file__).with_name("driver.py"), str(file), timeout=120 + 40 * len(jobs))
+            print(done.stdout)
+            missing = [run for run in missing if run not in self.made]
+
+    def __call__(self, run: Run) -> Path:
+        self.make(run)
+        return self.made[run]
+
+
+@pytest.fixture(scope="module")
+def lab(pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """EMA, sampling, validation, accumulation, checkpointed activations and clipping that clips, in float32.
+
+    `full` trains a model from scratch with its text encoder, `lora` adapters of U-Net and text encoder.
+    """
+    common = [
+        "experiment=smoke",
+        f"data.shards={latents}",
+        "tracker=none",
+        f"train.steps={STEPS}",
+        "train.micro_batch=2",
+        "model.gradient_checkpointing=true",
+        f"checkpoint.every={STEPS // 2}",
+        "sample.steps=2",
+        "sample.prompts=[a red cat, a blue bus]",
+        "ema.halflife_images=40",
+        "ema.rampup_ratio=1",
+    ]
+    shape = ["optim.max_grad_norm=0.5", "model.unet.block_out_channels=[16,32]", "model.unet.attention_head_dim=2"]
+    tuned = [f"model.pretrained={pipeline}", "model.unet={}", "model.train_text_encoder=true"]
+    adapted = ["adapter=lora", "adapter.rank=4", "optim.lr=3e-3", "optim.max_grad_norm=0.05"]
+    settings = {"full": [*common, *shape], "lora": [*common, *tuned, *adapted]}
+    return Lab(tmp_path_factory.mktemp("lab"), settings)

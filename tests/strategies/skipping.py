@@ -1,0 +1,109 @@
+"""One rank's gradient is not finite in one step: that step changes nothing anywhere, and the next goes on.
+
+    torchrun --nproc_per_node N tests/strategies/skipping.py
+
+Prints one JSON line for each strategy and precision: whether masters and moments stayed as they were, bit for bit;
+whether every rank was told; whether the run is the one that never saw that step. Also the largest distance of the
+masters from the weights that were given, before any step.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+from torch import Tensor, nn
+
+from finetune import distributed
+from finetune.distributed import MOMENTS, AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.models.layout import store_channels_last
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 6, 3), nn.Linear(24, 5)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.out(self.conv(x_BCHW.to(self.conv.weight.dtype)).flatten(1)).float().square().mean(1)
+
+
+def make(world: World, kind: str, precision: str) -> tuple[Strategy, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    net = Net()
+    if kind != "ddp":
+        store_channels_last(net)
+    given = {name: p.detach().clone() for name, p in net.named_parameters()}
+    groups = [ParamGroup("net", dict(net.named_parameters()))]
+    common: dict[str, Any] = {"adamw": AdamW(), "max_grad_norm": 0.1, "precision": precision}
+    if kind == "ddp":
+        return DataParallel(world, net, groups, **common), given
+    offload = kind.endswith("_offload")
+    zero = ZeRO(world, net, groups, **common, stage=int(kind[4]), offload=offload, micro_batch=2, accumulation=2)
+    return zero, given
+
+
+def state(strategy: Strategy) -> list[Tensor]:
+    kinds = [[shard.master for shard in strategy.shards], *(strategy.moments(kind) for kind in MOMENTS)]
+    return [tensor.detach().clone() for tensors in kinds for tensor in tensors]
+
+
+def step(strategy: Strategy, number: int, *, broken: bool = False) -> float:
+    world = strategy.world
+    for micro in range(2):
+        generator = torch.Generator().manual_seed(100 * number + 10 * micro + world.rank)
+        x_BCHW = torch.randn(2, 2, 4, 4, generator=generator)
+        if broken and micro == 0 and world.rank == world.size - 1:
+            x_BCHW[0, 0, 0, 0] = float("inf")
+        strategy.backward((x_BCHW,), global_batch=4 * world.size, last=micro == 1)
+    return float(strategy.step(1e-2).grad_norm)
+
+
+def examine(world: World, kind: str, precision: str) -> dict[str, Any]:
+    strategy, given = make(world, kind, precision)
+    first = max(
+        float((shard.master - shard.piece_of(given[shard.name])).abs().max()) if shard.master.numel() else 0.0
+        for shard in strategy.shards
+    )
+    warm_up = 6 if precision == "fp16" else 1  # the first loss scales are too large
+    norms = [step(strategy, number) for number in range(warm_up)]
+    before, steps = state(strategy), strategy.steps_taken
+    norm = step(strategy, 50, broken=True)
+    unchanged = all(torch.equal(one, other) for one, other in zip(before, state(strategy), strict=True))
+    unchanged &= strategy.steps_taken == steps
+    norms.append(step(strategy, 51))
+    went_on = any(not torch.equal(one, other) for one, other in zip(before, state(strategy), strict=True))
+    result = {
+        "unchanged": unchanged,
+        "told": norm != norm or norm == float("inf"),
+        "went_on": went_on and strategy.steps_taken == steps + 1 and norms[-1] < float("inf"),
+        "first": first,
+    }
+    if precision != "fp16":  # whose loss scale remembers
+        calm, _ = make(world, kind, precision)
+        for number in (*range(warm_up), 51):
+            step(calm, number)
+        same = all(torch.equal(one, other) for one, other in zip(state(calm), state(strategy), strict=True))
+        result["as_if_never"] = same
+    ranks = world.gather(result)
+    return {name: max(each[name] for each in ranks) if name == "first" else [each[name] for each in ranks]
+            for name in result}  # fmt: skip
+
+
+def main() -> None:
+    world = distributed.start("cpu", uses_deepspeed=True)
+    for kind in ("ddp", "zero1", "zero2", "zero3", "zero3_offload"):
+        for precision in ("fp32", "bf16", "fp16") if kind == "ddp" else ("fp32", "bf16"):  # no fp16 on its CPU
+            row = {"strategy": kind, "precision": precision, **examine(world, kind, precision)}
+            if world.is_main:
+                print(json.dumps(row), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""Launches that would not train what they seem to: layers that disagree, batches without equal shares."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune import UserError
+from finetune.distributed import require_agreement
+from tests.conftest import ROOT, environment, launch
+
+
+def test_layers_that_disagree_are_refused():
+    require_agreement({"torch.distributed": (1, 2), "accelerate": (1, 2)})
+    with pytest.raises(UserError, match=r"torch.distributed says rank 1 of 2, accelerate says rank 0 of 1"):
+        require_agreement({"torch.distributed": (1, 2), "accelerate": (0, 1)})
+
+
+def test_accelerate_counting_one_process_is_refused(tmp_path):
+    """On a machine without a GPU Accelerate, told of DeepSpeed, sees one process: such a run must not start."""
+    script = tmp_path / "fault.py"
+    script.write_text(
+        "from accelerate import PartialState\n"
+        "from finetune import distributed, run_cli\n"
+        "assert PartialState().num_processes == 1\n"
+        "run_cli(lambda: distributed.start('cpu', uses_deepspeed=True) and 0)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    env = environment() | {"ACCELERATE_USE_DEEPSPEED": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(torchrun, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert "the layers disagree on who is who" in done.stderr
+    assert "accelerate says rank 0 of 1" in done.stderr
+
+
+def test_a_deepspeed_launch_that_the_strategy_would_ignore_is_refused(overrides, command, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    code, line = command("train", *overrides)
+    assert code == 2
+    assert "strategy=ddp would ignore" in line
+
+
+def test_a_global_batch_that_the_processes_cannot_share_is_refused(overrides, tmp_path):
+    done = launch(2, [*overrides, "train.global_batch=7"])
+    assert done.returncode != 0
+    assert done.stderr.count("error: ") >= 1
+    assert "train.global_batch=7 cannot be shared by 2 processes" in done.stderr
+    assert not os.path.exists(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["strategy=zero3", "strategy.offload=nvme"], "strategy.offload=nvme is not supported: "),
+        (
+            ["strategy=zero3", "strategy.offload=disk"],
+            "strategy.offload=disk is not known: choose one of none, cpu",
+        ),
+        (["strategy.offload=cpu"], "strategy.offload=cpu is ZeRO's: "),
+        (["strategy=zero2", "strategy.stage=4"], "strategy.stage=4 is not known: choose 1, 2 or 3"),
+        (
+            ["strategy=zero2", "train.precision=fp16", "train.device=cpu"],
+            "train.precision=fp16 under ZeRO needs a GPU",
+        ),
+    ],
+)
+def test_a_strategy_that_cannot_be_is_refused(overrides, command, words, expected):
+    code, line = command("train", *overrides, *words)
+    assert code == 2
+    assert expected in line

@@ -1,0 +1,34 @@
+"""Single steps under every strategy: what is skipped, and what training starts from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.strategies.conftest import spawn
+
+
+@pytest.fixture(scope="module")
+def examined():
+    done = spawn(2, Path(__file__).with_name("skipping.py"))
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(rows) == 11
+    return rows
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(examined):
+    """Masters, moments and AdamW's count of steps stay bit for bit, and every rank sees the norm."""
+    for row in examined:
+        for name in ("unchanged", "told", "went_on"):
+            assert row[name] == [True, True], (name, row)
+
+
+def test_the_run_goes_on_as_if_the_step_had_not_been(examined):
+    assert all(row["as_if_never"] == [True, True] for row in examined if row["precision"] != "fp16")
+
+
+def test_masters_start_from_the_exact_weights(examined):
+    """DeepSpeed alone would take them from weights that are rounded to bf16 already."""
+    assert all(row["first"] == 0.0 for row in examined)
