@@ -96,7 +96,13 @@ class Board:
             self._meet()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if self._store is not None and isinstance(error, Exception) and not getattr(error, "everywhere", False):
+            traceback.print_exception(error)
+            said = f"rank {self.rank} on {self._host}: {type(error).__name__}: {first_line(error)[:200]}"
+            row = Row(self._name, FAIL, said, "look at what that rank said")
+            self._store.set(self._key("broken"), pickle.dumps(row))
+            self._thread.join()  # which ends this process with the others
         if self._store is not None:
             self._leave()
         os.close(self._writer)

@@ -38,6 +38,7 @@ class Context:
         world: None when the ranks could not be joined.
         parts: what a run is made of, None until and unless it could be built.
         step_seconds: of each step made so far, on this rank.
+        peak_bytes, reserved_bytes: on this rank's GPU while steps were made, of tensors and with torch's reserve.
         checkpoint_bytes: what a checkpoint takes on the disk.
         apart: config keys whose values differ among the ranks.
     """
@@ -52,6 +53,8 @@ class Context:
     world: World | None = None
     parts: Parts | None = None
     step_seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    reserved_bytes: int = 0
     checkpoint_bytes: int = 0
     apart: list[str] = field(default_factory=list)
 

@@ -133,7 +133,7 @@ def _prepare(context: Context, tidy: Tidy) -> None:
 
 
 def _borrow(context: Context, tidy: Tidy) -> None:
-    """A temporary folder in place of one that the ranks do not share, if they share that."""
+    """A temporary folder in place of one that the ranks do not share, if they share that or need not."""
 
     def make() -> str:
         if context.rank != 0:
@@ -147,6 +147,10 @@ def _borrow(context: Context, tidy: Tidy) -> None:
         each.value for each in context.exchange("folder", "seeing it", lambda: Path(folder).is_dir())
     ):
         context.scratch = Path(folder)
+    elif context.config.model.pretrained is not None:  # then a run writes nothing there but checkpoints
+        own = tempfile.TemporaryDirectory(prefix="finetune-doctor-")
+        tidy.append(own.cleanup)
+        context.scratch = Path(own.name)
 
 
 def _clean(tidy: Tidy) -> None:

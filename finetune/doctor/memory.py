@@ -103,8 +103,8 @@ def _measure(context: Context) -> dict[str, Any]:
         # What torch does not count: CUDA's context, NCCL's buffers, and other processes.
         others = total - free - torch.cuda.memory_reserved(world.device)
         found |= {
-            "peak": torch.cuda.max_memory_allocated(world.device) + others,
-            "reserved": torch.cuda.max_memory_reserved(world.device) + others,
+            "peak": context.peak_bytes + others,
+            "reserved": context.reserved_bytes + others,
             "capacity": total,
         }
     return found

@@ -127,10 +127,16 @@ def make_steps(context: Context, progress: Progress, steps: int) -> tuple[Probe,
     seen: list[Batch] = []
     probe = Probe(parts, world, steps)
     watched = replace(parts, data=_Watched(parts.data, seen))  # type: ignore[arg-type]
+    on_gpu = world.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(world.device)
     try:
         loop.train(loop_config(context.config, scratch), world, watched, probe, progress, StopRequest(world.rank))
     except EnoughError:
         pass
+    if on_gpu:
+        context.peak_bytes = max(context.peak_bytes, torch.cuda.max_memory_allocated(world.device))
+        context.reserved_bytes = max(context.reserved_bytes, torch.cuda.max_memory_reserved(world.device))
     context.step_seconds += probe.seconds
     per_step = parts.accumulation
     return probe, seen[: steps * per_step]

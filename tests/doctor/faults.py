@@ -249,6 +249,13 @@ def unreadable(real: Any) -> Any:
     return open_data
 
 
+def defect(real: Any) -> Any:
+    def rows(context: Any) -> Any:
+        raise KeyError("a defect of the doctor's own")
+
+    return rows
+
+
 @contextlib.contextmanager
 def another_seed(overrides: list[str]) -> Iterator[None]:
     overrides += [f"seed={RANK}"]
@@ -346,6 +353,7 @@ CASES: dict[str, Fault] = {
     ),
     "sleeps": patched(Loader, "_read", sleeps, ranks=(1,)),
     "dies": patched(DataParallel, "step", dies, ranks=(1,)),
+    "defect": patched(examine.saving, "run_rows", defect, ranks=(1,)),
     "fails": patched(DataParallel, "step", fails, ranks=(1,)),
 }
 
