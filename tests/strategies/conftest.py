@@ -71,7 +71,12 @@ class Lab:
             ]
             file = self.folder / "jobs.json"
             file.write_text(json.dumps(jobs))
-            done = spawn(processes, Path(__file__).with_name("driver.py"), str(file), timeout=120 + 40 * len(jobs))
+            done = spawn(
+                processes,
+                Path(__file__).with_name("driver.py"),
+                str(file),
+                timeout=120 + 60 * processes * len(jobs),
+            )
             print(done.stdout)
             missing = [run for run in missing if run not in self.made]
 

@@ -97,7 +97,7 @@ def examine(world: World, kind: str, precision: str) -> dict[str, Any]:
 
 def main() -> None:
     world = distributed.start("cpu", uses_deepspeed=True)
-    for kind in ("ddp", "zero1", "zero2", "zero3", "zero3_offload"):
+    for kind in ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
         for precision in ("fp32", "bf16", "fp16") if kind == "ddp" else ("fp32", "bf16"):  # no fp16 on its CPU
             row = {"strategy": kind, "precision": precision, **examine(world, kind, precision)}
             if world.is_main:

@@ -23,6 +23,7 @@ LAYOUT = ("model.channels_last=false",)  # what a GPU has by default; a CPU has 
 LAST = f"checkpoints/step-{STEPS:08d}"
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.timeout(3600)  # the first test that needs them makes the runs of all
 # Those that are not slow are made in one launch of two processes.
 PAIRS = [("full", "zero2"), ("full", "zero3"), ("lora", "zero1"), ("lora", "zero3")]
 GOING_ON = [

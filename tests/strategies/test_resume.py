@@ -14,6 +14,8 @@ from tests.strategies.test_parity import apart, tensors
 PLACES = [("ddp", 1), ("ddp", 2), ("zero2", 2), ("zero3", 4), ("zero3", 2)]
 ONE = ("train.micro_batch=1",)  # four processes have samples for no more in a batch of eight
 
+pytestmark = pytest.mark.timeout(7200)  # the first test makes the runs of all
+
 
 def undisturbed(adapter: str, place: tuple[str, int]) -> Run:
     return Run(adapter, *place, more=ONE)

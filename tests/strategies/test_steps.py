@@ -14,7 +14,7 @@ from tests.strategies.conftest import spawn
 def examined():
     done = spawn(2, Path(__file__).with_name("skipping.py"))
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(rows) == 11
+    assert len(rows) == 13
     return rows
 
 
