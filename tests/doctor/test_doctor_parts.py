@@ -5,16 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from finetune import build, loop
 from finetune.config import Config, StrategyConfig, compose
 from finetune.distributed import StopRequest, World
 from finetune.doctor import launch, memory, network, steps, table, weights
+from finetune.doctor.board import Board
+from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8]
@@ -214,3 +218,81 @@ def test_a_lock_that_is_held_is_refused(tmp_path: Path) -> None:
         files.fcntl.flock(held, files.fcntl.LOCK_EX)
         assert files._refused(path)
     assert not files._refused(path)
+
+
+def context_of(*hosts: str, **settings: str) -> Context:
+    """A context of ranks on these machines, which have told each other nothing."""
+    board = Board(0, len(hosts), hosts[0], lambda row: None)
+    board.hosts = list(hosts)
+    config = Config()
+    config.train.precision = settings.get("precision", "auto")
+    return Context(config, OmegaConf.structured(config), board, 0, len(hosts), Path("run"))
+
+
+def gpu(uuid: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "host": "a",
+        "device": "cuda",
+        "gpus": 2,
+        "driver": "570.1",
+        "gpu": "H100",
+        "uuid": uuid,
+        "capability": (9, 0),
+        "runs": True,
+        "free": 79 << 30,
+        "total": 80 << 30,
+    } | changes
+
+
+@pytest.mark.parametrize(
+    ("seen", "result", "says"),
+    [
+        ([gpu("1"), gpu("2")], OK, "2 x H100, 1 machine, 80.0 GiB each, driver 570.1"),
+        ([gpu("1"), gpu("1")], FAIL, "ranks 0-1 are on GPU 1"),
+        ([gpu("1"), gpu("2", gpu="A100", host="b")], WARN, "rank 1 on b: A100"),
+        ([gpu("1"), gpu("2", driver="550.2", host="b")], WARN, "driver 550.2"),
+        ([gpu("1"), gpu("2", device="cpu", host="b")], FAIL, "rank 1 on b: cpu"),
+        ([gpu("1"), gpu("2", runs=False)], FAIL, "was not built for H100"),
+        ([gpu("1"), gpu("2", free=40 << 30)], WARN, "rank 1: only 40.0 GiB free"),
+        ([gpu("1")], WARN, "2 GPUs here, and one process uses one of them"),
+        ([gpu("", device="cpu", gpus=0), gpu("", device="cpu", gpus=0)], FAIL, "sees none"),
+        ([gpu("", device="cpu", gpus=0, driver="")], OK, "1 on CPU"),
+    ],
+)
+def test_devices_that_do_not_fit(seen, result, says):
+    (row,) = launch._device_rows(context_of(*(each["host"] for each in seen)), seen)
+    assert (row.result, says in row.seen) == (result, True), row
+
+
+@pytest.mark.parametrize(
+    ("peak", "capacity", "result"),
+    [(50, 80, OK), (73, 80, WARN), (81, 80, FAIL)],
+    ids=["fits", "tight", "too much"],
+)
+def test_memory_against_what_is_there(peak, capacity, result):
+    one = {
+        "text": "weights",
+        "device": 20 << 30,
+        "peak": 10 << 30,
+        "reserved": 12 << 30,
+        "capacity": capacity << 30,
+    }
+    row = memory._device_row(context_of("a", "b"), [one, one | {"peak": peak << 30, "reserved": peak << 30}])
+    assert row.result == result
+    assert "on rank 1 on b" in row.seen
+    assert bool(row.remedy) == (result != OK)
+
+
+def test_ranks_of_a_machine_share_its_memory():
+    """Each rank fits alone; four of them with the copies for a checkpoint don't."""
+    one = {"host_now": 20, "host_peak": 21, "copy": 10, "host_capacity": 100}
+    assert memory._host_row(context_of("a", "b", "a", "b"), [one] * 4).result == OK
+    row = memory._host_row(context_of("b", "a", "a", "a", "a"), [one] * 5)
+    assert (row.result, row.seen[:15]) == (FAIL, "4 rank(s) on a ")
+
+
+def test_versions_that_differ_are_named_with_their_ranks():
+    ours = {"torch": "2.13.0", "peft": "0.17"}
+    seen = [{"versions": ours}, {"versions": ours}, {"versions": ours | {"torch": "2.11.0"}}]
+    (row,) = launch._version_rows(context_of("a", "a", "b"), seen)
+    assert (row.result, row.seen) == (FAIL, "torch: 2.13.0 on rank 0 on a, rank 1 on a, 2.11.0 on rank 2 on b")
