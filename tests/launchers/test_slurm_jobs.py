@@ -174,6 +174,7 @@ def test_a_signal_between_two_tries_is_not_lost(slurm: Cluster, tmp_path: Path) 
     slurm.run("scancel", "--signal=USR1", "--batch", job.number)
     assert job.end(30) == "COMPLETED"
     assert job.state()["Restarts"] == "1"
+    assert job.text().count("srun: error") == 1
 
 
 def test_a_cancelled_job_saves_and_does_not_rise_again(slurm: Cluster, tmp_path: Path, stand_in: Path) -> None:
