@@ -209,8 +209,8 @@ def make_agent(base: type, signals: Signals, grace: float) -> type:
                 return RunResult(state=WorkerState.HEALTHY)
             if {*self.codes.values()} & {*_FINAL} or (self.failure and self.failure.code in _FINAL):
                 self._remaining_restarts = 0
-            if self._failed_at is not None:
-                self._exit_barrier_timeout = 1
+            if self.failure is not None:
+                self._exit_barrier_timeout = 1  # there is nobody to wait for
             return super()._monitor_workers(worker_group)
 
         def _note_ends(self, worker_group: Any) -> None:
