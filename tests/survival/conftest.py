@@ -12,7 +12,7 @@ from tests.survival.runs import Run
 STEPS = 60
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def settings(latents: Path) -> list[str]:
     """Bounds of seconds in place of minutes."""
     return [
@@ -33,7 +33,7 @@ def settings(latents: Path) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def calm(settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The undisturbed run of two ranks."""
     folder = tmp_path_factory.mktemp("calm") / "run"
