@@ -33,8 +33,8 @@ run_cli(lambda: train.main(sys.argv[2:]))
 
 
 @pytest.mark.timeout(900)
-def test_killed_then_stopped_then_stopped_it_goes_on_each_time(settings, calm, tmp_path):
-    """One rank killed; one rank told to stop; the launcher told to stop; then to the end: one W&B run."""
+def test_killed_then_stopped_it_goes_on_each_time(settings, calm, tmp_path):
+    """One rank is killed; one rank is told to stop, and all save; then to the end, in one W&B run."""
     folder = tmp_path / "run"
     logged = [*settings, "tracker=wandb", "tracker.mode=offline", "tracker.every=1"]
     with Run(folder, logged) as run:
@@ -50,18 +50,13 @@ def test_killed_then_stopped_then_stopped_it_goes_on_each_time(settings, calm, t
         assert run.end() == STOPPED, run.output[-4000:]
         assert "stopped: the same command goes on" in run.output
         assert run.errors == [] and "failed first" not in run.output
-    first = steps_of(folder)[-1]
-    assert first > 22
-    with Run(folder, logged) as run:
-        run.until_line(first + 5).kill(signal.SIGTERM)
-        assert run.end() == STOPPED, run.output[-4000:]
-    assert steps_of(folder)[-1] > first
+    assert steps_of(folder)[-1] > 22
     with Run(folder, logged) as run:
         assert run.end() == 0, run.output[-4000:]
     same_end(folder, calm)
     identity = (folder / "wandb-id").read_text().strip()
     runs = [path.name for path in (folder / "wandb").glob("offline-run-*")]
-    assert len(runs) == 4
+    assert len(runs) == 3
     assert all(name.endswith(f"-{identity}") for name in runs)
 
 

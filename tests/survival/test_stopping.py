@@ -112,8 +112,11 @@ def test_signals_while_starting_validating_and_sampling(settings, tmp_path, slow
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_process_told_at_once_stops_once(settings, calm, tmp_path):
-    """As Slurm does it: the launcher passes on what the workers have heard already."""
+    """As Slurm does it: the launcher passes on what the workers have heard already. And the launcher alone."""
     folder = tmp_path / "run"
+    with Run(folder, settings) as run:
+        run.until_line(5).kill(signal.SIGTERM)
+        assert run.end() == STOPPED, run.output[-4000:]
     with Run(folder, settings) as run:
         run.until_line(13)
         run.kill(signal.SIGUSR1, 0, 1)
