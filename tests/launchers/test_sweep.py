@@ -108,6 +108,14 @@ def test_mistakes_are_one_line(tmp_path: Path, words: list[str], message: str) -
     assert "Traceback" not in err
 
 
+def test_slurms_refusal_is_one_line(slurm: Cluster, tmp_path: Path) -> None:
+    words = ["experiment=smoke", f"run.dir={tmp_path}", "seed=1,2", "hydra/launcher=submitit_slurm"]
+    code, _, err = listing([], *words, "hydra.launcher.partition=nowhere", **slurm.environment)
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "invalid partition" in line
+    assert "Traceback" not in err
+
+
 @pytest.fixture
 def settings(overrides: list[str]) -> list[str]:
     return [word for word in overrides if not word.startswith(("run.dir", "train.steps"))] + ["train.steps=100"]
