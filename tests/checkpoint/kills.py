@@ -2,8 +2,9 @@
 
     python tests/checkpoint/kills.py FOLDER ROUNDS
 
-With one rank, then with two. One process imports and forks the ranks of each round: importing takes longer than a round. In the checkpoint of
-step n every number is n, and so it must be in whatever a kill leaves; the ranks of the next round go on from there.
+With one rank, then with two. One process imports and forks the ranks of each round: importing takes longer than a
+round. In the checkpoint of step n every number is n, and so it must be in whatever a kill leaves; the ranks of the
+next round go on from there.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ def test_kills_while_writing_leave_whole_checkpoints(tmp_path: Path, rounds: int
         sys.executable,
         str(Path(__file__).with_name("kills.py")),
         str(tmp_path),
-        str(processes),
         str(rounds),
     ]
     done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=280)
