@@ -262,10 +262,10 @@ class Strategy(ABC):
 
     def _batches(self, queue: Sequence[tuple[int, Wanted]], limit: int) -> list[list[tuple[int, Wanted]]]:
         batches: list[list[tuple[int, Wanted]]] = []
-        elements = limit
+        elements = 0
         for number, want in queue:
             size = math.prod(self.shards[want.index].shape)
-            if elements + size > limit:
+            if not batches or elements + size > limit:
                 batches.append([])
                 elements = 0
             batches[-1].append((number, want))
