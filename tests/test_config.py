@@ -168,6 +168,8 @@ def test_a_missing_value_is_named() -> None:
         ("optim.lr", float("nan"), "optim.lr=nan must be greater than 0"),
         ("checkpoint.every", 0, "checkpoint.every=0"),
         ("validation.samples", -1, "validation.samples=-1 must not be negative"),
+        ("watch.lost_s", 0.5, "watch.lost_s=0.5 is in seconds: at least 1, or 0 for never"),
+        ("watch.start_s", 0, "watch.start_s=0 must be greater than 0"),
         ("task.caption_dropout", 1.5, "0 to 1"),
         ("optim.schedule", "linear", "choose one of constant, cosine"),
         ("objective.prediction", "x0", "objective.prediction=x0 is not known"),

@@ -103,10 +103,10 @@ def check(config: Config) -> None:
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
         "optim.final_lr_ratio": config.optim.final_lr_ratio,
         "ema.rampup_ratio": config.ema.rampup_ratio,
-        "watch.lost_s": config.watch.lost_s,
-        "watch.stalled_s": config.watch.stalled_s,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
+    bounds = {"watch.lost_s": config.watch.lost_s, "watch.stalled_s": config.watch.stalled_s}
+    require(bounds, lambda value: value == 0 or value >= 1, "is in seconds: at least 1, or 0 for never")
     betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}
     require(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}

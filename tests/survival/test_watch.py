@@ -65,9 +65,9 @@ def until(true, seconds=15.0):
 
 
 def test_a_silent_rank_is_named_by_all_and_one_that_left_is_not(ranks):
-    zero, one, two, three = ranks(4, Bounds(lost_s=1.5, stalled_s=0))
+    zero, one, two, three = ranks(4, Bounds(lost_s=2.5, stalled_s=0))
     two.leave()
-    time.sleep(2.5)
+    time.sleep(3.5)
     assert not any(watch.said for watch in (zero, one, three))
     silence(one)
     assert until(lambda: zero.said and three.said)
@@ -109,8 +109,8 @@ def test_what_all_wait_in_is_said_without_blame(ranks):
 
 
 def test_progress_is_no_stall(ranks):
-    zero, one = ranks(2, Bounds(lost_s=30, stalled_s=1))
-    for step in range(1, 26):
+    zero, one = ranks(2, Bounds(lost_s=30, stalled_s=2))
+    for step in range(1, 36):
         for watch in (zero, one):
             watch.begin(step)
         time.sleep(0.1)
