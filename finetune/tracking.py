@@ -12,7 +12,7 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,20 @@ class Tracker:
         self.wandb.define_metric("step")
         self.wandb.define_metric("*", step_metric="step")
 
+    def _to_wandb(self, send: Callable[[Any], object]) -> None:
+        """Call `send` with W&B's run, if there is one.
+
+        W&B's own process may be gone: Slurm's SIGTERM, which asks a run to stop, reaches every process of a job.
+        The run has to save all the same.
+        """
+        if self.wandb is None:
+            return
+        try:
+            send(self.wandb)
+        except Exception as error:
+            self.wandb = None
+            self.say(f"warning: W&B has ended ({first_line(error)}); until a restart, see {self.metrics}")
+
     def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None:
         """Take in one optimizer step (scalars on the device), without waiting for the device."""
         self.losses.append(loss_sum)
@@ -178,8 +192,7 @@ class Tracker:
                 self.say(
                     f"warning: {self.metrics} cannot be written ({error.strerror}): its lines wait for the disk"
                 )
-        if self.wandb is not None:
-            self.wandb.log(values)
+        self._to_wandb(lambda run: run.log(values))
 
     def _append(self) -> None:
         """Append the lines that wait, all or none."""
@@ -207,7 +220,8 @@ class Tracker:
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log({"samples": wandb.Image(picture, caption=caption), "step": step})
+            values = {"samples": wandb.Image(picture, caption=caption), "step": step}
+            self._to_wandb(lambda run: run.log(values))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -232,10 +246,9 @@ class Tracker:
                 self.say(f"warning: {self.metrics} lacks its last {len(self.unwritten)} lines")
         if self.bar is not None:
             self.bar.close()
-        if self.wandb is not None:
-            if goes_on:
-                self.wandb.mark_preempting()
-            self.wandb.finish(exit_code=int(failed or goes_on))
+        if goes_on:
+            self._to_wandb(lambda run: run.mark_preempting())
+        self._to_wandb(lambda run: run.finish(exit_code=int(failed or goes_on)))
 
 
 def _finite(value: Any) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from PIL import Image
 from finetune import UserError
 from finetune.distributed import World
 from finetune.tracking import Tracker, wandb_mode
+from tests.conftest import ROOT, environment
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -193,6 +196,31 @@ def test_a_run_whose_loss_explodes_says_so_in_one_line(
     assert "the loss has not been a finite number for 10 steps, at step 13" in line
     assert [entry["loss"] is None for entry in lines_of(tmp_path / "run")] == [False] * 3 + [True] * 10
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_a_run_goes_on_when_wandbs_process_has_ended(tmp_path: Path) -> None:
+    """As after Slurm's SIGTERM, which reaches all processes of a job. In a process of its own: W&B's is shared."""
+    program = (
+        "import os, psutil, sys, time\n"
+        "from tests.test_tracking import Tracker, ALONE, scalar\n"
+        "tracker = Tracker(sys.argv[1], ALONE, config={}, name='x', project='x', wandb_mode='offline',\n"
+        "                  first_step=0, total_steps=9, global_batch=4)\n"
+        "for child in psutil.Process().children(recursive=True):\n"
+        "    child.kill()\n"
+        "for step in range(1, 6):\n"
+        "    tracker.step(scalar(1.0), scalar(1.0), 0.0)\n"
+        "    tracker.log(step, 1e-3)\n"
+        "    time.sleep(0.2)\n"
+        "tracker.close(goes_on=True)\n"
+        "print('closed', flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment(),
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "closed" in done.stdout and done.stdout.count("warning: W&B has ended") == 1
+    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_wandb_offline_is_one_run_over_a_restart(
