@@ -94,6 +94,12 @@ class Run:
         self.known.update(found)
         return found
 
+    def catches(self, number: int) -> bool:
+        """Whether the process that was started has a handler for a signal."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
     def kill(self, number: int, *ranks: int) -> None:
         """Send a signal to ranks; without any to the process that was started."""
         if not ranks:

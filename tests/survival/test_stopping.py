@@ -96,6 +96,8 @@ def test_signals_while_starting_validating_and_sampling(settings, tmp_path, slow
     for seconds in (1, 4, 8):  # imports, the processes' meeting, the model
         with Run(folder, busy, processes=processes) as run:
             time.sleep(seconds)
+            # Until the interpreter has come to our first line a signal ends it in the system's own way.
+            run.until(lambda run=run: run.catches(signal.SIGUSR1), "a handler")
             run.kill(signal.SIGUSR1)
             assert run.end() == STOPPED, run.output[-4000:]
     for name in ("validate", "sample"):
