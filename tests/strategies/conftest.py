@@ -16,19 +16,25 @@ from tests.conftest import ROOT, environment
 STEPS = 20
 
 
-def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-    """Run a script in several gloo processes."""
+def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280) -> str:
+    """Run a script in several gloo processes: what it printed. None of them outlives this call."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
+    started = subprocess.Popen(
         [*torchrun, str(script), *arguments],
         env=environment() | {"PYTHONPATH": str(ROOT)},
         cwd=ROOT,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-4000:]
-    return done
+    try:
+        out, err = started.communicate(timeout=timeout)
+    except BaseException:
+        started.terminate()  # it ends its workers
+        started.communicate()
+        raise
+    assert started.returncode == 0, out[-1000:] + err[-4000:]
+    return out
 
 
 @dataclass(frozen=True)
@@ -71,13 +77,12 @@ class Lab:
             ]
             file = self.folder / "jobs.json"
             file.write_text(json.dumps(jobs))
-            done = spawn(
-                processes,
-                Path(__file__).with_name("driver.py"),
-                str(file),
-                timeout=120 + 60 * processes * len(jobs),
-            )
-            print(done.stdout)
+            script = Path(__file__).with_name("driver.py")
+            try:
+                print(spawn(processes, script, str(file), timeout=300 + 120 * processes * len(jobs)))
+            except BaseException:
+                self.made = {run: path for run, path in self.made.items() if run not in batch}
+                raise
             missing = [run for run in missing if run not in self.made]
 
     def __call__(self, run: Run) -> Path:

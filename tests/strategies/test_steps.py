@@ -12,8 +12,8 @@ from tests.strategies.conftest import spawn
 
 @pytest.fixture(scope="module")
 def examined():
-    done = spawn(2, Path(__file__).with_name("skipping.py"))
-    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    printed = spawn(2, Path(__file__).with_name("skipping.py"))
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert len(rows) == 13
     return rows
 
