@@ -47,7 +47,7 @@ from finetune.latents import LatentSpace, sample_latents
 from finetune.models.adapters import add_lora
 from finetune.models.layout import store_channels_last
 from finetune.models.unet import build_unet, enable_gradient_checkpointing
-from finetune.objective import LatentDiffusion
+from finetune.objective import LatentDiffusion, Objective
 from finetune.step import optimizer_step
 
 WORKS: dict[str, dict[str, Any]] = {
@@ -163,9 +163,9 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
     model = LatentDiffusion(
         unet,
         conditioner,
-        alphas_cumprod_T=diffusion.alphas_cumprod(diffusion.betas(**BETAS)).to(world.device),
+        schedule=diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(world.device),
         space=LatentSpace(0.18215),
-        prediction="epsilon",
+        objective=Objective(),
         seed=SEED,
     ).train()
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
@@ -236,7 +236,7 @@ def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
             "steps_per_print": 1 << 62,
         }
         engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=config, dist_init_required=False)
-    alphas_cumprod_T = diffusion.alphas_cumprod(diffusion.betas(**BETAS)).to(device)
+    schedule = diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device)
     source = batches(job, work, world)
 
     def step(index: int) -> Tensor:
@@ -246,13 +246,13 @@ def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
         states = one.text_states.to(device, non_blocking=True)
         shape = tuple(moments[0, :4].shape)
         if index < job.losses:  # the draws that ours makes
-            timesteps = rng.integers(SEED, "timestep", clock, len(alphas_cumprod_T))
+            timesteps = rng.integers(SEED, "timestep", clock, len(schedule))
             posterior, noise = (rng.normal(SEED, name, clock, shape) for name in ("posterior", "noise"))
         else:
-            timesteps = torch.randint(0, len(alphas_cumprod_T), (batch,), device=device)
+            timesteps = torch.randint(0, len(schedule), (batch,), device=device)
             posterior, noise = (torch.randn(batch, *shape, device=device) for _ in range(2))
         z = sample_latents(moments, posterior, LatentSpace(0.18215))
-        noised = diffusion.add_noise(z, noise, alphas_cumprod_T[timesteps])
+        noised = diffusion.mix(z, noise, *schedule.at(timesteps))
         if engine is not None:
             predicted = engine(noised.to(dtype), timesteps, states.to(dtype), return_dict=False)[0]
         else:

@@ -32,7 +32,7 @@ from finetune.distributed import AdamW, DataParallel, ParamGroup, World
 from finetune.ema import Average
 from finetune.latents import LatentSpace
 from finetune.models.unet import build_unet
-from finetune.objective import LatentDiffusion
+from finetune.objective import LatentDiffusion, Objective
 from finetune.step import optimizer_step
 
 WORKS: dict[str, dict[str, Any]] = {
@@ -124,9 +124,9 @@ def trained(
     model = LatentDiffusion(
         unet,
         conditioner,
-        alphas_cumprod_T=diffusion.alphas_cumprod(diffusion.betas(**BETAS)).to(device),
+        schedule=diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device),
         space=LatentSpace(0.18215),
-        prediction="epsilon",
+        objective=Objective(),
         seed=0,
     ).train()
     strategy = DataParallel(

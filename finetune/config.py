@@ -46,6 +46,9 @@ class SchedulerConfig:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     beta_schedule: str = "scaled_linear"  # scaled_linear | linear
+    rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024, arXiv 2305.08891)
+    timestep_spacing: str = "leading"  # which timesteps are sampled at: leading | trailing | linspace
+    shift: float = 1.0  # of objective.prediction=flow, instead of betas: above 1 moves levels towards noise
 
 
 @dataclass
@@ -95,7 +98,20 @@ class TaskConfig:
 
 @dataclass
 class ObjectiveConfig:
-    prediction: str = "epsilon"
+    """What the U-Net is trained to predict and how errors count; `finetune/diffusion.py` cites each."""
+
+    prediction: str = "epsilon"  # epsilon | v | x0 | flow
+    weighting: str = "uniform"  # uniform | min_snr | soft_min_snr | p2 | debiased
+    gamma: float = 5.0  # of min_snr and soft_min_snr; the exponent of p2
+    p2_k: float = 1.0
+    loss: str = "mse"  # mse | l1 | huber
+    huber_delta: float = 1.0
+    timesteps: str = "uniform"  # uniform | logit_normal
+    stratified: bool = False  # the timesteps of one step are spread evenly over ranks and micro-batches
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    offset_noise: float = 0.0  # strength; 0: none
+    input_perturbation: float = 0.0  # share of the noise; 0: none
 
 
 @dataclass
@@ -181,6 +197,7 @@ class SampleConfig:
     seed: int = 0
     steps: int = 25
     guidance: float = 5.0
+    guidance_rescale: float = 0.0  # Lin et al. 2024, eq. 15 and 16; 0.7 with zero terminal SNR
     height: int | None = None  # pixels; null: the largest bucket's
     width: int | None = None  # pixels; null: the largest bucket's
 

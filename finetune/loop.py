@@ -203,6 +203,7 @@ def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: 
             scheduler=parts.scheduler,
             steps=config.sample.steps,
             guidance=config.sample.guidance,
+            guidance_rescale=config.sample.guidance_rescale,
         )
     if picture is not None:
         tracker.image(step, picture, " | ".join(prompts))

@@ -6,6 +6,7 @@ name of what to compute, since DeepSpeed's and DDP's hooks run on the outermost 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,16 +16,44 @@ from finetune.conditioning import TextConditioner
 from finetune.latents import LatentSpace, sample_latents
 
 
+@dataclass(frozen=True)
+class Objective:
+    """What is predicted, at which timesteps, and how errors count; names and sources are in `diffusion`.
+
+    Attributes:
+        gamma: of min_snr and soft_min_snr; for p2 its exponent. p2_k: its k.
+        stratified: the timesteps of one optimizer step are spread evenly, over ranks and micro-batches.
+        logit_mean, logit_std: of logit_normal timesteps.
+        offset_noise: strength of a noise that is constant over each channel (0: none).
+        input_perturbation: extra noise that the network sees and is not to predict, as a share of the noise
+            (Ning et al. 2023, arXiv 2301.11706, algorithm 1; there 0.1).
+    """
+
+    prediction: str = "epsilon"
+    weighting: str = "uniform"
+    gamma: float = 5.0
+    p2_k: float = 1.0
+    loss: str = "mse"
+    huber_delta: float = 1.0
+    timesteps: str = "uniform"
+    stratified: bool = False
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    offset_noise: float = 0.0
+    input_perturbation: float = 0.0
+
+
 class LatentDiffusion(nn.Module):
-    """U-Net and conditioner under the latent diffusion objective (Rombach et al. 2022, eq. 3).
+    """U-Net and conditioner under the latent diffusion objective (Rombach et al. 2022, eq. 3) and its variants.
 
     Args:
         unet: a `UNet2DConditionModel`.
         conditioner: tokens to context.
-        alphas_cumprod_T: float64 [T].
+        schedule: how noise is mixed in.
         space: scale and shift of the latents.
-        prediction: what the U-Net predicts, one of `diffusion.PREDICTIONS`.
+        objective: what is trained.
         seed: of the posterior, timestep and noise draws.
+        global_batch: samples of one optimizer step, over which stratified timesteps are spread.
     """
 
     def __init__(
@@ -32,17 +61,17 @@ class LatentDiffusion(nn.Module):
         unet: nn.Module,
         conditioner: TextConditioner,
         *,
-        alphas_cumprod_T: Tensor,
+        schedule: diffusion.Schedule,
         space: LatentSpace,
-        prediction: str,
+        objective: Objective,
         seed: int,
+        global_batch: int = 1,
     ) -> None:
         super().__init__()
         self.unet = unet
         self.conditioner = conditioner
-        self.space, self.prediction, self.seed = space, prediction, seed
-        # Not a buffer: a strategy that casts the module to bf16 must not round the schedule.
-        self.alphas_cumprod_T: Tensor = alphas_cumprod_T
+        self.space, self.objective, self.seed, self.global_batch = space, objective, seed, global_batch
+        self.schedule = schedule  # no buffers: a strategy that casts the module to bf16 must not round it
 
     def forward(self, what: str, *args: Any) -> Tensor:
         match what:
@@ -58,8 +87,34 @@ class LatentDiffusion(nn.Module):
 
     def loss(self, moments_B2CHW: Tensor, text: Tensor, clock_B: Tensor) -> Tensor:
         """Float32 [B]: each sample's loss at its own timestep, posterior sample and noise, drawn by its clock."""
-        timesteps_B = rng.integers(self.seed, "timestep", clock_B, len(self.alphas_cumprod_T))
-        return self.loss_at(moments_B2CHW, text, clock_B, timesteps_B, self.seed)
+        objective = self.objective
+        timesteps_B = self.timesteps(clock_B)
+        error_B = self._error(
+            moments_B2CHW, text, clock_B, timesteps_B, self.seed, objective.loss, objective.huber_delta, train=True
+        )
+        weight_B = diffusion.weight(
+            objective.prediction,
+            objective.weighting,
+            *self.schedule.at(timesteps_B),
+            gamma=objective.gamma,
+            k=objective.p2_k,
+        )
+        return error_B * weight_B.float()
+
+    def timesteps(self, clock_B: Tensor) -> Tensor:
+        """Int64 [B] indices of the schedule, drawn by each sample's clock."""
+        objective, count = self.objective, len(self.schedule)
+        if objective.stratified:
+            step_B, place_B = clock_B // self.global_batch, clock_B % self.global_batch
+            u_B = rng.uniform(self.seed, "timestep-offset", step_B).double()
+            u_B = diffusion.stratified(u_B, place_B, self.global_batch)
+        elif objective.timesteps == "uniform":
+            return rng.integers(self.seed, "timestep", clock_B, count)
+        else:
+            u_B = rng.uniform(self.seed, "timestep", clock_B).double()
+        return diffusion.timesteps(
+            u_B, objective.timesteps, count, mean=objective.logit_mean, std=objective.logit_std
+        )
 
     def loss_at(
         self,
@@ -69,20 +124,49 @@ class LatentDiffusion(nn.Module):
         timesteps_B: Tensor,
         seed: int,
     ) -> Tensor:
-        """Float32 [B] at given timesteps (int64 [B]); posterior and noise are drawn by (`seed`, `draw_ids_B`)."""
+        """Float32 [B]: the plain squared error at given timesteps (int64 [B]), whatever the objective's weights.
+
+        Posterior and noise are drawn by (`seed`, `draw_ids_B`).
+        """
+        return self._error(moments_B2CHW, text, draw_ids_B, timesteps_B, seed, "mse", 1.0, train=False)
+
+    def _error(
+        self,
+        moments_B2CHW: Tensor,
+        text: Tensor,
+        draw_ids_B: Tensor,
+        timesteps_B: Tensor,
+        seed: int,
+        loss: str,
+        huber_delta: float,
+        *,
+        train: bool,
+    ) -> Tensor:
+        objective = self.objective
         _, channels2, height, width = moments_B2CHW.shape
         shape = (channels2 // 2, height, width)
         posterior_BCHW = rng.normal(seed, "posterior", draw_ids_B, shape)
         noise_BCHW = rng.normal(seed, "noise", draw_ids_B, shape)
+        if train and objective.offset_noise:
+            offset_BC = rng.normal(seed, "offset-noise", draw_ids_B, shape[:1])
+            noise_BCHW = diffusion.add_offset(noise_BCHW, offset_BC, objective.offset_noise)
         z_BCHW = sample_latents(moments_B2CHW.float(), posterior_BCHW, self.space)
-        alpha_bar_B = self.alphas_cumprod_T.to(moments_B2CHW.device)[timesteps_B]
-        noised_BCHW = diffusion.add_noise(z_BCHW, noise_BCHW, alpha_bar_B)
-        prediction_BCHW = self.predict(noised_BCHW, timesteps_B, self.conditioner(text))
-        return diffusion.per_sample_mse(prediction_BCHW, diffusion.target(self.prediction, z_BCHW, noise_BCHW))
+        levels = self.schedule.at(timesteps_B)
+        seen_BCHW = noise_BCHW
+        if train and objective.input_perturbation:
+            perturbation_BCHW = rng.normal(seed, "input-perturbation", draw_ids_B, shape)
+            seen_BCHW = noise_BCHW + objective.input_perturbation * perturbation_BCHW
+        noised_BCHW = diffusion.mix(z_BCHW, seen_BCHW, *levels)
+        prediction_BCHW = self.predict(noised_BCHW, self.schedule.told[timesteps_B], self.conditioner(text))
+        target_BCHW = diffusion.target(objective.prediction, z_BCHW, noise_BCHW, *levels)
+        return diffusion.per_sample(diffusion.elementwise_loss(loss, prediction_BCHW, target_BCHW, huber_delta))
 
-    def predict(self, noised_BCHW: Tensor, timesteps_B: Tensor, context_BLD: Tensor) -> Tensor:
-        """The U-Net's output [B, C, H, W], in the dtype of its weights or of autocast."""
+    def predict(self, noised_BCHW: Tensor, told_B: Tensor, context_BLD: Tensor) -> Tensor:
+        """The U-Net's output [B, C, H, W] in the dtype of its weights or of autocast.
+
+        `told_B`: times in the schedule's own terms.
+        """
         dtype = next(self.unet.parameters()).dtype
         return self.unet(
-            noised_BCHW.to(dtype), timesteps_B, encoder_hidden_states=context_BLD.to(dtype), return_dict=False
+            noised_BCHW.to(dtype), told_B, encoder_hidden_states=context_BLD.to(dtype), return_dict=False
         )[0]

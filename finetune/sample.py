@@ -67,6 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     guidance = arguments.guidance
     if guidance is None:
         guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
+    rescale = arguments.guidance_rescale
+    if rescale is None:
+        rescale = parts.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise UserError(f"--guidance-rescale {rescale:g} is a share: 0 to 1")
     repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
     seeds = range(arguments.seed, arguments.seed + len(repeated))
     total = sampling.batches(len(repeated), height, width, arguments.batch_size) * arguments.steps
@@ -84,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 width=width,
                 steps=arguments.steps,
                 guidance=guidance,
+                guidance_rescale=rescale,
                 negative=arguments.negative,
                 batch_size=arguments.batch_size,
                 progress=bar.update,
@@ -93,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "negative prompt": arguments.negative,
         "steps": str(arguments.steps),
         "guidance": f"{guidance:g}",
-        "scheduler": arguments.scheduler,
+        **({"guidance rescale": f"{rescale:g}"} if rescale else {}),
+        "scheduler": arguments.scheduler or "default",
         "size": f"{width}x{height}",
         "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
         **({"lora": arguments.lora} if arguments.lora else {}),
@@ -140,7 +147,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SCALE",
         help=f"classifier-free guidance, 1 is none (default: the run's sample.guidance, else {GUIDANCE})",
     )
-    parser.add_argument("--scheduler", choices=_SCHEDULERS, default="ddim", help="the sampler (default: ddim)")
+    parser.add_argument(
+        "--guidance-rescale", type=float, metavar="SHARE", help="0 to 1 (default: the run's, else 0, which is none)"
+    )
+    parser.add_argument("--scheduler", choices=_SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
     parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
     parser.add_argument("--batch-size", type=count, metavar="N", help="pictures drawn at once (default: by size)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")

@@ -94,13 +94,14 @@ def draw_samples(
     scheduler: Mapping[str, Any],
     steps: int,
     guidance: float,
+    guidance_rescale: float = 0.0,
 ) -> Image.Image | None:
     """A grid with one picture for each prompt, picture i from noise of `seed` + i; collective.
 
     Args:
         decoder: on rank 0; pictures are decoded there.
         size: height and width in pixels; `downsample` pixels per latent cell.
-        scheduler: configuration of a diffusers `DDIMScheduler`.
+        scheduler: as of `Components.scheduler`.
 
     Returns:
         The grid on rank 0, None elsewhere.
@@ -126,9 +127,10 @@ def draw_samples(
             encode([prompts[i] for i in chunk]),
             encode([""] * len(chunk)) if guidance > 1 else None,
             draw_noise(generators(seed + i for i in chunk), shape),
-            make_scheduler("ddim", scheduler),
+            make_scheduler(None, scheduler),
             steps,
             guidance,
+            guidance_rescale=guidance_rescale,
         )
         latents.append(z_BCHW.cpu())
     drawn = world.gather(torch.cat(latents))

@@ -114,7 +114,7 @@ def test_held_out_loss_is_a_plain_loop_over_samples(built: tuple[Config, Parts])
                 mean, std = batch.moments[i : i + 1].float().chunk(2, dim=1)
                 z = (mean + std * rng.normal(SEED, "posterior", draw, (4, 8, 8))) * 0.5
                 noise = rng.normal(SEED, "noise", draw, (4, 8, 8))
-                noised = diffusion.add_noise(z, noise, model.alphas_cumprod_T[t])
+                noised = diffusion.mix(z, noise, *model.schedule.at(t))
                 with torch.no_grad():
                     predicted = model.unet(noised, t, context).sample
                 sums[stratum] += torch.nn.functional.mse_loss(predicted, noise).item()

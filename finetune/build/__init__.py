@@ -16,7 +16,7 @@ from finetune import UserError, diffusion, lr, tracking
 from finetune.build.data import captions, fetched_again, left_out, open_data, with_text_states
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
-from finetune.config import Config, require, require_choice
+from finetune.config import Config, SchedulerConfig, require, require_choice
 from finetune.data.loader import Data
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
@@ -35,7 +35,7 @@ from finetune.models.text import (
     train_tokenizer,
 )
 from finetune.models.unet import build_unet, enable_gradient_checkpointing, load_unet, pixel_multiple
-from finetune.objective import LatentDiffusion
+from finetune.objective import LatentDiffusion, Objective
 from finetune.rng import fold
 from finetune.sampling import check_size
 
@@ -48,7 +48,6 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, its value and what it may be.
     """
-    schedule = config.model.scheduler
     if config.strategy.offload == "nvme":
         # DeepSpeed keeps masters and moments on the disk between steps and brings them a part at a time while it
         # steps. The average follows the masters at each step, checkpoints take all of them: both would read the
@@ -57,17 +56,22 @@ def check(config: Config) -> None:
             "strategy.offload=nvme is not supported: averages and checkpoints need masters and moments in memory; "
             "choose strategy.offload=cpu"
         )
+    schedule, objective = config.model.scheduler, config.objective
     require_choice(
         {
             "adapter.kind": (config.adapter.kind, ("full", "lora")),
             "task.name": (config.task.name, ("text_to_image",)),
-            "objective.prediction": (config.objective.prediction, diffusion.PREDICTIONS),
+            "objective.prediction": (objective.prediction, diffusion.PREDICTIONS),
+            "objective.weighting": (objective.weighting, diffusion.WEIGHTINGS),
+            "objective.loss": (objective.loss, diffusion.LOSSES),
+            "objective.timesteps": (objective.timesteps, diffusion.TIMESTEPS),
             "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
             "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
             "strategy.offload": (config.strategy.offload, ("none", "cpu")),
             "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
             "tracker.mode": (config.tracker.mode, tracking.MODES),
-            "model.scheduler.beta_schedule": (config.model.scheduler.beta_schedule, diffusion.BETA_SCHEDULES),
+            "model.scheduler.beta_schedule": (schedule.beta_schedule, diffusion.BETA_SCHEDULES),
+            "model.scheduler.timestep_spacing": (schedule.timestep_spacing, ("leading", "trailing", "linspace")),
         }
     )
     positive = {
@@ -91,6 +95,10 @@ def check(config: Config) -> None:
         "ema.halflife_images": config.ema.halflife_images,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
         "watch.start_s": config.watch.start_s,
+        "model.scheduler.shift": schedule.shift,
+        "objective.gamma": objective.gamma,
+        "objective.huber_delta": objective.huber_delta,
+        "objective.logit_std": objective.logit_std,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
@@ -103,6 +111,9 @@ def check(config: Config) -> None:
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
         "optim.final_lr_ratio": config.optim.final_lr_ratio,
         "ema.rampup_ratio": config.ema.rampup_ratio,
+        "objective.p2_k": objective.p2_k,
+        "objective.offset_noise": objective.offset_noise,
+        "objective.input_perturbation": objective.input_perturbation,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     bounds = {"watch.lost_s": config.watch.lost_s, "watch.stalled_s": config.watch.stalled_s}
@@ -117,6 +128,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
         )
+    _check_objective(config)
     if not 0 <= config.task.caption_dropout <= 1:
         raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
     if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
@@ -134,6 +146,48 @@ def check(config: Config) -> None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
         raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def _check_objective(config: Config) -> None:
+    """Refuse what contradicts itself."""
+    schedule, objective = config.model.scheduler, config.objective
+    if not 0 <= config.sample.guidance_rescale <= 1:
+        raise UserError(f"sample.guidance_rescale={config.sample.guidance_rescale} is a share: 0 to 1")
+    if objective.prediction == "flow":
+        if schedule.rescale_betas_zero_snr:
+            raise UserError(
+                "model.scheduler.rescale_betas_zero_snr is of beta schedules, objective.prediction=flow has none: "
+                "its last timestep is pure noise already"
+            )
+        return
+    if schedule.shift != 1:
+        raise UserError(
+            f"model.scheduler.shift={schedule.shift:g} is of objective.prediction=flow alone; leave it at 1"
+        )
+    if schedule.rescale_betas_zero_snr:
+        if objective.prediction == "epsilon":
+            raise UserError(
+                "objective.prediction=epsilon says nothing of a latent at the pure noise that "
+                "model.scheduler.rescale_betas_zero_snr makes of the last timestep: use objective=v_zero_snr"
+            )
+        if schedule.timestep_spacing != "trailing":
+            raise UserError(
+                "model.scheduler.rescale_betas_zero_snr needs model.scheduler.timestep_spacing=trailing: else "
+                "sampling never begins at the last timestep"
+            )
+
+
+def noise_schedule(schedule: SchedulerConfig, prediction: str) -> diffusion.Schedule:
+    """How noise is mixed in while training."""
+    if prediction == "flow":
+        return diffusion.rectified_flow(schedule.num_train_timesteps, schedule.shift)
+    betas_T = diffusion.betas(
+        schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps, schedule.beta_schedule
+    )
+    alpha_bar_T = diffusion.alphas_cumprod(betas_T)
+    if schedule.rescale_betas_zero_snr:
+        alpha_bar_T = diffusion.zero_terminal_snr(alpha_bar_T)
+    return diffusion.variance_preserving(alpha_bar_T)
 
 
 def precision(wanted: str, device: torch.device) -> str:
@@ -265,9 +319,6 @@ def build(config: Config, world: World, run: Path) -> Parts:
         store_channels_last(unet)
 
     schedule = config.model.scheduler
-    betas_T = diffusion.betas(
-        schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps, schedule.beta_schedule
-    )
     model = LatentDiffusion(
         unet,
         TextConditioner(
@@ -277,10 +328,11 @@ def build(config: Config, world: World, run: Path) -> Parts:
             trained=train_text,
             empty_states_LD=data.empty_text,
         ),
-        alphas_cumprod_T=diffusion.alphas_cumprod(betas_T).to(world.device),
+        schedule=noise_schedule(schedule, config.objective.prediction).to(world.device),
         space=data.space,
-        prediction=config.objective.prediction,
+        objective=Objective(**asdict(config.objective)),
         seed=config.seed,
+        global_batch=config.train.global_batch,
     )
     model.train()
     strategy = _strategy(config, world, model, micro_batch, accumulation)
@@ -392,5 +444,5 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
         "model.train_text_encoder": config.model.train_text_encoder,
         **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
-        "objective.prediction": config.objective.prediction,
+        **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
     }

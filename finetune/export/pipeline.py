@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 
 from finetune import UserError
 from finetune.export.folder import whole_folder
-from finetune.models.components import Weights, load_components
+from finetune.models.components import FLOW_SCHEDULER, Weights, load_components
 from finetune.models.text import save_text_encoder, save_tokenizer
+from finetune.sampling import make_scheduler
 
 
 def export_pipeline(
@@ -28,13 +29,19 @@ def export_pipeline(
         What the user should be told.
 
     Raises:
-        UserError: the source cannot be loaded, or its latents are shifted, which the pipeline does not undo.
+        UserError: the source cannot be loaded, its latents are shifted, which the pipeline does not undo, or it
+            predicts the flow, which the pipeline cannot sample.
     """
     parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision)
     if parts.latents.shift:
         raise UserError(
             f"the autoencoder of {source} shifts latents by {parts.latents.shift}, which "
             "StableDiffusionPipeline ignores: its pictures would be wrong"
+        )
+    if parts.scheduler.get("_class_name") == FLOW_SCHEDULER:
+        raise UserError(
+            f"{source} predicts the flow, which StableDiffusionPipeline cannot sample: draw from it with "
+            "`finetune sample`"
         )
     # The pipeline divides by what the VAE's configuration says; the run was trained with what its shards say.
     parts.vae.register_to_config(scaling_factor=parts.latents.scale)
@@ -46,7 +53,7 @@ def export_pipeline(
         text_encoder=parts.text_encoder,
         tokenizer=parts.tokenizer,
         unet=parts.unet,
-        scheduler=DDIMScheduler(**parts.scheduler),
+        scheduler=make_scheduler(None, parts.scheduler),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

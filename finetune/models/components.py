@@ -29,15 +29,15 @@ from finetune.models.text import load_text_encoder, load_tokenizer
 from finetune.models.unet import load_unet
 
 Weights = Literal["ema", "raw"]
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # samples models that predict the flow
 
 
 @dataclass
 class Components:
     """Everything that sampling and export need, in eval mode.
 
-    `scheduler` is the configuration of a diffusers `DDIMScheduler`, from which others are built; `latents`
-    maps the U-Net's latents to the decoder's. `lora` is a LoRA run's adapter, already merged into `unet` and
-    `text_encoder`.
+    `scheduler` is what `scheduler_config` returns, from which samplers are built; `latents` maps the U-Net's
+    latents to the decoder's. `lora` is a LoRA run's adapter, already merged into `unet` and `text_encoder`.
     """
 
     unet: UNet2DConditionModel
@@ -49,6 +49,7 @@ class Components:
     source: str
     step: int | None = None  # of the checkpoint; None for a model that is no run
     guidance: float | None = None  # of the run's own sample grids
+    guidance_rescale: float = 0.0
     size: tuple[int, int] | None = None  # height and width in pixels of the run's own sample grids
     lora: Lora | None = None
     notices: tuple[str, ...] = ()  # what the user should be told
@@ -168,16 +169,22 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
 
 
 def scheduler_config(settings: Mapping[str, Any], prediction: str = "epsilon") -> dict[str, Any]:
-    """The configuration of a `DDIMScheduler` that samples as Stable Diffusion does.
+    """The configuration of the scheduler that samples what a U-Net predicts, in diffusers' terms.
+
+    A `DDIMScheduler` as Stable Diffusion has it; for `flow` a `FlowMatchEulerDiscreteScheduler`, told by
+    `_class_name`.
 
     Args:
         settings: `beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, and any other argument of
             diffusers' schedulers.
-        prediction: what the U-Net predicts: epsilon, v_prediction or sample.
+        prediction: what the U-Net predicts: epsilon, v (v_prediction), x0 (sample) or flow.
     """
+    if prediction == "flow":
+        kept = {key: settings[key] for key in ("num_train_timesteps", "shift") if key in settings}
+        return {"_class_name": FLOW_SCHEDULER, **kept}
     fixed = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     names = {"v": "v_prediction", "x0": "sample"}
-    settings = {key: value for key, value in settings.items() if not key.startswith("_")}
+    settings = {key: value for key, value in settings.items() if not key.startswith("_") and key != "shift"}
     return {**fixed, **settings, "prediction_type": names.get(prediction, prediction)}
 
 
@@ -222,6 +229,7 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
         source=str(run),
         step=checkpoint.step,
         guidance=settings.get("guidance"),
+        guidance_rescale=float(settings.get("guidance_rescale") or 0.0),
         size=_size(settings, manifest),
         lora=lora,
         notices=checkpoint.notices,
@@ -242,14 +250,16 @@ def _from_model(source: str | Path, revision: str | None) -> Components:
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        scheduler=_as_ddim(scheduler),
+        scheduler=_sampler_config(scheduler),
         latents=_space(vae),
         source=str(source),
     )
 
 
-def _as_ddim(config: Mapping[str, Any]) -> dict[str, Any]:
+def _sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's."""
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return scheduler_config(config, "flow")
     known = set(DDIMScheduler._get_init_keys(DDIMScheduler))
     kept = {key: value for key, value in config.items() if key in known}
     # StableDiffusionPipeline sets these two in whatever it loads.
