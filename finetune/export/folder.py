@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all."""
+"""A folder or a file that appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -33,6 +33,44 @@ def check_out(out: str | Path, *, overwrite: bool) -> Path:
     return path
 
 
+def check_file(out: str | Path, *, overwrite: bool) -> Path:
+    """The file to write, if it may be written.
+
+    Raises:
+        UserError: it is no .safetensors, is a folder, or is there without `overwrite`.
+    """
+    path = Path(out).expanduser()
+    if path.is_dir() or path.suffix != ".safetensors":
+        raise UserError(f"--out {path}: give a file that ends in .safetensors")
+    if path.exists() and not overwrite:
+        raise UserError(f"--out {path} is there already; choose another file or add --overwrite")
+    return path
+
+
+@contextlib.contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A temporary file beside `out` that takes its name at the end, or goes with an exception."""
+    temporary = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with _disk_errors(out):
+            yield temporary
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    """safetensors wraps the system's error and leaves its number in the text."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+        raise
+
+
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, or goes with an exception."""
@@ -41,7 +79,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _disk_errors(out):
+            yield temporary
         if out.is_dir():
             # A folder with something in it cannot be replaced in one step: it steps aside first.
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
@@ -50,10 +89,5 @@ def whole_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             os.replace(temporary, out)
-    except SafetensorError as error:
-        # safetensors wraps the system's error and leaves its number in the text.
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
-        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -191,7 +191,6 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
     (empty / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
     for line, argv in {
         "--format kohya is not available in this version": [str(full), "--format", "kohya", *out],
-        "--format single-file is not available in this version": [str(full), "--format", "single-file", *out],
         "--format onnx: unknown": [str(full), "--format", "onnx", *out],
         "required: --format": [str(full), *out],
         "trained all weights and has no LoRA": [str(full), "--format", "lora", *out],
