@@ -184,13 +184,13 @@ def test_a_run_whose_loss_explodes_says_so_in_one_line(
     from finetune import diffusion
 
     calls = [0]
-    original = diffusion.per_sample_mse
+    original = diffusion.per_sample
 
     def explode(*args: torch.Tensor) -> torch.Tensor:
         calls[0] += 1
         return original(*args) * (math.nan if calls[0] > 3 else 1.0)
 
-    monkeypatch.setattr(diffusion, "per_sample_mse", explode)
+    monkeypatch.setattr(diffusion, "per_sample", explode)
     code, line = command("train", *overrides, "train.steps=20")
     assert code == 2
     assert "the loss has not been a finite number for 10 steps, at step 13" in line
