@@ -96,9 +96,6 @@ def train(
     parts.checkpoints.prepare(strategy, parts.average)
     request.can_save = True
 
-    def due(every: int) -> bool:
-        return every > 0 and (step % every == 0 or step == total_steps)
-
     try:
         while step < total_steps and not stop:
             world.watch.begin(step + 1)
@@ -128,20 +125,16 @@ def train(
             world.watch.at("agreeing with the other ranks")
             facts = control.exchange(Facts(stop=request.number, saving=parts.checkpoints.state))
             stop = facts.stop
-            save = due(config.checkpoint.every) or stop > 0
-            if due(config.tracker.every):
+            save = _due(config, config.checkpoint.every, step) or stop > 0
+            if _due(config, config.tracker.every, step):
                 tracker.log(step, lr)
             elif save:
                 tracker.settle()
             with tracker.paused():
                 world.watch.at("seeing to the last checkpoint", LONG)
                 parts.checkpoints.advance(facts.saving)
-                world.watch.at("validating", LONG)
-                if due(config.validation.every) and data.held_out:
-                    tracker.write({"step": step, **_validate(config, parts)})
-                world.watch.at("drawing samples", LONG)
-                if due(config.sample.every):
-                    _sample(config, world, parts, tracker, step)
+                if not stop:
+                    _look(config, world, parts, tracker, step)
                 world.watch.at("saving", LONG)
                 # What a step without a finite loss left behind is not worth keeping: the checkpoint before it is.
                 if save and tracker.steps_not_finite > 0:
@@ -159,6 +152,8 @@ def train(
                         parts.checkpoints.save(progress, strategy, parts.average)
                     else:
                         parts.checkpoints.begin(progress, strategy, parts.average)
+                if stop:  # after saving, since who asks to stop may not wait for long
+                    _look(config, world, parts, tracker, step)
         world.watch.at("ending", LONG)
         parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
@@ -166,6 +161,20 @@ def train(
     finally:
         batches.close()
         loader.close()
+
+
+def _due(config: Config, every: int, step: int) -> bool:
+    return every > 0 and (step % every == 0 or step == config.train.steps)
+
+
+def _look(config: Config, world: World, parts: Parts, tracker: Tracker, step: int) -> None:
+    """Held-out loss and samples, where they are due; collective."""
+    world.watch.at("validating", LONG)
+    if _due(config, config.validation.every, step) and parts.data.held_out:
+        tracker.write({"step": step, **_validate(config, parts)})
+    world.watch.at("drawing samples", LONG)
+    if _due(config, config.sample.every, step):
+        _sample(config, world, parts, tracker, step)
 
 
 def _validate(config: Config, parts: Parts) -> dict[str, float]:
