@@ -86,7 +86,7 @@ WORKS: dict[str, dict[str, Any]] = {
 OURS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
 LAYOUTS = {"": None, "nchw": False, "nhwc": True}
-LR, MAX_GRAD_NORM, SEED = 1e-4, 1.0, 0
+LR, MAX_GRAD_NORM, SEED = 1e-5, 1.0, 0
 BLOCK = 4  # steps between two looks at the clock
 
 
