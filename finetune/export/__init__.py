@@ -8,17 +8,19 @@ from finetune import UserError
 from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
 from finetune.terminal import Parser, quiet_libraries
 
-FORMATS = ("diffusers", "lora", "single-file")
-PLANNED = ("kohya",)
+FORMATS = ("diffusers", "lora", "kohya", "single-file")
+_FILES = ("kohya", "single-file")  # the others are folders
 
 _EXAMPLES = """examples:
   finetune export runs/first --format diffusers --out models/first
   finetune export runs/first --format diffusers --dtype float16 --checkpoint 2000 --out models/first-2000
   finetune export runs/style --format lora --out loras/style
+  finetune export runs/style --format kohya --out loras/style.safetensors
   finetune export runs/first --format single-file --dtype float16 --out models/first.safetensors
 
   diffusers   a folder for StableDiffusionPipeline.from_pretrained; an adapter is merged into the weights
   lora        a folder for load_lora_weights, from a run with adapter=lora
+  kohya       one .safetensors with the adapter as kohya's scripts name it, for WebUI and ComfyUI
   single-file one .safetensors with the keys of the first Stable Diffusion files, which most tools open
 """
 
@@ -33,25 +35,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_source_arguments(parser, "RUN", "a run's folder (for diffusers also a model: folder or hub id)")
     parser.add_argument("--format", required=True, metavar="|".join(FORMATS), help="what to write")
     parser.add_argument(
-        "--out", required=True, metavar="DIR|FILE", help="a folder that is new or empty; for single-file a file"
+        "--out",
+        required=True,
+        metavar="DIR|FILE",
+        help="a folder that is new or empty; for kohya and single-file a file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     add_weights_arguments(parser)
     arguments = parser.parse_args(argv)
-    if arguments.format in PLANNED:
-        raise UserError(
-            f"--format {arguments.format} is not available in this version; choose {' or '.join(FORMATS)}"
-        )
     if arguments.format not in FORMATS:
         raise UserError(f"--format {arguments.format}: unknown; choose {' or '.join(FORMATS)}")
 
     quiet_libraries()
     from finetune.export.folder import check_file, check_out
-    from finetune.export.lora import export_lora
+    from finetune.export.lora import export_kohya, export_lora
     from finetune.export.pipeline import export_pipeline
     from finetune.export.single_file import export_single_file
 
-    check = check_file if arguments.format == "single-file" else check_out
+    check = check_file if arguments.format in _FILES else check_out
     out = check(arguments.out, overwrite=arguments.overwrite)
     chosen = {
         "weights": arguments.weights,
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     if arguments.format == "lora":
         notices = export_lora(arguments.source, out, **chosen)
+    elif arguments.format == "kohya":
+        notices = export_kohya(arguments.source, out, **chosen)
     elif arguments.format == "single-file":
         notices = export_single_file(arguments.source, out, **chosen, revision=arguments.revision)
     else:

@@ -1,14 +1,15 @@
-"""A folder that diffusers' `load_lora_weights` takes."""
+"""A LoRA run's adapter alone: a folder for diffusers' `load_lora_weights`, or a file in kohya's format."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from finetune import UserError
-from finetune.export.folder import whole_folder
-from finetune.models.adapters import LORA_FILE, read_lora, save_lora
+from finetune.export.folder import whole_file, whole_folder
+from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
 from finetune.models.components import Weights, find_checkpoint, is_run
 
 
@@ -20,7 +21,7 @@ def export_lora(
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
-    """Write a LoRA run's adapter; the base model is not needed.
+    """Write a LoRA run's adapter into a folder; the base model is not needed.
 
     Returns:
         What the user should be told.
@@ -28,6 +29,37 @@ def export_lora(
     Raises:
         UserError: no run, or one that trained all weights.
     """
+    lora, notices = _adapter(run, weights, step, dtype)
+    with whole_folder(out) as target:
+        save_lora(target, lora.state, lora.alphas)
+    return notices
+
+
+def export_kohya(
+    run: str | Path,
+    out: Path,
+    *,
+    weights: Weights = "ema",
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[str, ...]:
+    """As `export_lora`, into a file as kohya-ss/sd-scripts writes it."""
+    lora, notices = _adapter(run, weights, step, dtype)
+    ranks = sorted({str(tensor.shape[0]) for name, tensor in lora.state.items() if ".lora_A." in name})
+    alphas = sorted({f"{alpha:g}" for alpha in lora.alphas.values()})
+    # Readers show these; each module's own stand beside its tensors.
+    told = {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
+    told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
+    told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
+    with whole_file(out) as file:
+        tensors = {key: tensor.contiguous() for key, tensor in lora_to_kohya(lora).items()}
+        save_file(tensors, file, metadata={"format": "pt", **told})
+    return notices
+
+
+def _adapter(
+    run: str | Path, weights: Weights, step: int | None, dtype: torch.dtype
+) -> tuple[Lora, tuple[str, ...]]:
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise UserError(f"no such run: {run}")
@@ -37,6 +69,4 @@ def export_lora(
     if not (checkpoint.weights / LORA_FILE).is_file():
         raise UserError(f"{run} trained all weights and has no LoRA; use --format diffusers")
     lora = read_lora(checkpoint.weights)
-    with whole_folder(out) as target:
-        save_lora(target, {key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.alphas)
-    return checkpoint.notices
+    return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), checkpoint.notices

@@ -183,6 +183,22 @@ def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapp
     os.replace(temporary, path)
 
 
+def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
+    """An adapter under the names of kohya-ss/sd-scripts (`networks/lora.py`), which WebUI and ComfyUI read.
+
+    `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and a scalar `.alpha`; `lora_te_` for the
+    text encoder.
+    """
+    made: dict[str, Tensor] = {}
+    for name, alpha in lora.alphas.items():
+        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[_component(name) or ""]
+        key = prefix + name.split(".", 1)[1].replace(".", "_")
+        down, up = lora.state[name + _DOWN], lora.state[name + _UP]
+        made[f"{key}.lora_down.weight"], made[f"{key}.lora_up.weight"] = down, up
+        made[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+    return made
+
+
 def read_lora(path: str | Path) -> Lora:
     """Read an adapter from a file or from a folder that holds `pytorch_lora_weights.safetensors`.
 

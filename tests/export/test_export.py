@@ -96,6 +96,19 @@ def test_load_lora_weights_draws_what_sample_draws(lora, base, tmp_path):
     assert np.abs(sampled(base, tmp_path / "added", "--lora", str(out)) - ours).max() <= 1
 
 
+def test_diffusers_draws_the_same_from_kohyas_format(lora, base, tmp_path):
+    out = tmp_path / "style.safetensors"
+    assert export.main([str(lora), "--format", "kohya", "--out", str(out)]) == 0
+    with safe_open(out, "pt") as file:
+        told, keys = file.metadata(), set(file.keys())
+        alphas = {file.get_tensor(key).item() for key in keys if key.endswith(".alpha")}
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.alpha" in keys
+    assert (told["ss_network_dim"], told["ss_network_alpha"], alphas) == ("4", "10", {10.0})
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(tmp_path, weight_name=out.name)
+    assert np.abs(sampled(lora, tmp_path / "pictures") - drawn(pipe)).max() < 0.51
+
+
 def test_the_adapter_is_exported_exactly(lora, tmp_path):
     export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "out")])
     trained = lora / "checkpoints" / f"step-{fakes.STEP:08d}" / "ema" / LORA_FILE
@@ -190,7 +203,7 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
     (empty / "checkpoints").mkdir(parents=True)
     (empty / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
     for line, argv in {
-        "--format kohya is not available in this version": [str(full), "--format", "kohya", *out],
+        "has no LoRA; use": [str(full), "--format", "kohya", "--out", str(tmp_path / "out.safetensors")],
         "--format onnx: unknown": [str(full), "--format", "onnx", *out],
         "required: --format": [str(full), *out],
         "trained all weights and has no LoRA": [str(full), "--format", "lora", *out],
