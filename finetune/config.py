@@ -87,6 +87,8 @@ class AdapterConfig:
     rank: int = 16
     alpha: float = 16.0
     dropout: float = 0.0
+    rank_stabilized: bool = False  # alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv 2312.03732)
+    ranks: dict[str, Any] = field(default_factory=dict)  # of parts: adapter.ranks.up_blocks=32; 0 leaves one alone
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 
@@ -134,6 +136,7 @@ class JointOptimConfig(OptimConfig):
     """Of the U-Net, and of the text encoder where that is trained."""
 
     text_encoder_lr: float | None = None  # null: lr
+    lr_ratios: dict[str, Any] = field(default_factory=dict)  # of parts: optim.lr_ratios.up_blocks=0.5 times lr
 
 
 @dataclass

@@ -21,10 +21,11 @@ from finetune.data.loader import Data
 from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.loop import Parts
-from finetune.models.adapters import TEXT_TARGETS, add_lora
+from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
 from finetune.models.components import scheduler_config
 from finetune.models.layout import store_channels_last
+from finetune.models.parts import flat, part_of, require_parts
 from finetune.models.text import (
     build_text_encoder,
     encode_text,
@@ -142,6 +143,14 @@ def check(config: Config) -> None:
     on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
     if config.strategy.kind == "zero" and config.train.precision == "fp16" and on_cpu:
         raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
+    for key, parts in (("adapter.ranks", config.adapter.ranks), ("optim.lr_ratios", config.optim.lr_ratios)):
+        require(
+            {f"{key}.{part}": value for part, value in flat(parts).items()},
+            lambda v: v >= 0,
+            "must not be negative",
+        )
+    whole = {f"adapter.ranks.{part}": rank for part, rank in flat(config.adapter.ranks).items()}
+    require(whole, lambda rank: rank == int(rank), "is no whole number")
     if config.adapter.kind == "lora" and config.model.pretrained is None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
@@ -292,6 +301,9 @@ def build(config: Config, world: World, run: Path) -> Parts:
     unet.requires_grad_(config.adapter.kind == "full")
     text_encoder.requires_grad_(train_text and config.adapter.kind == "full")
     if config.adapter.kind == "lora":
+        ranks = {part: int(rank) for part, rank in flat(config.adapter.ranks).items()}
+        adapted = [unet, text_encoder] if train_text else [unet]
+        require_parts("adapter.ranks", ranks, [name for model in adapted for name, _ in model.named_modules()])
         for part, targets, name in (
             (unet, config.adapter.targets, "unet"),
             (text_encoder, TEXT_TARGETS, "text_encoder"),
@@ -302,6 +314,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
                     config.adapter.rank,
                     config.adapter.alpha,
                     dropout=config.adapter.dropout,
+                    ranks=ranks,
+                    rank_stabilized=config.adapter.rank_stabilized,
                     target_modules=targets,
                     seed=fold(config.seed, f"{name} lora"),
                 )
@@ -342,7 +356,9 @@ def build(config: Config, world: World, run: Path) -> Parts:
         average = Average.starting_at(weights, config.ema.halflife_images, config.ema.rampup_ratio)
     layout = Layout(
         {"unet": unet, "text_encoder": text_encoder},
-        config.adapter.alpha if config.adapter.kind == "lora" else None,
+        lora_alphas("unet", unet) | lora_alphas("text_encoder", text_encoder)
+        if config.adapter.kind == "lora"
+        else None,
     )
     memory_gib = config.checkpoint.memory_gib
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
@@ -394,9 +410,7 @@ def _strategy(
             f"text_encoder.{n}": p for n, p in model.conditioner.encoder.named_parameters() if p.requires_grad
         },
     }
-    text_lr = config.optim.text_encoder_lr
-    ratios = {"unet": 1.0, "text_encoder": 1.0 if text_lr is None else text_lr / config.optim.lr}
-    groups = [ParamGroup(name, named, ratios[name]) for name, named in parameters.items() if named]
+    groups = _groups(config, parameters)
     adamw = AdamW(config.optim.beta1, config.optim.beta2, config.optim.eps, config.optim.weight_decay)
     common: dict[str, Any] = {
         "adamw": adamw,
@@ -417,6 +431,20 @@ def _strategy(
     )
 
 
+def _groups(config: Config, parameters: dict[str, dict[str, nn.Parameter]]) -> list[ParamGroup]:
+    """Parameters of a component that have one learning rate."""
+    text_lr, own = config.optim.text_encoder_lr, flat(config.optim.lr_ratios)
+    require_parts("optim.lr_ratios", own, [name for named in parameters.values() for name in named])
+    groups: list[ParamGroup] = []
+    for component, named in parameters.items():
+        usual = text_lr / config.optim.lr if component == "text_encoder" and text_lr is not None else 1.0
+        by_ratio: dict[float, dict[str, nn.Parameter]] = {}
+        for name, parameter in named.items():
+            by_ratio.setdefault(own.get(part_of(name, own) or "", usual), {})[name] = parameter
+        groups += [ParamGroup(component, some, ratio) for ratio, some in sorted(by_ratio.items(), reverse=True)]
+    return groups
+
+
 def depends_on(config: Config, data: Data) -> dict[str, Any]:
     """What a run must keep to be the same run when it goes on, by config key."""
     adapter = (
@@ -424,6 +452,8 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
             "rank": config.adapter.rank,
             "alpha": config.adapter.alpha,
             "targets": sorted(config.adapter.targets),
+            "ranks": flat(config.adapter.ranks),
+            "rank_stabilized": config.adapter.rank_stabilized,
         }
         if config.adapter.kind == "lora"
         else {}

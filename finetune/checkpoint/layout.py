@@ -20,15 +20,15 @@ class Layout:
     """How trained parameters are named in files.
 
     `components` maps `unet` and `text_encoder` to the modules whose configuration stands beside their weights;
-    `lora_alpha` is None for full fine-tuning, else the adapter's alpha.
+    `lora_alphas` is None for full fine-tuning, else alpha by adapted module, or one for all.
     """
 
     components: Mapping[str, nn.Module]
-    lora_alpha: float | None = None
+    lora_alphas: float | Mapping[str, float] | None = None
 
     def locate(self, name: str) -> tuple[str, str]:
         """(file, key) of a parameter, as `unet.conv_in.weight`, inside `weights/` or `ema/`."""
-        if self.lora_alpha is not None:
+        if self.lora_alphas is not None:
             return LORA_FILE, lora_key(name)
         component, _, key = name.partition(".")
         if component == "text_encoder" and not key.startswith("text_model."):
@@ -37,15 +37,15 @@ class Layout:
 
     def metadata(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """What stands in the header of a file of weights that holds tensors of these shapes by key."""
-        if self.lora_alpha is None:
+        if self.lora_alphas is None:
             return {"format": "pt"}
         return lora_metadata(
-            {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}, self.lora_alpha
+            {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}, self.lora_alphas
         )
 
     def write_configs(self, folder: Path, files: Sequence[str]) -> None:
         """Put the configuration of its model beside each of `files`, weights under `folder`."""
-        if self.lora_alpha is not None:
+        if self.lora_alphas is not None:
             return
         for component in sorted({file.split("/")[0] for file in files}):
             (folder / component).mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune import UserError, first_line
+from finetune.models.parts import part_of
 from finetune.rng import fold
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -45,6 +46,8 @@ def add_lora(
     *,
     dropout: float = 0.0,
     target_modules: Sequence[str] = UNET_TARGETS,
+    ranks: Mapping[str, int] | None = None,
+    rank_stabilized: bool = False,
     seed: int = 0,
 ) -> list[str]:
     """Freeze a diffusers or transformers model and give it a trainable adapter that changes nothing at first.
@@ -54,6 +57,10 @@ def add_lora(
 
     Args:
         target_modules: a module whose name is one of these, or ends with one behind a dot, is adapted.
+        ranks: by part of the model (see `parts.part_of`), instead of `rank`, with alpha in the same ratio; 0 leaves
+            a part as it is.
+        rank_stabilized: the update's factor is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732, theorem
+            3.2).
 
     Returns:
         The names of the trainable parameters, in the model's order.
@@ -67,10 +74,23 @@ def add_lora(
     for target in target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):
             raise UserError(f"LoRA target {target!r} is no module of {type(module).__name__}")
+    targets, ranks = tuple(f".{target}" for target in target_modules), ranks or {}
+    own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in names if f".{name}".endswith(targets)}
+    own = {name: value for name, value in own.items() if value > 0}
+    if not own:
+        raise UserError("LoRA with rank 0 everywhere trains nothing: raise adapter.rank or adapter.ranks")
     module.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):  # peft draws weights that are drawn anew below
         cast(Any, module).add_adapter(
-            LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(target_modules)),
+            LoraConfig(
+                r=rank,
+                lora_alpha=alpha,  # type: ignore[arg-type] # peft divides it, whatever it is
+                lora_dropout=dropout,
+                target_modules=list(own),
+                rank_pattern={name: value for name, value in own.items() if value != rank},
+                alpha_pattern={name: alpha * value / rank for name, value in own.items() if value != rank},  # type: ignore[misc]
+                use_rslora=rank_stabilized,
+            ),
             adapter_name=_ADAPTER,
         )
     trainable = []
@@ -81,6 +101,15 @@ def add_lora(
         parameter.requires_grad_(True)
         trainable.append(name)
     return trainable
+
+
+def lora_alphas(component: str, module: nn.Module) -> dict[str, float]:
+    """Alpha of each adapted module, by its name in the file: what makes alpha / rank the factor that is used."""
+    found: dict[str, float] = {}
+    for name, layer in module.named_modules():
+        if isinstance(getattr(layer, "scaling", None), dict) and _ADAPTER in layer.scaling:
+            found[_canonical(f"{component}.{name}")] = layer.scaling[_ADAPTER] * layer.r[_ADAPTER]  # type: ignore[index,operator]
+    return found
 
 
 def lora_key(name: str) -> str:

@@ -37,7 +37,7 @@ def test_full_weights_lie_in_the_diffusers_layout() -> None:
 
 
 def test_adapters_lie_in_the_file_that_diffusers_loads() -> None:
-    layout = Layout({}, lora_alpha=8.0)
+    layout = Layout({}, lora_alphas=8.0)
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     assert layout.locate(f"unet.{name}.lora_A.default.weight") == (LORA_FILE, f"unet.{name}.lora_A.weight")
     assert layout.locate("text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.default.weight") == (

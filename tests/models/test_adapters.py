@@ -178,3 +178,36 @@ def test_mistakes_are_named(tmp_path):
     alone = adapters.Lora({"unet.a.lora_A.weight": torch.zeros(2, 3)}, {"unet.a": 1.0})
     with pytest.raises(UserError, match="no lora_B for unet"):
         adapters.merge_lora({"unet": unet}, alone)
+
+
+@pytest.mark.parametrize("rank_stabilized", [False, True])
+def test_ranks_of_parts_and_the_stabilized_factor_are_in_the_file(tmp_path, rank_stabilized):
+    """What peft computes with them is what merging the file computes, and what peft makes of its metadata."""
+    ranks = {"up_blocks": 8, "down_blocks.0": 0, "mid_block.attentions.0": 2}
+    unet = build_unet(TINY)
+    names = adapters.add_lora(unet, 4, 6.0, ranks=ranks, rank_stabilized=rank_stabilized, seed=1)
+    parameters = dict(unet.named_parameters())
+    for name in names:
+        if "lora_B" in name:
+            parameters[name].data = 0.1 * torch.randn(parameters[name].shape)
+    state = adapters.lora_to_diffusers({f"unet.{name}": parameters[name].detach() for name in names})
+    widths = {key: len(tensor) for key, tensor in state.items() if ".lora_A." in key}
+    assert {rank for key, rank in widths.items() if ".up_blocks." in key} == {8}
+    assert {rank for key, rank in widths.items() if ".mid_block." in key} == {2}
+    assert not any(".down_blocks.0." in key for key in widths)
+    adapters.save_lora(tmp_path, state, adapters.lora_alphas("unet", unet))
+    read = adapters.read_lora(tmp_path)
+    for name, scale in read.scales.items():
+        rank = len(read.state[f"{name}.lora_A.weight"])
+        assert scale == pytest.approx(6.0 / 4 * (rank**0.5 if rank_stabilized else 1))
+    merged = build_unet(TINY)
+    adapters.merge_lora({"unet": merged}, read)
+    torch.testing.assert_close(predict(merged), predict(unet), rtol=1e-4, atol=1e-5)
+    loaded = build_unet(TINY)
+    loaded.load_lora_adapter(tmp_path, prefix="unet", weight_name=adapters.LORA_FILE, use_safetensors=True)
+    torch.testing.assert_close(predict(loaded), predict(unet), rtol=1e-4, atol=1e-5)
+
+
+def test_rank_0_everywhere_is_refused():
+    with pytest.raises(UserError, match="trains nothing"):
+        adapters.add_lora(build_unet(TINY), 4, 6.0, ranks={"up_blocks": 0, "down_blocks": 0, "mid_block": 0})
