@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "steps": str(arguments.steps),
         "guidance": f"{guidance:g}",
         **({"guidance rescale": f"{rescale:g}"} if rescale else {}),
-        "scheduler": arguments.scheduler or "default",
+        "scheduler": arguments.scheduler or ("euler" if parts.is_flow else "ddim"),
         "size": f"{width}x{height}",
         "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
         **({"lora": arguments.lora} if arguments.lora else {}),

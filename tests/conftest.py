@@ -172,9 +172,9 @@ def launch_command(processes: int, overrides: Sequence[str]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """One thread a process, no GPU, no network."""
+    """One thread a process, no GPU, no network, and no W&B service of another process."""
     quiet = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    return {**os.environ, **quiet}
+    return {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"} | quiet
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

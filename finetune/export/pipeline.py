@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from finetune import UserError
 from finetune.export.folder import whole_folder
-from finetune.models.components import FLOW_SCHEDULER, Weights, load_components
+from finetune.models.components import Weights, load_components
 from finetune.models.text import save_text_encoder, save_tokenizer
 from finetune.sampling import make_scheduler
 
@@ -38,7 +38,7 @@ def export_pipeline(
             f"the autoencoder of {source} shifts latents by {parts.latents.shift}, which "
             "StableDiffusionPipeline ignores: its pictures would be wrong"
         )
-    if parts.scheduler.get("_class_name") == FLOW_SCHEDULER:
+    if parts.is_flow:
         raise UserError(
             f"{source} predicts the flow, which StableDiffusionPipeline cannot sample: draw from it with "
             "`finetune sample`"

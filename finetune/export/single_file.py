@@ -12,7 +12,7 @@ from torch import Tensor
 from finetune import UserError
 from finetune.export.folder import whole_file
 from finetune.models import ldm_keys
-from finetune.models.components import FLOW_SCHEDULER, Components, Weights, load_components
+from finetune.models.components import Components, Weights, load_components
 
 SCALE = 0.18215  # what readers take latents of Stable Diffusion 1.x and 2.x to be multiplied by
 
@@ -37,7 +37,7 @@ def export_single_file(
         UserError: the source cannot be loaded, or a reader of such files would take it for something else.
     """
     parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision)
-    if parts.scheduler.get("_class_name") == FLOW_SCHEDULER:
+    if parts.is_flow:
         raise UserError(
             f"{source} predicts the flow, which no reader of such files expects; use --format diffusers"
         )

@@ -55,6 +55,11 @@ class Components:
     notices: tuple[str, ...] = ()  # what the user should be told
 
     @property
+    def is_flow(self) -> bool:
+        """Whether the U-Net predicts a flow (see `scheduler_config`)."""
+        return self.scheduler.get("_class_name") == FLOW_SCHEDULER
+
+    @property
     def downsample(self) -> int:
         """Pixels per latent cell along each side."""
         return downsample_factor(self.vae)
