@@ -1,0 +1,152 @@
+"""Which configurations make no sense: refused before anything is loaded."""
+
+from __future__ import annotations
+
+import torch
+
+from finetune import UserError, diffusion, lr, tracking
+from finetune.config import Config, require, require_choice
+from finetune.models.parts import flat
+
+
+def check(config: Config) -> None:
+    """Refuse values out of range and contradictions, before anything is loaded.
+
+    Raises:
+        UserError: names the key, its value and what it may be.
+    """
+    if config.strategy.offload == "nvme":
+        # DeepSpeed keeps masters and moments on the disk between steps and brings them a part at a time while it
+        # steps. The average follows the masters at each step, checkpoints take all of them: both would read the
+        # disk beside it. The largest U-Net (SDXL's, 2.6 billion weights) needs 42 GB for them over all machines.
+        raise UserError(
+            "strategy.offload=nvme is not supported: averages and checkpoints need masters and moments in memory; "
+            "choose strategy.offload=cpu"
+        )
+    schedule, objective = config.model.scheduler, config.objective
+    require_choice(
+        {
+            "adapter.kind": (config.adapter.kind, ("full", "lora")),
+            "task.name": (config.task.name, ("text_to_image",)),
+            "objective.prediction": (objective.prediction, diffusion.PREDICTIONS),
+            "objective.weighting": (objective.weighting, diffusion.WEIGHTINGS),
+            "objective.loss": (objective.loss, diffusion.LOSSES),
+            "objective.timesteps": (objective.timesteps, diffusion.TIMESTEPS),
+            "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
+            "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
+            "strategy.offload": (config.strategy.offload, ("none", "cpu")),
+            "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
+            "tracker.mode": (config.tracker.mode, tracking.MODES),
+            "model.scheduler.beta_schedule": (schedule.beta_schedule, diffusion.BETA_SCHEDULES),
+            "model.scheduler.timestep_spacing": (schedule.timestep_spacing, ("leading", "trailing", "linspace")),
+        }
+    )
+    positive = {
+        "train.steps": config.train.steps,
+        "train.global_batch": config.train.global_batch,
+        "train.micro_batch": 1 if config.train.micro_batch is None else config.train.micro_batch,
+        "optim.lr": config.optim.lr,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.memory_gib": 1 if config.checkpoint.memory_gib is None else config.checkpoint.memory_gib,
+        "tracker.every": config.tracker.every,
+        "validation.timesteps": config.validation.timesteps,
+        "sample.steps": config.sample.steps,
+        "data.readers": config.data.readers,
+        "data.prefetch": config.data.prefetch,
+        "data.shuffle_window": config.data.shuffle_window,
+        "data.lanes": config.data.lanes,
+        "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
+        "train.threads": 1 if config.train.threads is None else config.train.threads,
+        "optim.eps": config.optim.eps,
+        "ema.halflife_images": config.ema.halflife_images,
+        "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
+        "watch.start_s": config.watch.start_s,
+        "model.scheduler.shift": schedule.shift,
+        "objective.gamma": objective.gamma,
+        "objective.huber_delta": objective.huber_delta,
+        "objective.logit_std": objective.logit_std,
+    }
+    require(positive, lambda value: value > 0, "must be greater than 0")
+    not_negative = {
+        "optim.warmup_images": config.optim.warmup_images,
+        "optim.weight_decay": config.optim.weight_decay,
+        "optim.max_grad_norm": config.optim.max_grad_norm,
+        "sample.every": config.sample.every,
+        "validation.every": config.validation.every,
+        "validation.samples": config.validation.samples,
+        "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
+        "optim.final_lr_ratio": config.optim.final_lr_ratio,
+        "ema.rampup_ratio": config.ema.rampup_ratio,
+        "objective.p2_k": objective.p2_k,
+        "objective.offset_noise": objective.offset_noise,
+        "objective.input_perturbation": objective.input_perturbation,
+    }
+    require(not_negative, lambda value: value >= 0, "must not be negative")
+    bounds = {"watch.lost_s": config.watch.lost_s, "watch.stalled_s": config.watch.stalled_s}
+    require(bounds, lambda value: value == 0 or value >= 1, "is in seconds: at least 1, or 0 for never")
+    betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}
+    require(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
+    noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}
+    require(noise, lambda value: 0 < value < 1, "is a variance: between 0 and 1")
+    seeds = {"seed": config.seed, "sample.seed": config.sample.seed}
+    require(seeds, lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
+    if config.sample.steps > schedule.num_train_timesteps:
+        raise UserError(
+            f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
+        )
+    _check_objective(config)
+    if not 0 <= config.task.caption_dropout <= 1:
+        raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
+    if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
+        raise UserError(
+            "sample.prompts is empty: give prompts, leave it out for held-out captions, or sample.every=0"
+        )
+    if config.strategy.kind == "zero" and config.strategy.stage not in (1, 2, 3):
+        raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
+    if config.strategy.kind == "ddp" and config.strategy.offload != "none":
+        raise UserError("strategy.offload=cpu is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload")
+    on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
+    if config.strategy.kind == "zero" and config.train.precision == "fp16" and on_cpu:
+        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
+    for key, parts in (("adapter.ranks", config.adapter.ranks), ("optim.lr_ratios", config.optim.lr_ratios)):
+        require(
+            {f"{key}.{part}": value for part, value in flat(parts).items()},
+            lambda v: v >= 0,
+            "must not be negative",
+        )
+    whole = {f"adapter.ranks.{part}": rank for part, rank in flat(config.adapter.ranks).items()}
+    require(whole, lambda rank: rank == int(rank), "is no whole number")
+    if config.adapter.kind == "lora" and config.model.pretrained is None:
+        raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
+    if config.model.pretrained is None and not config.model.unet:
+        raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def _check_objective(config: Config) -> None:
+    """Refuse what contradicts itself."""
+    schedule, objective = config.model.scheduler, config.objective
+    if not 0 <= config.sample.guidance_rescale <= 1:
+        raise UserError(f"sample.guidance_rescale={config.sample.guidance_rescale} is a share: 0 to 1")
+    if objective.prediction == "flow":
+        if schedule.rescale_betas_zero_snr:
+            raise UserError(
+                "model.scheduler.rescale_betas_zero_snr is of beta schedules, objective.prediction=flow has none: "
+                "its last timestep is pure noise already"
+            )
+        return
+    if schedule.shift != 1:
+        raise UserError(
+            f"model.scheduler.shift={schedule.shift:g} is of objective.prediction=flow alone; leave it at 1"
+        )
+    if schedule.rescale_betas_zero_snr:
+        if objective.prediction == "epsilon":
+            raise UserError(
+                "objective.prediction=epsilon says nothing of a latent at the pure noise that "
+                "model.scheduler.rescale_betas_zero_snr makes of the last timestep: use objective=v_zero_snr"
+            )
+        if schedule.timestep_spacing != "trailing":
+            raise UserError(
+                "model.scheduler.rescale_betas_zero_snr needs model.scheduler.timestep_spacing=trailing: else "
+                "sampling never begins at the last timestep"
+            )
