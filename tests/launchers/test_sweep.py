@@ -121,6 +121,7 @@ def settings(overrides: list[str]) -> list[str]:
     return [word for word in overrides if not word.startswith(("run.dir", "train.steps"))] + ["train.steps=100"]
 
 
+@pytest.mark.slow
 def test_slurms_jobs_of_a_sweep_are_stopped_requeued_and_go_on(
     slurm: Cluster, settings: list[str], tmp_path: Path
 ) -> None:
