@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,8 @@ STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (sysexits' EX_TEMPFAIL)."""
 PEER_LOST = 69
 """Exit code of a rank that another rank's death or silence has ended (sysexits' EX_UNAVAILABLE)."""
+
+E = TypeVar("E", bound=BaseException)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of an `OSError` that `run_cli` has words for."""
@@ -27,6 +29,17 @@ class UserError(Exception):
 
 class PeerLostError(Exception):
     """Another rank, or the store where ranks meet, is gone. Its text is one line; a retry may mend it."""
+
+
+def by_all(error: E) -> E:
+    """Mark an error as one that every rank raises: one rank's line is enough."""
+    error.is_by_all = True  # type: ignore[attr-defined]
+    return error
+
+
+def is_by_all(error: BaseException) -> bool:
+    """Whether every rank raises this error (see `by_all`)."""
+    return getattr(error, "is_by_all", False)
 
 
 def first_line(error: BaseException) -> str:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import time
 import warnings
+from collections.abc import Callable
 from typing import Any, NoReturn
 
-from finetune import UserError
+from finetune import UserError, is_by_all
+
+_LATE_SECONDS = 5.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -20,6 +24,25 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def speak_in_turn(main: Callable[[], int]) -> int:
+    """Run a command that a launcher starts on several ranks, and leave a mistake of all to rank 0's line.
+
+    Raises:
+        UserError: the command's, with the rank in front where that is not rank 0.
+    """
+    try:
+        return main()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        if not rank.isdecimal() or int(rank) == 0:
+            raise
+        # A launcher ends all ranks with the first one: most errors are everyone's, and rank 0 says them best.
+        time.sleep(_LATE_SECONDS)
+        if is_by_all(error):
+            return 2
+        raise UserError(f"[rank {rank}] {error}") from None
 
 
 def quiet_libraries() -> None:

@@ -9,16 +9,15 @@ import contextlib
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import STOPPED, UserError, run_cli
+from finetune import STOPPED, UserError, is_by_all, run_cli
 from finetune.config import Config, compose, describe
-from finetune.terminal import quiet_libraries
+from finetune.terminal import quiet_libraries, speak_in_turn
 
 if TYPE_CHECKING:
     from finetune.distributed import StopRequest
@@ -48,24 +47,19 @@ def main(argv: list[str]) -> int:
         return 0
     # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    return speak_in_turn(lambda: _main(argv))
+
+
+def _main(argv: list[str]) -> int:
     overrides = [word for word in argv if word != "--print"]
-    try:
-        if unknown := [word for word in overrides if word.startswith("-")]:
-            raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune train --help")
-        config, composed = compose("train", overrides, Config)
-        if "--print" in argv:
-            print(OmegaConf.to_yaml(composed), end="")
-            return 0
-        with _stopped_at_once():
-            return run(config, composed)
-    except UserError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank > 0:
-            # A launcher ends all ranks with the first one: most errors are everyone's, and rank 0 says them best.
-            time.sleep(5)
-            if getattr(error, "everywhere", False):
-                return 2
-        raise UserError(f"[rank {rank}] {error}" if rank > 0 else str(error)) from None
+    if unknown := [word for word in overrides if word.startswith("-")]:
+        raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune train --help")
+    config, composed = compose("train", overrides, Config)
+    if "--print" in argv:
+        print(OmegaConf.to_yaml(composed), end="")
+        return 0
+    with _stopped_at_once():
+        return run(config, composed)
 
 
 @contextlib.contextmanager
@@ -149,7 +143,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
     except BaseException as error:
         world.watch.judge(error)
         # Leaving a group whose members are gone may take forever; the process is about to end anyway.
-        if world.size == 1 or getattr(error, "everywhere", False):
+        if world.size == 1 or is_by_all(error):
             distributed.stop()
         raise
     finally:

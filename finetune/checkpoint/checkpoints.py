@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from finetune import UserError
+from finetune import UserError, by_all
 from finetune.checkpoint.host import HostMemory, free_host_memory
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
@@ -215,9 +215,11 @@ class Checkpoints:
                 return
             if more:
                 self._say(f"note: trying to save step {progress.step} once more")
-        raise _everywhere(
-            f"cannot save {final}: {self._last_error}; the checkpoints before it are untouched: "
-            "make room and start the same command again"
+        raise by_all(
+            UserError(
+                f"cannot save {final}: {self._last_error}; the checkpoints before it are untouched: "
+                "make room and start the same command again"
+            )
         )
 
     def finish(self) -> None:
@@ -413,9 +415,11 @@ class Checkpoints:
             self.say(line)
 
     def _stalled(self, final: Path) -> UserError:
-        return _everywhere(
-            f"cannot save {final}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s; the checkpoints before "
-            "it are untouched: start the same command again when the disk answers"
+        return by_all(
+            UserError(
+                f"cannot save {final}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s; the checkpoints "
+                "before it are untouched: start the same command again when the disk answers"
+            )
         )
 
     def _final(self, step: int) -> Path:
@@ -488,9 +492,3 @@ def _pair(file: str, key: str) -> tuple[str, str]:
 
 def _once(data: bytes) -> list[memoryview]:
     return [memoryview(data)]
-
-
-def _everywhere(line: str) -> UserError:
-    error = UserError(line)
-    error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
-    return error

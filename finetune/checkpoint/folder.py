@@ -10,7 +10,7 @@ import socket
 import time
 from pathlib import Path
 
-from finetune import UserError
+from finetune import UserError, by_all
 from finetune.distributed import World
 
 _LOOK_SECONDS = 10.0  # a network file system may show a new file late
@@ -70,12 +70,12 @@ def require_shared(world: World, path: str | Path, seconds: float = _LOOK_SECOND
         (folder / token).unlink(missing_ok=True)
     for rank, fault in enumerate(faults):
         if fault is not None:
-            error = UserError(
-                f"run.dir={folder} on rank {rank} ({fault[0]}) {fault[1]}: choose a run.dir on a file system that "
-                "all machines share"
+            raise by_all(
+                UserError(
+                    f"run.dir={folder} on rank {rank} ({fault[0]}) {fault[1]}: choose a run.dir on a file system "
+                    "that all machines share"
+                )
             )
-            error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
-            raise error
 
 
 def _leave_token(folder: Path) -> str:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune import PeerLostError, UserError, first_line
+from finetune import PeerLostError, UserError, by_all, first_line
 from finetune.distributed.watch import Bounds, Watch
 
 T = TypeVar("T")
@@ -61,8 +61,7 @@ class World:
                 error = caught
         result, error = self.broadcast((result, error))
         if error is not None:
-            error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
-            raise error
+            raise by_all(error)
         return result  # type: ignore[return-value]
 
     def gather(self, value: T) -> list[T]:

@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from finetune import UserError, first_line
+from finetune import UserError, first_line, is_by_all
 from finetune.doctor.table import FAIL, Row, ranks_text
 
 TICK_S = 1.0  # between two beats
@@ -97,7 +97,7 @@ class Board:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self._store is not None and isinstance(error, Exception) and not getattr(error, "everywhere", False):
+        if self._store is not None and isinstance(error, Exception) and not is_by_all(error):
             traceback.print_exception(error)
             said = f"rank {self.rank} on {self._host}: {type(error).__name__}: {first_line(error)[:200]}"
             row = Row(self._name, FAIL, said, "look at what that rank said")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import time
 
 from finetune import UserError
 from finetune.config import Config, compose
-from finetune.terminal import quiet_libraries
+from finetune.terminal import quiet_libraries, speak_in_turn
 
 USAGE = """\
 usage: finetune doctor [KEY=VALUE ...]
@@ -29,8 +28,6 @@ options:
   -h, --help    this text
 """
 
-_LATE_S = 5.0  # a launcher ends all ranks with the first one: rank 0 speaks before
-
 
 def main(argv: list[str]) -> int:
     """Examine this launch; returns the exit code.
@@ -41,22 +38,18 @@ def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
         print(USAGE, end="")
         return 0
-    rank = _number("RANK", 0)
-    try:
-        if unknown := [word for word in argv if word.startswith("-")]:
-            raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune doctor --help")
-        config, composed = compose("train", argv, Config)
-        quiet_libraries()
-        from finetune.doctor import examine
+    return speak_in_turn(lambda: _main(argv))
 
-        return examine.run(config, composed, rank, _number("WORLD_SIZE", 1))
-    except UserError as error:
-        if rank > 0:
-            time.sleep(_LATE_S)
-            if getattr(error, "everywhere", False):
-                return 2
-            raise UserError(f"[rank {rank}] {error}") from None
-        raise
+
+def _main(argv: list[str]) -> int:
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if unknown := [word for word in argv if word.startswith("-")]:
+        raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune doctor --help")
+    config, composed = compose("train", argv, Config)
+    quiet_libraries()
+    from finetune.doctor import examine
+
+    return examine.run(config, composed, rank, size)
 
 
 def _number(name: str, default: int) -> int:

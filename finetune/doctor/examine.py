@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig
 
-from finetune import UserError, build, distributed
+from finetune import UserError, build, by_all, distributed
 from finetune.config import Config
 from finetune.doctor import files, launch, memory, network, pieces, saving, steps
 from finetune.doctor.board import Board
@@ -127,9 +127,7 @@ def _prepare(context: Context, tidy: Tidy) -> None:
 
     outcome = context.exchange("folder", "preparing run.dir", make)[0]
     if outcome.error is not None:
-        error = UserError(outcome.error)
-        error.everywhere = True  # type: ignore[attr-defined] # one rank's line is enough
-        raise error
+        raise by_all(UserError(outcome.error))
 
 
 def _borrow(context: Context, tidy: Tidy) -> None:
