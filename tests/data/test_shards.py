@@ -49,13 +49,13 @@ def record(number: int) -> dict[str, object]:
 
 
 def write_set(root: Path, samples: int = 11, max_samples: int = 3, **changes: bytes) -> Manifest:
-    """Latents of two buckets; every fourth sample has a mask. `changes` replaces members of sample 5."""
+    """Latents of two buckets; every fourth sample has a depth map. `changes` replaces members of sample 5."""
     with ShardWriter(root, "latents", max_samples=max_samples) as writer:
         for number in range(samples):
             bucket = BUCKETS[number % 3 == 0]
             members = {"latent.npy": latent_bytes(moments(number, bucket)), "json": json_bytes(record(number))}
             if number % 4 == 3:
-                members["mask.png"] = bytes([number]) * 700
+                members["depth.png"] = bytes([number]) * 700
             if number == 5:
                 members.update({name.replace("__", "."): data for name, data in changes.items()})
             writer.write(f"k{number:03d}", members, bucket)
@@ -139,12 +139,12 @@ def test_read_gives_back_what_was_written(root: Path) -> None:
         assert sample["__key__"] == f"k{number:03d}"
         assert sample["latent.npy"] == latent_bytes(moments(number, BUCKETS[number % 3 == 0]))
         assert shards.read_json(sample_id) == record(number)
-        assert shards.has_member(sample_id, "mask.png") == ("mask.png" in sample) == (number % 4 == 3)
+        assert shards.has_member(sample_id, "depth.png") == ("depth.png" in sample) == (number % 4 == 3)
         if number % 4 == 3:
-            assert shards.read_member(sample_id, "mask.png") == bytes([number]) * 700
+            assert shards.read_member(sample_id, "depth.png") == bytes([number]) * 700
         else:
-            with pytest.raises(ShardError, match=r"sample \d+ has no member 'mask.png', only latent.npy, json"):
-                shards.read_member(sample_id, "mask.png")
+            with pytest.raises(ShardError, match=r"sample \d+ has no member 'depth.png', only latent.npy, json"):
+                shards.read_member(sample_id, "depth.png")
     assert seen == set(range(11))
 
 

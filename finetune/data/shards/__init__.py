@@ -7,7 +7,7 @@
 The tars are plain: `webdataset` and `datasets` read them unaided. The index gives any sample in one `pread`.
 A latent sample is `KEY.latent.npy` (float16 [2C, h, w]: posterior mean, then standard deviation, unscaled)
 and `KEY.json`; an image sample is `KEY.jpg|png|webp` with `KEY.json` or `KEY.txt`. Any other member is
-optional.
+optional; `labels` says which there are, and where classes and boxes stand.
 
 Sample ids 0..N-1 number the samples in the order of the manifest's shards. A shard holds one aspect bucket.
 A set may lie elsewhere (`s3://`, `gs://`, `https://`, `pipe:`): its shards are then copied, as they are needed,
@@ -18,6 +18,7 @@ This package knows neither torch nor pictures, and needs a POSIX system (`pread`
     files       names, .npy bytes, files that are whole or absent
     store       URLs and pipes: files from elsewhere, tried again when they break
     cache       copies of remote shards on this machine, bounded, fetched ahead of need
+    labels      classes, boxes, maps, masks: their names and forms
     manifest    what a folder of shards holds
     writer      samples -> shards
     reader      sample ids -> samples, at random
@@ -38,6 +39,18 @@ from finetune.data.shards.files import (
     parse_npy,
     write_atomic,
 )
+from finetune.data.shards.labels import (
+    CLASSES,
+    HOLE,
+    LOWRES,
+    MAP,
+    MASK,
+    MASKED,
+    UNLABELLED,
+    parse_boxes,
+    parse_classes,
+    write_classes,
+)
 from finetune.data.shards.manifest import (
     FORMAT_VERSION,
     Bucket,
@@ -54,12 +67,19 @@ from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 
 __all__ = [
+    "CLASSES",
     "EMPTY_TEXT",
     "FORMAT_VERSION",
+    "HOLE",
     "IMAGE_MEMBERS",
     "LATENT",
+    "LOWRES",
     "MANIFEST",
+    "MAP",
+    "MASK",
+    "MASKED",
     "TEXT",
+    "UNLABELLED",
     "Bucket",
     "Cache",
     "EncoderInfo",
@@ -79,7 +99,10 @@ __all__ = [
     "json_bytes",
     "latent_bytes",
     "most_open",
+    "parse_boxes",
+    "parse_classes",
     "parse_npy",
     "verify",
     "write_atomic",
+    "write_classes",
 ]

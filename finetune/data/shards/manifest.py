@@ -7,16 +7,19 @@ import hashlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from finetune.data.shards.files import MANIFEST, MEMBER, WORK, ShardError, write_atomic
+from finetune.data.shards.labels import CLASSES
 from finetune.data.shards.store import Root, Store, is_remote, resolve
 
 FORMAT_VERSION = 1
 
+SHA256 = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["images", "latents"]
 Bucket = tuple[int, int]
 """Height and width, in pixels."""
@@ -95,7 +98,10 @@ class LatentStats:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder of shards holds. `members` names the columns of the index."""
+    """What a folder of shards holds.
+
+    `members` names the columns of the index; `classes` is the sha256 of classes.json, None where there is none.
+    """
 
     kind: Kind
     members: list[str]
@@ -104,6 +110,7 @@ class Manifest:
     latents: LatentStats | None = None
     text: TextInfo | None = None
     version: int = FORMAT_VERSION
+    classes: str | None = None
 
     @property
     def samples(self) -> int:
@@ -145,10 +152,11 @@ class Manifest:
     def to_json(self) -> str:
         """The content of manifest.json; equal for equal manifests."""
         data = dataclasses.asdict(dataclasses.replace(self, shards=[]))
-        if self.text is None:
-            del data["text"]
-        order = [name for name in ("version", "kind", "members", "encoder", "latents", "text") if name in data]
-        lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order]
+        for optional in ("text", "classes"):
+            if data[optional] is None:
+                del data[optional]
+        order = ("version", "kind", "members", "classes", "encoder", "latents", "text")
+        lines = [f"  {json.dumps(key)}: {json.dumps(data[key])}," for key in order if key in data]
         lines += [f'  "samples": {self.samples},', f'  "bytes": {self.bytes},']
         # A line a shard: 10,000 stay legible.
         rows = ",\n".join("    " + json.dumps(vars(shard)) for shard in self.shards)
@@ -247,7 +255,10 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
         _require_types(text, "text")
     if data["kind"] == "latents" and (encoder is None or any(shard.bucket is None for shard in shards)):
         raise ValueError("latents need an encoder and a bucket for every shard")
-    return Manifest(data["kind"], members, shards, encoder, latents, text, data["version"])
+    classes = data.get("classes")
+    if classes is not None and not (isinstance(classes, str) and SHA256.fullmatch(classes)):
+        raise ValueError(f"classes is {classes!r}, not the sha256 of {CLASSES}")
+    return Manifest(data["kind"], members, shards, encoder, latents, text, data["version"], classes)
 
 
 def _require_types(part: EncoderInfo | LatentStats | TextInfo, name: str) -> None:

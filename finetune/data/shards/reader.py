@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import resource
@@ -30,6 +31,7 @@ from finetune.data.shards.files import (
     npy_header,
     parse_npy,
 )
+from finetune.data.shards.labels import CLASSES, parse_classes
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
 from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
 
@@ -169,6 +171,22 @@ class ShardSet:
             raise ShardError(f"{where} is missing; restore it or make the shards again") from None
         except OSError as error:
             raise ShardError(f"cannot read {where}: {error}") from None
+
+    def classes(self) -> list[str]:
+        """The names of the classes, by number; none where the set has no classes.json.
+
+        Raises:
+            ShardError: the file is missing, damaged, or not the one that the manifest means.
+        """
+        if self.manifest.classes is None:
+            return []
+        data = self.read_file(CLASSES)
+        where = Path(self.root) / CLASSES if self.store is None else self.store.url(CLASSES)
+        if hashlib.sha256(data).hexdigest() != self.manifest.classes:
+            raise ShardError(
+                f"{where} is not the one that these shards were made with; restore it, or make them again"
+            )
+        return parse_classes(data, where)
 
     # which sample is where
 

@@ -32,6 +32,17 @@ from finetune.data.shards.files import (
     npy_bytes,
     parse_npy,
 )
+from finetune.data.shards.labels import (
+    CLASSES,
+    HOLE,
+    LOWRES,
+    MAP,
+    MASK,
+    MASKED,
+    parse_boxes,
+    parse_classes,
+    png_header,
+)
 from finetune.data.shards.manifest import Bucket, EncoderInfo, Kind, Manifest, ShardInfo, TextInfo
 
 _MOST_PROBLEMS = 1000  # of a shard, that are named
@@ -109,6 +120,8 @@ def _verify_folder(root: Path, manifest: Manifest) -> Iterator[Problem]:
             )
     if manifest.text is not None:
         yield from _verify_empty_text(root, manifest.text)
+    if manifest.classes is not None:
+        yield from _verify_classes(root, manifest.classes)
     data = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     for field in ("samples", "bytes"):
         total = getattr(manifest, field)
@@ -131,6 +144,30 @@ def _verify_empty_text(root: Path, text: TextInfo) -> Iterator[Problem]:
         yield Problem(EMPTY_TEXT, None, "values that are not finite")
 
 
+def _verify_classes(root: Path, sha256: str) -> Iterator[Problem]:
+    try:
+        data = (root / CLASSES).read_bytes()
+    except OSError:
+        yield Problem(CLASSES, None, "missing")
+        return
+    found = hashlib.sha256(data).hexdigest()
+    if found != sha256:
+        yield Problem(CLASSES, None, f"sha256 is {found[:12]}..., the manifest says {sha256[:12]}...")
+    try:
+        parse_classes(data)
+    except ShardError as error:
+        yield Problem(CLASSES, None, str(error).removeprefix(f"{CLASSES} "))
+
+
+def _classes(root: Path, manifest: Manifest) -> int | None:
+    """How many classes have names; None where none have, or where that can't be known."""
+    if manifest.classes is None:
+        return None
+    with contextlib.suppress(OSError, ShardError):
+        return len(parse_classes((root / CLASSES).read_bytes()))
+    return None
+
+
 def _verify_shard(
     root: Path,
     manifest: Manifest,
@@ -138,6 +175,7 @@ def _verify_shard(
     shard: ShardInfo,
 ) -> Checked:
     path = root / shard.name
+    classes = _classes(root, manifest)
     problems: list[Problem] = []
 
     def report(what: str, sample: str | None = None, file: str = shard.name) -> None:
@@ -179,7 +217,7 @@ def _verify_shard(
 
     with path.open("rb") as file:
         for key, places in samples:
-            for what in _verify_sample(file, manifest, shard, places, check):
+            for what in _verify_sample(file, manifest, shard, places, check, classes):
                 report(what, key)
     hashes = np.fromiter((_hash(key) for key, _ in samples), np.uint64, len(samples))
     if (more := len(problems) - _MOST_PROBLEMS) > 0:
@@ -225,6 +263,7 @@ def _verify_sample(
     shard: ShardInfo,
     places: dict[str, tuple[int, int]],
     check: Callable[[str, bytes], str | None] | None,
+    classes: int | None,
 ) -> Iterator[str]:
     if manifest.kind == "latents":
         needed = (LATENT, "json", TEXT) if manifest.text is not None else (LATENT, "json")
@@ -239,10 +278,12 @@ def _verify_sample(
         if member == LATENT and manifest.encoder and shard.bucket:
             yield from _verify_latent(data, manifest.encoder, shard.bucket)
         elif member == "json":
-            yield from _verify_record(data, manifest.kind)
+            yield from _verify_record(data, manifest.kind, classes)
         elif member == TEXT and manifest.text and "json" in places:
             file.seek(places["json"][0])
             yield from _verify_text(data, manifest.text, _captions(file.read(places["json"][1])))
+        elif manifest.kind == "latents" and manifest.encoder and shard.bucket:
+            yield from _verify_optional(member, data, manifest.encoder, shard.bucket, places)
         if check is not None and (what := check(member, data)):
             yield f"{member}: {what}"
 
@@ -258,6 +299,40 @@ def _verify_latent(data: bytes, encoder: EncoderInfo, bucket: Bucket) -> Iterato
         yield f"{LATENT} has values that are not finite"
     elif (array[encoder.channels :] < 0).any():
         yield f"{LATENT} has negative standard deviations"
+
+
+def _verify_optional(
+    member: str, data: bytes, encoder: EncoderInfo, bucket: Bucket, places: dict[str, tuple[int, int]]
+) -> Iterator[str]:
+    if member in (MAP, MASK, LOWRES):
+        header = png_header(data)
+        if header is None:
+            yield f"{member} is no PNG"
+            return
+        height, width, bits, kind = header
+        if (bits, kind) != ((8, 2) if member == LOWRES else (8, 0)):
+            yield f"{member} is not 8-bit {'RGB' if member == LOWRES else 'grey'}"
+        factor = max(bucket[0] // height, 1) if member == LOWRES and height else 1
+        if (factor * height, factor * width) != bucket:
+            yield f"{member} is {height}x{width}, its bucket is {bucket[0]}x{bucket[1]}"
+    elif member in (HOLE, MASKED):
+        cells = tuple(side // encoder.downsample for side in bucket)
+        want = cells if member == HOLE else (2 * encoder.channels, *cells)
+        dtype = np.uint8 if member == HOLE else np.float16
+        array = parse_npy(data)
+        if array is None:
+            yield f"{member} is not a numpy array"
+        elif array.dtype != dtype or array.shape[1:] != want or not len(array):
+            needs = f"{np.dtype(dtype)} [holes, {', '.join(map(str, want))}]"
+            yield f"{member} is {array.dtype} {list(array.shape)}, its bucket needs {needs}"
+        elif member == HOLE and array.max() > 1:
+            yield f"{HOLE} has values other than 0 and 1"
+        elif member == MASKED and not np.isfinite(array).all():
+            yield f"{MASKED} has values that are not finite"
+        elif member == MASKED and (array[:, encoder.channels :] < 0).any():
+            yield f"{MASKED} has negative standard deviations"
+        if (other := HOLE if member == MASKED else MASKED) not in places:
+            yield f"{member} without {other}"
 
 
 def _verify_text(data: bytes, text: TextInfo, captions: int | None) -> Iterator[str]:
@@ -283,7 +358,7 @@ def _captions(record: bytes) -> int | None:
     return len(captions) if isinstance(captions, list) else None
 
 
-def _verify_record(data: bytes, kind: Kind) -> Iterator[str]:
+def _verify_record(data: bytes, kind: Kind, classes: int | None) -> Iterator[str]:
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -304,6 +379,15 @@ def _verify_record(data: bytes, kind: Kind) -> Iterator[str]:
             yield f"json: {field} {value} is impossible"
     if kind == "latents" and not isinstance(record.get("flipped", False), bool):
         yield f"json: flipped is {record['flipped']!r}, not true or false"
+    if classes is None:  # then `class` and `boxes` may be anybody's labels
+        return
+    label, boxes = record.get("class", 0), parse_boxes(record.get("boxes", []))
+    if type(label) is not int or not 0 <= label < classes:
+        yield f"json: class is {label!r}, {CLASSES} has 0 to {classes - 1}"
+    if boxes is None:
+        yield "json: boxes are not [class, x0, y0, x1, y1] with fractions of the picture"
+    elif wrong := next((box[0] for box in boxes if box[0] >= classes), None):
+        yield f"json: a box has class {wrong}, {CLASSES} has 0 to {classes - 1}"
 
 
 def _hash(key: str) -> int:
