@@ -8,8 +8,15 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune.models import adapters, text
 
@@ -24,6 +31,17 @@ UNET = {
     "cross_attention_dim": 32,
     "attention_head_dim": 8,
     "norm_num_groups": 8,
+}
+UNET_XL = UNET | {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4),
+    "use_linear_projection": True,
+    "cross_attention_dim": 32 + 48,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 6 * 8 + 24,
 }
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -72,6 +90,35 @@ def base_model(folder: Path) -> Path:
         vae=vae(), text_encoder=text_encoder(), tokenizer=tokenizer(), unet=unet(),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+def text_encoder_2(seed: int = 1) -> CLIPTextModelWithProjection:
+    """Wider and deeper than the first, with the exact GELU, and a projection to 24 features."""
+    words = tokenizer()
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3,
+        max_position_embeddings=words.model_max_length, projection_dim=24, hidden_act="gelu",
+        bos_token_id=words.bos_token_id, eos_token_id=words.eos_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return CLIPTextModelWithProjection(config).eval()
+
+
+def tiny_sdxl(folder: Path, *, in_channels: int = 4, force_zeros: bool = True) -> Path:
+    """A Stable Diffusion XL pipeline as diffusers saves it; its second tokenizer pads otherwise than the first."""
+    second = tokenizer()
+    second.pad_token = "!"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(**UNET_XL | {"in_channels": in_channels}).eval()
+    StableDiffusionXLPipeline(
+        vae=vae(), text_encoder=text.build_text_encoder(tokenizer(), 32, 2, 2, seed=0).eval(),
+        text_encoder_2=text_encoder_2(), tokenizer=tokenizer(), tokenizer_2=second, unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading", steps_offset=1),
+        force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
     ).save_pretrained(folder)  # fmt: skip
     return folder
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -19,11 +20,13 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
 from finetune.models.sources import fetch, relative_source, weights_sha256
+
+Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 # Every byte, alone and as the last of a word: so that any text can be written, whatever the captions held.
@@ -48,9 +51,18 @@ def load_text(
     return load_tokenizer(source, revision), load_text_encoder(source, revision, dtype)
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> CLIPTokenizer:
+def load_text_2(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
+    """Load the second tokenizer and text encoder of a Stable Diffusion XL pipeline, as `load_text`."""
+    name = _locate(source, "text_encoder_2", ("config.json",), revision)
+    encoder = _load(CLIPTextModelWithProjection, name, dtype)
+    return load_tokenizer(source, revision, "tokenizer_2"), encoder
+
+
+def load_tokenizer(source: str | Path, revision: str | None = None, subfolder: str = "tokenizer") -> CLIPTokenizer:
     """Load the tokenizer of a pipeline's folder or hub id, or of a tokenizer's own folder."""
-    name = _locate(source, "tokenizer", ("vocab.json", "tokenizer.json"), revision)
+    name = _locate(source, subfolder, ("vocab.json", "tokenizer.json"), revision)
     try:
         return CLIPTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -61,11 +73,14 @@ def load_text_encoder(
     source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> CLIPTextModel:
     """Load the text encoder of a pipeline's folder or hub id, or of a text encoder's own folder."""
-    name = _locate(source, "text_encoder", ("config.json",), revision)
+    return _load(CLIPTextModel, _locate(source, "text_encoder", ("config.json",), revision), dtype)
+
+
+def _load(kind: type[Encoder], folder: Path, dtype: torch.dtype) -> Encoder:
     try:
-        text_encoder = CLIPTextModel.from_pretrained(name)
+        text_encoder = kind.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no text encoder can be loaded from {name}: {first_line(error)}") from error
+        raise UserError(f"no text encoder can be loaded from {folder}: {first_line(error)}") from error
     # transformers 4 loads float32, 5 what the files hold: say it here, for both.
     return text_encoder.to(dtype).eval()
 
@@ -180,6 +195,25 @@ def encode_text(text_encoder: CLIPTextModel, ids_BL: Tensor, pad_id: int | None 
     return text_encoder(ids_BL, attention_mask=mask_BL)[0]
 
 
+def encode_text_xl(
+    text_encoder: CLIPTextModel,
+    text_encoder_2: CLIPTextModelWithProjection,
+    ids_BL: Tensor,
+    ids_2_BL: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Context [B, L, D1 + D2] and pooled text [B, P], as Stable Diffusion XL has them.
+
+    The context is the states of both encoders before their last layer, not normalised, side by side; the pooled
+    text is the second's at the end token, projected (Podell et al. 2023, arXiv 2307.01952, section 2.1).
+
+    Args:
+        ids_BL, ids_2_BL: the captions' ids by the first and the second tokenizer, which pad differently.
+    """
+    first = text_encoder(ids_BL, output_hidden_states=True)
+    second = text_encoder_2(ids_2_BL, output_hidden_states=True)
+    return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
+
+
 def text_encoder_sha256(text_encoder: CLIPTextModel) -> str:
     """`weights_sha256` by names without `text_model.`: one sum, whichever version of transformers loaded them."""
     return weights_sha256(
@@ -214,7 +248,7 @@ def save_tokenizer(tokenizer: CLIPTokenizer, folder: str | Path) -> None:
         _write_vocabulary(folder, model["vocab"], [(left, right) for left, right in pairs])
 
 
-def save_text_encoder(text_encoder: CLIPTextModel, folder: str | Path) -> None:
+def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection, folder: str | Path) -> None:
     """Save a text encoder with the tensor names of transformers 4 (`text_model.…`), which 5 reads as well.
 
     transformers 5 writes names without that prefix; version 4 would load such a file as random weights.
@@ -224,10 +258,11 @@ def save_text_encoder(text_encoder: CLIPTextModel, folder: str | Path) -> None:
     text_encoder.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     # Loading by dtype "auto" follows these entries.
-    config |= {"architectures": ["CLIPTextModel"], "dtype": str(text_encoder.dtype).removeprefix("torch.")}
+    architecture = "CLIPTextModel" if isinstance(text_encoder, CLIPTextModel) else "CLIPTextModelWithProjection"
+    config |= {"architectures": [architecture], "dtype": str(text_encoder.dtype).removeprefix("torch.")}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     tensors = {
-        name if name.startswith("text_model.") else f"text_model.{name}": tensor.contiguous()
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor.contiguous()
         for name, tensor in text_encoder.state_dict().items()
         if not name.endswith("position_ids")
     }

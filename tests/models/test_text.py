@@ -7,12 +7,14 @@ import unicodedata
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
 from finetune import UserError
 from finetune.models import text
+from tests import fakes
 
 CAPTIONS = [
     "a red apple",
@@ -103,6 +105,27 @@ def test_built_encoder_fits_its_tokenizer_and_leaves_the_global_generator_alone(
     assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
     with pytest.raises(UserError, match="no multiple of 3 heads"):
         text.build_text_encoder(tokenizer, 32, 1, 3)
+
+
+@torch.no_grad()
+def test_both_encoders_of_xl_as_in_diffusers_pipeline(tmp_path):
+    """To the bit: the context, the pooled text, and two tokenizers that pad differently."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(fakes.tiny_sdxl(tmp_path))
+    captions = ["a red apple", "", "apple " * 40]
+    context, _, pooled, _ = pipe.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+    first, encoder = text.load_text(tmp_path)
+    second, encoder_2 = text.load_text_2(tmp_path)
+    ids, ids_2 = text.tokenize(first, captions), text.tokenize(second, captions)
+    assert not torch.equal(ids, ids_2)
+    ours = text.encode_text_xl(encoder, encoder_2, ids, ids_2)
+    assert (ours[0].shape, ours[1].shape) == ((3, 12, 80), (3, 24))
+    assert torch.equal(ours[0], context) and torch.equal(ours[1], pooled)
+    # Saved by us, it is the same again.
+    text.save_text_encoder(encoder_2, tmp_path / "text_encoder_2")
+    again = StableDiffusionXLPipeline.from_pretrained(tmp_path).encode_prompt(captions, device="cpu")
+    assert torch.equal(again[2], pooled)
+    with safe_open(tmp_path / "text_encoder_2" / "model.safetensors", "pt") as file:
+        assert "text_projection.weight" in file.keys()  # noqa: SIM118
 
 
 @torch.no_grad()
