@@ -45,8 +45,9 @@ def timed(function: Callable[[], Any], wait: Callable[[], None]) -> float:
     return time.perf_counter() - started
 
 
-def tensors_of(strategy: DataParallel, average: Average | None) -> dict[str, list[torch.Tensor]]:
-    kinds = {"weights": [shard.master for shard in strategy.shards], "ema": average.tensors if average else []}
+def tensors_of(strategy: DataParallel, averages: list[Average]) -> dict[str, list[torch.Tensor]]:
+    kinds = {"weights": [shard.master for shard in strategy.shards]}
+    kinds |= {average.name: average.tensors for average in averages}
     return kinds | {kind: strategy.moments(kind) for kind in MOMENTS}
 
 
@@ -130,12 +131,12 @@ def main() -> None:
         record(arguments.out, rows[-1] | context())
 
     try:
-        step, strategy, average = trained(
+        step, strategy, averages = trained(
             WORKS[arguments.work], arguments.batch, device, torch.bfloat16, ema=True, channels_last=not on_gpu
         )
         components = {"unet": strategy.module.unet}
         checkpoints = Checkpoints(folder / "run", Layout(components), keep=1)  # type: ignore[arg-type]
-        prepare_s = timed(lambda: checkpoints.prepare(strategy, average), wait)
+        prepare_s = timed(lambda: checkpoints.prepare(strategy, averages), wait)
         memory = checkpoints._memory
         for _ in range(5):
             step()
@@ -152,16 +153,16 @@ def main() -> None:
         (folder / "bare").unlink()
         keep("bare_write", seconds=min(disk), mib_per_s=memory.size / 2**20 / min(disk))
 
-        tensors = tensors_of(strategy, average)
+        tensors = tensors_of(strategy, averages)
         saved = timed(lambda: torch_save(folder / "all.pt", tensors), wait)
         (folder / "all.pt").unlink()
         keep("torch_save", seconds=saved, stall_s=saved)
 
         clock = progress()
-        waited = timed(lambda: checkpoints.save(next(clock), strategy, average), wait)
+        waited = timed(lambda: checkpoints.save(next(clock), strategy, averages), wait)
         keep("ours_waited", prepare_s=prepare_s, total_s=waited, mib_per_s=memory.size / 2**20 / waited)
         for _ in range(arguments.saves):
-            begin = lambda: checkpoints.begin(next(clock), strategy, average)  # noqa: E731
+            begin = lambda: checkpoints.begin(next(clock), strategy, averages)  # noqa: E731
             measured = while_saving(checkpoints, begin, step, wait, quiet_s)
             keep("ours", step_s=quiet_s, mib_per_s=memory.size / 2**20 / measured["total_s"], **measured)
         steps_after = [timed(step, wait) for _ in range(arguments.steps)]

@@ -201,7 +201,7 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
             lr=LR,
             caption_dropout=0.0,
             seed=SEED,
-            average=None,
+            averages=[],
             images_seen=(index + 1) * whole,
         )
         return done.loss_sum

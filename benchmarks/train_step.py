@@ -29,7 +29,7 @@ from finetune import diffusion
 from finetune.batch import Batch
 from finetune.conditioning import TextConditioner
 from finetune.distributed import AdamW, DataParallel, ParamGroup, World
-from finetune.ema import Average
+from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace
 from finetune.models.unet import build_unet
 from finetune.objective import LatentDiffusion, Objective
@@ -114,7 +114,7 @@ def ours(
 
 def trained(
     work: dict[str, Any], batch: int, device: torch.device, dtype: torch.dtype, *, ema: bool, channels_last: bool
-) -> tuple[Callable[[], Any], DataParallel, Average | None]:
+) -> tuple[Callable[[], Any], DataParallel, list[Average]]:
     """One step of ours, and what it trains."""
     unet, text = models(work, device)
     if channels_last:
@@ -137,7 +137,8 @@ def trained(
         max_grad_norm=1.0,
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
     )
-    average = Average.starting_at([s.master for s in strategy.shards], 500_000, 0.05) if ema else None
+    masters = [s.master for s in strategy.shards]
+    averages = [Average.starting_at(masters, HalfLife(500_000, 0.05))] if ema else []
     step = partial(
         optimizer_step,
         strategy,
@@ -148,10 +149,10 @@ def trained(
         lr=1e-5,
         caption_dropout=0.1,
         seed=0,
-        average=average,
+        averages=averages,
         images_seen=1_000_000,
     )
-    return step, strategy, average
+    return step, strategy, averages
 
 
 def measure(step: Callable[[], Any], batch: int, seconds: float, device: torch.device) -> tuple[float, float]:

@@ -149,6 +149,22 @@ class EmaConfig:
 
 
 @dataclass
+class AveragesConfig(EmaConfig):
+    """Averages of the weights; each takes 4 bytes a trained weight (under ZeRO shared by the ranks).
+
+    Held-out losses and sample grids are those of the first, `ema`, which `--weights ema` takes as well. `kind` says
+    what it is: that of `halflife_images`, or of the first of `sigma_rels`. These are power functions of time whose
+    standard deviation is this share of the run (Karras et al. 2024, arXiv 2312.02696).
+    """
+
+    kind: str = "halflife"  # halflife | power
+    halflives_images: dict[str, Any] = field(default_factory=dict)  # of further ones by name: --weights ema:NAME
+    sigma_rels: list[float] = field(
+        default_factory=list
+    )  # but for the first of kind=power: --weights ema:power-...
+
+
+@dataclass
 class DataConfig:
     """One set of latent shards (`shards`), or several mixed by weight (`sources`); folders or URLs."""
 
@@ -240,7 +256,7 @@ class Config:
     task: TaskConfig = field(default_factory=TaskConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: JointOptimConfig = field(default_factory=JointOptimConfig)
-    ema: EmaConfig = field(default_factory=EmaConfig)
+    ema: AveragesConfig = field(default_factory=AveragesConfig)
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     train: LoopConfig = field(default_factory=LoopConfig)

@@ -29,7 +29,7 @@ class Parts:
     data: Data
     model: LatentDiffusion
     strategy: Strategy
-    average: Average | None
+    averages: list[Average]  # the first is what validation and sample grids show
     checkpoints: Checkpoints
     micro_batch: int
     accumulation: int
@@ -37,8 +37,13 @@ class Parts:
     decoder: AutoencoderKL | None  # on rank 0, where sample grids are decoded
     notices: list[str]
 
+    @property
+    def average(self) -> Average | None:
+        """The first average, where there are any."""
+        return self.averages[0] if self.averages else None
+
     def evaluating(self) -> AbstractContextManager[None]:
-        """Evaluation mode with the averaged weights, where there are any. Collective."""
+        """Evaluation mode with the first average of the weights, where there are any. Collective."""
         return self.strategy.evaluating(self.average.tensors if self.average else None)
 
 
@@ -65,7 +70,7 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
         return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on, latents=latents)
     saved = parts.checkpoints.read(path)
     require_same(saved.depends_on, depends_on, path)
-    parts.checkpoints.restore(path, parts.strategy, parts.average)
+    parts.checkpoints.restore(path, parts.strategy, parts.averages)
     parts.notices.append(f"going on from {path}")
     return replace(saved, depends_on=depends_on, latents=latents)
 
@@ -93,7 +98,7 @@ def train(
     batches = iter(loader)
     step, stop = progress.step, 0
     parts.checkpoints.say = tracker.say
-    parts.checkpoints.prepare(strategy, parts.average)
+    parts.checkpoints.prepare(strategy, parts.averages)
     request.can_save = True
 
     try:
@@ -117,7 +122,7 @@ def train(
                 lr=lr,
                 caption_dropout=config.task.caption_dropout,
                 seed=config.seed,
-                average=parts.average,
+                averages=parts.averages,
                 images_seen=images_seen,
             )
             step += 1
@@ -149,9 +154,9 @@ def train(
                         open_losses=tracker.open_losses,
                     )
                     if stop or step == total_steps:
-                        parts.checkpoints.save(progress, strategy, parts.average)
+                        parts.checkpoints.save(progress, strategy, parts.averages)
                     else:
-                        parts.checkpoints.begin(progress, strategy, parts.average)
+                        parts.checkpoints.begin(progress, strategy, parts.averages)
                 if stop:  # after saving, since who asks to stop may not wait for long
                     _look(config, world, parts, tracker, step)
         world.watch.at("ending", LONG)

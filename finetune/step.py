@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +35,7 @@ def optimizer_step(
     lr: float,
     caption_dropout: float,
     seed: int,
-    average: Average | None,
+    averages: Sequence[Average],
     images_seen: int,
 ) -> StepResult:
     """Take `micro_batches` batches of this rank and make one step; `images_seen` counts this step's samples.
@@ -64,6 +64,6 @@ def optimizer_step(
     watch.at("in the optimizer")
     strategy.before_change()
     stats = strategy.step(lr)
-    if average is not None:
+    for average in averages:
         average.update([shard.master for shard in strategy.shards], images_seen, global_batch)
     return StepResult(loss_sum, stats.grad_norm, data_seconds)

@@ -32,7 +32,7 @@ def composed(*overrides: str) -> Config:
 
 def test_the_groups_are_those_that_scripts_rely_on() -> None:
     assert groups().keys() == {
-        "model", "adapter", "task", "objective", "optim", "data", "strategy", "tracker", "experiment",
+        "model", "adapter", "task", "objective", "optim", "ema", "data", "strategy", "tracker", "experiment",
     }  # fmt: skip
     assert groups()["adapter"] == ["full", "lora"]
     assert groups()["strategy"] == ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]

@@ -1,11 +1,11 @@
-"""The average against EDM's formula worked by hand and a float64 loop."""
+"""Averages against EDM's formulas worked by hand and a float64 loop."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from finetune.ema import Average, decay, update_
+from finetune.ema import LARGEST_SIGMA_REL, Average, HalfLife, Power, decay, gamma_of, sigma_rel_of, update_
 
 
 def test_a_value_weighs_half_after_a_half_life() -> None:
@@ -39,7 +39,7 @@ def test_updates_follow_a_float64_loop() -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = [(3, 4), (5,), (), (0,)]  # the empty one: a ZeRO rank that owns nothing of a parameter
     weights = [torch.randn(shape, generator=generator) for shape in shapes]
-    average = Average.starting_at(weights, 200, 0.5)
+    average = Average.starting_at(weights, HalfLife(200, 0.5))
     reference = [tensor.double() for tensor in weights]
     for step in range(1, 60):
         weights = [tensor + torch.randn(tensor.shape, generator=generator) for tensor in weights]
@@ -62,7 +62,7 @@ def test_update_is_in_place_and_leaves_the_weights() -> None:
 
 def test_the_average_starts_as_a_copy() -> None:
     weight = torch.nn.Parameter(torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last))
-    average = Average.starting_at([weight], 100, 0.05)
+    average = Average.starting_at([weight], HalfLife(100, 0.05))
     (tensor,) = average.tensors
     assert torch.equal(tensor, weight)
     assert tensor.data_ptr() != weight.data_ptr() and not tensor.requires_grad
@@ -70,3 +70,37 @@ def test_the_average_starts_as_a_copy() -> None:
     with torch.no_grad():
         weight.fill_(7)
     assert (tensor != 7).all()
+
+
+@pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.97), (0.10, 6.94), (LARGEST_SIGMA_REL, 0.0)])
+def test_the_exponent_is_the_papers(sigma_rel: float, gamma: float) -> None:
+    """Karras et al. 2024, arXiv 2312.02696, section 3.1; with gamma 0 all moments count alike, as a uniform law."""
+    assert gamma_of(sigma_rel) == pytest.approx(gamma, abs=0.005)
+
+
+def test_exponent_and_length_are_each_others_reverse() -> None:
+    for sigma_rel in (0.001, 0.01, 0.05, 0.13, 0.2, 0.288):
+        assert sigma_rel_of(gamma_of(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-9)
+
+
+def test_a_power_function_has_the_deviation_that_it_is_named_by() -> None:
+    """Averages of t and of t^2, in many steps of uneven length."""
+    average = Average.starting_at([torch.full((2,), 1e9)], Power(0.1))  # what was before the run is forgotten
+    seen = 0
+    for step in range(4000):
+        size = 8 + step % 3
+        seen += size
+        average.update([torch.tensor([float(seen), float(seen) ** 2])], seen, size)
+    mean, square = average.tensors[0].double().tolist()
+    assert (square - mean**2) ** 0.5 / seen == pytest.approx(0.1, rel=1e-3)
+    gamma = gamma_of(0.1)
+    assert mean / seen == pytest.approx((gamma + 1) / (gamma + 2), rel=1e-3)
+
+
+def test_the_weights_of_each_step_count_by_their_part_of_the_profile() -> None:
+    """Closed form: a step from s to t counts (t/T)^(gamma+1) - (s/T)^(gamma+1)."""
+    average = Average.starting_at([torch.zeros(50)], Power(0.2))
+    for step in range(50):
+        average.update([torch.eye(50)[step]], 8 * (step + 1), 8)
+    edges = (torch.arange(51).double() / 50) ** (gamma_of(0.2) + 1)
+    torch.testing.assert_close(average.tensors[0].double(), edges.diff(), rtol=1e-5, atol=1e-7)

@@ -54,7 +54,7 @@ def step_of(config: Config, parts: Parts, loader_settings: dict[str, int] | None
         lr=1e-3,
         caption_dropout=config.task.caption_dropout,
         seed=config.seed,
-        average=None,
+        averages=[],
         images_seen=config.train.global_batch,
     )
     batches.close()

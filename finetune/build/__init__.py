@@ -1,5 +1,6 @@
 """Config to objects: the one place where names become things, and contradictions are refused.
 
+averages        which averages of the weights are kept
 checks          what makes no sense, before anything is loaded
 data            shards and mixtures, held-out samples, cached states of captions
 """
@@ -17,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from finetune import UserError, diffusion
+from finetune.build.averages import profiles
 from finetune.build.checks import check
 from finetune.build.data import captions, fetched_again, left_out, open_data, with_text_states
 from finetune.checkpoint import Checkpoints, Layout
@@ -223,10 +225,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
     )
     model.train()
     strategy = _strategy(config, world, model, micro_batch, accumulation)
-    average = None
-    if config.ema.enabled:
-        weights = [shard.master for shard in strategy.shards]
-        average = Average.starting_at(weights, config.ema.halflife_images, config.ema.rampup_ratio)
+    weights = [shard.master for shard in strategy.shards]
+    averages = [Average.starting_at(weights, profile, name) for name, profile in profiles(config.ema).items()]
     layout = Layout(
         {"unet": unet, "text_encoder": text_encoder},
         lora_alphas("unet", unet) | lora_alphas("text_encoder", text_encoder)
@@ -240,7 +240,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
         data,
         model,
         strategy,
-        average,
+        averages,
         checkpoints,
         micro_batch,
         accumulation,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from finetune import UserError, diffusion, lr, tracking
+from finetune.build.averages import check_averages
 from finetune.config import Config, require, require_choice
 from finetune.models.parts import flat
 
@@ -59,7 +60,6 @@ def check(config: Config) -> None:
         "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
         "train.threads": 1 if config.train.threads is None else config.train.threads,
         "optim.eps": config.optim.eps,
-        "ema.halflife_images": config.ema.halflife_images,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
         "watch.start_s": config.watch.start_s,
         "model.scheduler.shift": schedule.shift,
@@ -77,7 +77,6 @@ def check(config: Config) -> None:
         "validation.samples": config.validation.samples,
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
         "optim.final_lr_ratio": config.optim.final_lr_ratio,
-        "ema.rampup_ratio": config.ema.rampup_ratio,
         "objective.p2_k": objective.p2_k,
         "objective.offset_noise": objective.offset_noise,
         "objective.input_perturbation": objective.input_perturbation,
@@ -95,6 +94,7 @@ def check(config: Config) -> None:
         raise UserError(
             f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
         )
+    check_averages(config.ema)
     _check_objective(config)
     if not 0 <= config.task.caption_dropout <= 1:
         raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")

@@ -1,7 +1,7 @@
 """Everything that a run is, on disk: its folder, the lock on it, and atomic checkpoints written beside training.
 
     RUN/checkpoints/step-00001000/
-        weights/    ema/        what was trained, float32, in the diffusers layout
+        weights/    ema/        what was trained, float32, in the diffusers layout; further averages are ema-NAME/
         optimizer/              exp_avg.safetensors, exp_avg_sq.safetensors: whole moments by parameter name
         trainer.json            clock, what the run depends on, latent space, sha256 of each file; written last
 

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, su
 from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
 from finetune.distributed import MOMENTS, Strategy, Wanted
-from finetune.ema import Average
+from finetune.ema import Average, Power
 from finetune.models.components import complete_checkpoints
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
@@ -59,6 +59,7 @@ class _Save:
     """A save under way. `task`: what this rank's thread does, None for nothing."""
 
     progress: Progress
+    averages: dict[str, dict[str, Any]]  # what each is, by name
     temporary: Path
     final: Path
     writing: Writing
@@ -110,18 +111,18 @@ class Checkpoints:
 
     # --- saving -----------------------------------------------------------------------------------
 
-    def prepare(self, strategy: Strategy, average: Average | None) -> None:
+    def prepare(self, strategy: Strategy, averages: Sequence[Average]) -> None:
         """Plan the files and take the memory for snapshots, so that the first save stalls no longer than others.
 
         Collective. Removes what a killed process left half written.
         """
         self._world = world = strategy.world
-        self._has_average = average is not None
+        self._averages = [average.name for average in averages]
         layout = self.layout
         weights = [(f"weights/{file}", key) for file, key in map(layout.locate, (s.name for s in strategy.shards))]
         places = [weights]
-        if average is not None:
-            places.append([(f"ema/{file.removeprefix('weights/')}", key) for file, key in weights])
+        for average in averages:
+            places.append([(f"{average.name}/{file.removeprefix('weights/')}", key) for file, key in weights])
         places += [[(f"optimizer/{kind}.safetensors", shard.name) for shard in strategy.shards] for kind in MOMENTS]
         tensors = [
             Member(kind, index, file, key, tuple(shard.file_shape))
@@ -188,7 +189,7 @@ class Checkpoints:
             if agreed == 4 * self._attempts + waited_for:
                 self._turn()
 
-    def begin(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
+    def begin(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
         """Begin to save; collective. Training may go on, and calls `advance`.
 
         A save that is due while the one before is still being written is skipped, and the user is told; one that
@@ -197,9 +198,9 @@ class Checkpoints:
         if self._save is not None and not self._wait_a_little():
             self._skip(progress)
             return
-        self._begin(progress, strategy, average)
+        self._begin(progress, strategy, averages)
 
-    def save(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
+    def save(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
         """Save, and wait until the checkpoint is whole; collective. A failure is tried again once.
 
         Raises:
@@ -207,7 +208,7 @@ class Checkpoints:
         """
         self.finish()
         for more in (1, 0):
-            self._begin(progress, strategy, average)
+            self._begin(progress, strategy, averages)
             final = self._final(progress.step)
             if not self._settle(math.inf):
                 raise self._stalled(final)
@@ -230,18 +231,18 @@ class Checkpoints:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _begin(self, progress: Progress, strategy: Strategy, average: Average | None) -> None:
-        if self._plan is None or self._has_average != (average is not None):
-            self.prepare(strategy, average)
+    def _begin(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
+        if self._plan is None or self._averages != [average.name for average in averages]:
+            self.prepare(strategy, averages)
         plan, world = self._plan, self._world
         assert plan is not None and self._save is None
         self._attempts += 1
         final = self._final(progress.step)
         temporary = self.folder / f"{TEMPORARY}{final.name}-{self._token}-{self._attempts}"
-        save = _Save(progress, temporary, final, Writing(temporary, plan.sizes), time.monotonic())
-        kinds = [[shard.master for shard in strategy.shards]]
-        if average is not None:
-            kinds.append(average.tensors)
+        described = {average.name: average.describe() for average in averages}
+        writing = Writing(temporary, plan.sizes)
+        save = _Save(progress, described, temporary, final, writing, time.monotonic())
+        kinds = [[shard.master for shard in strategy.shards], *(average.tensors for average in averages)]
         kinds += [strategy.moments(kind) for kind in MOMENTS]
         for number in range(plan.rounds):
             if number > 0:  # the memory is used again
@@ -282,7 +283,7 @@ class Checkpoints:
             before.result()  # an earlier round's failure is this one's
         copied()
         if with_configs:
-            for kind in ("weights/", "ema/"):
+            for kind in ("weights/", *(f"{name}/" for name in save.averages)):
                 files = [file.removeprefix(kind) for file in save.writing.sizes if file.startswith(kind)]
                 self.layout.write_configs(save.temporary / kind, files)
             moved()
@@ -343,7 +344,8 @@ class Checkpoints:
                 sums = sum_files(save.temporary, moved)
                 errors += self._differences(save, reports, {name: of.words for name, of in sums.items()})
             if not errors:
-                write_record(save.temporary, asdict(save.progress), sums)
+                record = asdict(save.progress) | {"averages": save.averages}
+                write_record(save.temporary, record, sums)
                 publish(save.temporary, save.final)
                 moved()
                 try:
@@ -456,13 +458,16 @@ class Checkpoints:
             )
         return Progress(**{name: record[name] for name in Progress.__dataclass_fields__ if name in record})
 
-    def restore(self, path: Path, strategy: Strategy, average: Average | None) -> None:
+    def restore(self, path: Path, strategy: Strategy, averages: Sequence[Average]) -> None:
         """Put everything back, under any strategy and number of ranks; collective.
 
+        An average that the checkpoint has not begins at its weights.
+
         Raises:
-            UserError: the checkpoint is of another model or adapter.
+            UserError: the checkpoint is of another model or adapter, or has another kind of average by this name.
         """
         progress = self.read(path)
+        described = json.loads((path / "trainer.json").read_text()).get("averages", {})
         self._last_saved = progress.step
 
         def inside(folder: str) -> Callable[[str], tuple[str, str]]:
@@ -475,15 +480,38 @@ class Checkpoints:
         with contextlib.ExitStack() as stack:
             reader = Reader(path, stack)
             strategy.scatter_([shard.master for shard in strategy.shards], Named(reader, inside("weights")))
-            if average is not None:
-                folder = "ema" if (path / "ema").is_dir() else "weights"  # the average was switched on later
-                strategy.scatter_(average.tensors, Named(reader, inside(folder)))
+            for average in averages:
+                if (path / average.name).is_dir():
+                    _take_up(average, described.get(average.name, {}), path)
+                    strategy.scatter_(average.tensors, Named(reader, inside(average.name)))
+                else:  # switched on later
+                    average.since_images = progress.images_seen
+                    strategy.scatter_(average.tensors, Named(reader, inside("weights")))
             for kind in MOMENTS:
                 locate = partial(_pair, f"optimizer/{kind}.safetensors")
                 strategy.scatter_(strategy.moments(kind), Named(reader, locate))
         strategy.refresh()
         strategy.set_steps_taken(progress.steps_taken)
         strategy.load_scaler_state(progress.loss_scale)
+
+
+def _take_up(average: Average, saved: dict[str, Any], path: Path) -> None:
+    """Let an average go on from what a checkpoint says of it.
+
+    Raises:
+        UserError: that is one of another kind, of which it can't be the continuation.
+    """
+    sigma_rel = average.profile.sigma_rel if isinstance(average.profile, Power) else None
+    if saved.get("sigma_rel") != sigma_rel:
+        was, now = (
+            "an exponential average" if it is None else f"a power function's of sigma_rel {it:g}"
+            for it in (saved.get("sigma_rel"), sigma_rel)
+        )
+        raise UserError(
+            f"cannot go on from {path}: its {average.name}/ is {was} and would be {now}; put ema.* back or choose "
+            "another run.dir"
+        )
+    average.since_images = int(saved.get("since_images", 0))
 
 
 def _pair(file: str, key: str) -> tuple[str, str]:

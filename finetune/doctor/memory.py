@@ -37,7 +37,7 @@ class Estimate:
 
 
 def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimate:
-    """Weights, gradients, masters, moments and average of this rank, from the tensors themselves.
+    """Weights, gradients, masters, moments and averages of this rank, from the tensors themselves.
 
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): stage 1 spreads masters and moments over the ranks,
     stage 2 gradients too, stage 3 weights too. `offload`: what the optimizer has, and under stage 3 the weights,
@@ -56,13 +56,13 @@ def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimat
             gradients += summed * (math.ceil(count / world_size) if stage >= 2 else count)
     owned = sum(shard.master.numel() for shard in strategy.shards)
     optimizer = {"masters": 4 * owned if stage else 0, "moments": 8 * owned}
-    average = {"average": 4 * owned if parts.average else 0}
+    average = {"average": 4 * owned * len(parts.averages)}
     device: dict[str, int] = {"gradients": gradients}
     host: dict[str, int] = {}
     (host if offload and stage == 3 else device).update({"weights": weights})
     (host if offload else device).update(optimizer | average)
-    # A checkpoint is written from a copy in host memory: masters, average and moments.
-    host["checkpoint copy"] = (16 if parts.average else 12) * math.ceil(trained_numel(parts) / world_size)
+    # A checkpoint is written from a copy in host memory: masters, averages and moments.
+    host["checkpoint copy"] = (12 + 4 * len(parts.averages)) * math.ceil(trained_numel(parts) / world_size)
     return Estimate(device, host)
 
 

@@ -40,7 +40,7 @@ def resume_rows(context: Context) -> list[Row]:
         said: list[str] = []
         parts.checkpoints.say = said.append
         started = time.perf_counter()
-        parts.checkpoints.begin(progress, parts.strategy, parts.average)
+        parts.checkpoints.begin(progress, parts.strategy, parts.averages)
         settle(world)
         seconds["stall"] = time.perf_counter() - started
         parts.checkpoints.finish()
@@ -118,11 +118,11 @@ def resume_rows(context: Context) -> list[Row]:
 
 
 def _state_digest(strategy: Strategy, parts: Parts) -> str:
-    """Of this rank's moments and average, and its count of steps."""
+    """Of this rank's moments and averages, and its count of steps."""
     sums = [
         checksum(tensor) for kind in ("exp_avg", "exp_avg_sq") for tensor in strategy.moments(kind) if len(tensor)
     ]
-    sums += [checksum(tensor) for tensor in (parts.average.tensors if parts.average else []) if tensor.numel()]
+    sums += [checksum(tensor) for average in parts.averages for tensor in average.tensors if tensor.numel()]
     return hashlib.sha256(repr([*sums, strategy.steps_taken]).encode()).hexdigest()[:12]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -18,12 +19,20 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """Which of a run's weights, and in which precision."""
     parser.add_argument(
         "--weights",
-        choices=("ema", "raw"),
+        type=weights,
         default="ema",
-        help="a run's averaged weights, or the last step's (default: ema)",
+        metavar="ema|ema:NAME|raw",
+        help="a run's first average of the weights, another of its averages, or the last step's (default: ema)",
     )
     parser.add_argument("--checkpoint", type=step, metavar="STEP", help="a run's checkpoint (default: the latest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def weights(text: str) -> str:
+    """`ema`, `ema:NAME` or `raw`."""
+    if text not in ("ema", "raw") and not re.fullmatch(r"ema:[\w.-]+", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text} is not known: choose ema, ema:NAME or raw")
+    return text
 
 
 def step(text: str) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -28,7 +28,7 @@ from finetune.models.sources import fetch, local_folder
 from finetune.models.text import load_text_encoder, load_tokenizer
 from finetune.models.unet import load_unet
 
-Weights = Literal["ema", "raw"]
+Weights = str  # of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # samples models that predict the flow
 
 
@@ -97,8 +97,8 @@ def load_components(
     """Load all parts of a run folder, of a diffusers pipeline's folder or of a hub id.
 
     Args:
-        weights: a run's averaged weights or those of the last step; without an average, `ema` gives the
-            latter and a notice.
+        weights: a run's averaged weights or those of the last step (see `Weights`); without an average, `ema` gives
+            the latter and a notice.
         step: a run's checkpoint; the latest complete one by default.
         lora: a file or folder of an adapter to merge, over what the run trained.
         dtype: of U-Net and text encoder. The autoencoder stays float32: SD's overflow in float16.
@@ -111,6 +111,8 @@ def load_components(
         parts = _from_run(folder, find_checkpoint(folder, step, weights))
     elif step is not None:
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
+    elif weights not in ("ema", "raw"):
+        raise UserError(f"{source} is no run folder: it has no average {weights}")
     else:
         parts = _from_model(folder if folder is not None else str(source), revision)
     if lora is not None:
@@ -151,7 +153,7 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
     """Choose a checkpoint and its weights.
 
     Raises:
-        UserError: the run has no complete checkpoint, or none of this step.
+        UserError: the run has no complete checkpoint, none of this step, or not this average in it.
     """
     complete = complete_checkpoints(run)
     if not complete:
@@ -165,9 +167,12 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
     chosen = step if step is not None else max(complete)
     folder = complete[chosen]
     notices: tuple[str, ...] = ()
-    name = "ema" if weights == "ema" else "weights"
+    name = "weights" if weights == "raw" else weights.replace(":", "-")
     if weights == "ema" and not (folder / "ema").is_dir():
         name, notices = "weights", (f"{folder} has no averaged weights: taking those of the last step",)
+    if name not in ("ema", "weights") and not (folder / name).is_dir():
+        there = [path.name.replace("-", ":", 1) for path in sorted(folder.glob("ema*"))]
+        raise UserError(f"{folder} has no average {weights}: choose {' or '.join([*there, 'raw'])}")
     if not (folder / name).is_dir():
         raise UserError(f"{folder} is broken: {name}/ is missing; choose another checkpoint")
     return Checkpoint(folder, chosen, folder / name, notices)

@@ -47,7 +47,7 @@ def intact(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint to copy and damage."""
     run = tmp_path_factory.mktemp("intact")
     parts = parts_of(["experiment=smoke", f"data.shards={latents}", f"run.dir={run}", "sample.every=0"])
-    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.averages)
     return parts.checkpoints.folder / "step-00000004"
 
 
@@ -56,5 +56,5 @@ def saved(overrides: list[str]) -> tuple[Parts, Path]:
     """A run's parts and the checkpoint that they were saved in."""
     parts = parts_of(overrides)
     disturb(parts)
-    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.averages)
     return parts, parts.checkpoints.folder / "step-00000004"

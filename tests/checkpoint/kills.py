@@ -28,7 +28,7 @@ from torch import nn
 
 from finetune.checkpoint import Checkpoints, Layout, Progress
 from finetune.distributed import AdamW, DataParallel, ParamGroup, World
-from finetune.ema import Average
+from finetune.ema import Average, HalfLife
 
 
 def checkpoints_of(run: Path, unet: nn.Module) -> Checkpoints:
@@ -52,21 +52,21 @@ def rank_main(run: Path, unet: nn.Module, rank: int, size: int, store: Path, see
     module = nn.ModuleDict({"unet": unet})
     group = ParamGroup("unet", dict(module.named_parameters()))
     strategy = DataParallel(world, module, [group], adamw=AdamW(), max_grad_norm=1.0, precision="fp32")
-    average = Average.starting_at([shard.master for shard in strategy.shards], 1.0, 0.0)
+    average = Average.starting_at([shard.master for shard in strategy.shards], HalfLife(1.0, 0.0))
     checkpoints = checkpoints_of(run, unet)
     path = world.on_main(checkpoints.latest)
     step = 0
     tensors = [shard.master for shard in strategy.shards] + average.tensors
     tensors += strategy.moments("exp_avg") + strategy.moments("exp_avg_sq")
     if path is not None:
-        checkpoints.restore(path, strategy, average)
+        checkpoints.restore(path, strategy, [average])
         step = checkpoints.read(path).step
         assert all((tensor == step).all() for tensor in tensors), f"restored {path} is not of step {step}"
     while True:
         step += 1
         for tensor in tensors:
             tensor.fill_(float(step))
-        checkpoints.begin(Progress(step=step, images_seen=step, steps_taken=step), strategy, average)
+        checkpoints.begin(Progress(step=step, images_seen=step, steps_taken=step), strategy, [average])
 
 
 def look(run: Path, unet: nn.Module) -> int:

@@ -35,7 +35,7 @@ STRATEGIES = {
     "zero2": ["strategy=zero2", "model.channels_last=true"],
     "zero3": ["strategy=zero3", "model.channels_last=true"],
 }
-KINDS = ("weights", "ema", *MOMENTS)
+KINDS = ("weights", "ema", "ema-short", "ema-power-0.1", *MOMENTS)
 
 
 def make(overrides: list[str], world: World, run: Path, *more: str) -> Parts:
@@ -45,10 +45,9 @@ def make(overrides: list[str], world: World, run: Path, *more: str) -> Parts:
 
 
 def lists_of(parts: Parts) -> dict[str, list[torch.Tensor]]:
-    assert parts.average is not None
     masters = [shard.master for shard in parts.strategy.shards]
     kinds = {kind: parts.strategy.moments(kind) for kind in MOMENTS}
-    return {"weights": masters, "ema": parts.average.tensors, **kinds}
+    return {"weights": masters, **{it.name: it.tensors for it in parts.averages}, **kinds}
 
 
 def whole(shard: Shard, kind: str) -> torch.Tensor:
@@ -113,7 +112,7 @@ def everything(overrides: list[str], world: World, folder: Path) -> dict[str, An
     made = {name: make(overrides, world, folder / name, *more) for name, more in STRATEGIES.items()}
     for name, parts in made.items():
         fill(parts)
-        parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+        parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
         path = parts.checkpoints.folder / "step-00000001"
         plan = parts.checkpoints._plan
         assert plan is not None
@@ -126,7 +125,7 @@ def everything(overrides: list[str], world: World, folder: Path) -> dict[str, An
     for writer, source in made.items():
         for reader, parts in made.items():
             zero(parts)
-            parts.checkpoints.restore(source.checkpoints.folder / "step-00000001", parts.strategy, parts.average)
+            parts.checkpoints.restore(source.checkpoints.folder / "step-00000001", parts.strategy, parts.averages)
             found[f"{reader} reads {writer}"] = world.gather(wrong_here(parts))
     return found
 
@@ -162,7 +161,7 @@ def slow_disk(overrides: list[str], world: World, folder: Path) -> dict[str, Any
         facts = control.exchange(Facts(saving=parts.checkpoints.state))
         parts.checkpoints.advance(facts.saving)
         if step in (1, 4, 6):
-            parts.checkpoints.begin(progress_at(step), parts.strategy, parts.average)
+            parts.checkpoints.begin(progress_at(step), parts.strategy, parts.averages)
             for tensors in lists_of(parts).values():
                 for tensor in tensors:
                     tensor.add_(1.0)
@@ -193,16 +192,16 @@ def one_rank_fails(overrides: list[str], world: World, folder: Path) -> dict[str
 
     if world.rank == 1:
         os.pwrite = full
-    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.averages)
     parts.checkpoints.finish()
     try:
-        parts.checkpoints.save(progress_at(2), parts.strategy, parts.average)
+        parts.checkpoints.save(progress_at(2), parts.strategy, parts.averages)
         error = None
     except UserError as caught:
         error = str(caught)
     os.pwrite = original
     left = world.on_main(lambda: os.listdir(parts.checkpoints.folder))
-    parts.checkpoints.save(progress_at(3), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(3), parts.strategy, parts.averages)
     wrong = world.on_main(lambda: wrong_in_files(parts, parts.checkpoints.folder / "step-00000003"))
     return {"said": said, "errors": world.gather(error), "left": left, "wrong": wrong}
 
@@ -215,7 +214,7 @@ def another_disk(overrides: list[str], world: World, folder: Path) -> dict[str, 
     fill(parts)
     if world.rank == 1:
         parts.checkpoints.folder = folder / "elsewhere"
-    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.averages)
     parts.checkpoints.finish()
     return {"said": said, "names": world.on_main(lambda: os.listdir(parts.checkpoints.folder))}
 
@@ -227,7 +226,7 @@ def little_memory(overrides: list[str], world: World, folder: Path) -> dict[str,
         fill(parts)
         limit = 100_000 if world.rank else 150_000  # the smallest counts
         kept = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=1, memory_bytes=limit)
-        kept.save(progress_at(1), parts.strategy, parts.average)
+        kept.save(progress_at(1), parts.strategy, parts.averages)
         assert kept._plan is not None
         wrong = world.on_main(lambda parts=parts, kept=kept: wrong_in_files(parts, kept.folder / "step-00000001"))
         found[name] = {"wrong": wrong, "rounds": kept._plan.rounds, "bytes": world.gather(kept._memory.size)}

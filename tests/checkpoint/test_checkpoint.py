@@ -88,7 +88,7 @@ def test_diffusers_loads_an_adapter_with_its_scale(pipeline: Path, overrides: li
     base = [f"model.pretrained={pipeline}", "model.unet={}", "adapter=lora", "adapter.rank=2", "adapter.alpha=6"]
     parts = parts_of(overrides, *base)
     disturb(parts)
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     folder = parts.checkpoints.folder / "step-00000001" / "weights"
     reference = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
     reference.load_lora_weights(folder, weight_name=LORA_FILE)
@@ -108,7 +108,7 @@ def test_restoring_puts_everything_back(saved: tuple[Parts, Path], overrides: li
     parts, path = saved
     fresh = parts_of(overrides)
     assert fresh.average is not None and parts.average is not None
-    fresh.checkpoints.restore(path, fresh.strategy, fresh.average)
+    fresh.checkpoints.restore(path, fresh.strategy, fresh.averages)
     for one, other in zip(parts.strategy.shards, fresh.strategy.shards, strict=True):
         assert one.name == other.name and torch.equal(one.master, other.master)
     pairs = [(parts.average.tensors, fresh.average.tensors)]
@@ -126,12 +126,12 @@ def test_an_average_that_is_switched_on_later_starts_at_the_weights(
     saved: tuple[Parts, Path], overrides: list[str]
 ) -> None:
     parts, path = saved
-    parts.checkpoints.save(progress_at(6), parts.strategy, None)
+    parts.checkpoints.save(progress_at(6), parts.strategy, [])
     path = path.with_name("step-00000006")
     assert not (path / "ema").exists()
     fresh = parts_of(overrides)
     assert fresh.average is not None
-    fresh.checkpoints.restore(path, fresh.strategy, fresh.average)
+    fresh.checkpoints.restore(path, fresh.strategy, fresh.averages)
     for shard, tensor in zip(fresh.strategy.shards, fresh.average.tensors, strict=True):
         assert torch.equal(shard.master, tensor) and shard.master.data_ptr() != tensor.data_ptr()
 
@@ -139,7 +139,7 @@ def test_an_average_that_is_switched_on_later_starts_at_the_weights(
 def test_what_a_checkpoint_says_of_its_run(saved: tuple[Parts, Path]) -> None:
     parts, _ = saved
     said = progress_at(5, loss_scale={"scale": 512.0}, depends_on={"seed": 3, "adapter.targets": ["to_q"]})
-    parts.checkpoints.save(said, parts.strategy, None)
+    parts.checkpoints.save(said, parts.strategy, [])
     assert parts.checkpoints.read(parts.checkpoints.folder / "step-00000005") == said
 
 
@@ -163,7 +163,7 @@ def test_a_run_without_checkpoints_has_no_latest(tmp_path: Path) -> None:
 def test_saving_again_replaces(saved: tuple[Parts, Path]) -> None:
     parts, path = saved
     (path / "trainer.json").write_text("broken")
-    parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(4), parts.strategy, parts.averages)
     assert find_fault(path) is None
     assert os.listdir(path.parent) == [path.name]
 
@@ -175,7 +175,7 @@ def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[P
     shutil.copytree(path, broken)
     flip(broken / "optimizer/exp_avg.safetensors")
     checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=1)
-    checkpoints.save(progress_at(6), parts.strategy, parts.average)
+    checkpoints.save(progress_at(6), parts.strategy, parts.averages)
     assert find_fault(path.with_name("step-00000006")) is None
 
 
@@ -279,7 +279,7 @@ def test_restoring_another_model_says_what_is_missing(saved: tuple[Parts, Path],
     _, path = saved
     other = parts_of(overrides, "model.unet.layers_per_block=2")
     with pytest.raises(UserError, match=r"holds no .*: it is of another adapter or model$"):
-        other.checkpoints.restore(path, other.strategy, other.average)
+        other.checkpoints.restore(path, other.strategy, other.averages)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ def found(latents: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "model.unet.block_out_channels=[16,32]",
         "model.unet.attention_head_dim=2",
         "train.precision=bf16",
+        "ema.halflives_images.short=100",
+        "ema.sigma_rels=[0.1]",
     ]
     (folder / "settings.json").write_text(json.dumps({"overrides": overrides, "folder": str(folder)}))
     script = str(Path(__file__).with_name("ranks.py"))

@@ -131,7 +131,7 @@ def test_training_goes_on_while_a_slow_disk_takes_a_checkpoint(
 def test_a_young_save_is_waited_for(parts: Parts, said: list[str]) -> None:
     """Tiny models save more often than a disk writes: none is lost."""
     for step in range(1, 5):
-        parts.checkpoints.begin(progress_at(step), parts.strategy, parts.average)
+        parts.checkpoints.begin(progress_at(step), parts.strategy, parts.averages)
     parts.checkpoints.finish()
     assert said == []
     assert len(list(parts.checkpoints.folder.iterdir())) == parts.checkpoints.keep == 3
@@ -150,7 +150,7 @@ def test_no_step_waits_again_for_a_disk_that_was_slow(
 
     monkeypatch.setattr(writing.Task, "wait", wait)
     for step in (1, 2, 3):
-        parts.checkpoints.begin(progress_at(step), parts.strategy, parts.average)
+        parts.checkpoints.begin(progress_at(step), parts.strategy, parts.averages)
     assert len(said) == 2
     assert len(waits) == 1
     gate.opened.set()
@@ -163,7 +163,7 @@ def test_a_disk_that_takes_nothing_is_given_up_in_bounded_time(
 ) -> None:
     monkeypatch.setattr(checkpoints, "_STALLED_SECONDS", 0.3)
     with pytest.raises(UserError, match=r"cannot save .*step-00000001: the disk has taken nothing for 0 s"):
-        parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+        parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
 
 
 def test_a_hung_write_keeps_no_process_from_leaving() -> None:
@@ -180,23 +180,23 @@ def test_a_hung_write_keeps_no_process_from_leaving() -> None:
 
 def test_a_failed_save_is_told_and_leaves_the_one_before(parts: Parts, said: list[str]) -> None:
     """Files may not grow: training goes on, each failure is said, and the next save works."""
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
         for step in (2, 3):
-            parts.checkpoints.begin(progress_at(step), parts.strategy, parts.average)
+            parts.checkpoints.begin(progress_at(step), parts.strategy, parts.averages)
             parts.checkpoints.finish()
         assert [path.name for path in parts.checkpoints.folder.iterdir()] == ["step-00000001"]
         with pytest.raises(UserError, match="cannot save .*step-00000004: File too large; .* untouched"):
-            parts.checkpoints.save(progress_at(4), parts.strategy, parts.average)
+            parts.checkpoints.save(progress_at(4), parts.strategy, parts.averages)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert said[0] == (
         "warning: the checkpoint of step 2 cannot be saved, the last good one is step 1: File too large"
     )
     assert "step 3 cannot be saved (2 in a row), the last good one is step 1" in said[1]
-    parts.checkpoints.save(progress_at(5), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(5), parts.strategy, parts.averages)
     assert find_fault(parts.checkpoints.folder / "step-00000005") is None
 
 
@@ -269,9 +269,9 @@ def test_training_outlives_a_full_disk(
 def test_a_disk_that_is_read_only_all_at_once(small_disk: Path, said: list[str], overrides: list[str]) -> None:
     """As the kernel makes it after an error."""
     parts = parts_of(overrides, f"run.dir={small_disk / 'run'}")
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.average)
+    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.averages)
     parts.checkpoints.finish()
     assert said == [
         "warning: the checkpoint of step 2 cannot be saved, the last good one is step 1: Read-only file system"
@@ -294,9 +294,9 @@ def test_what_is_lost_between_writing_and_reading_is_noticed(
             file.write(bytes(1000))
         return original(folder, moved)
 
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     monkeypatch.setattr(checkpoints, "sum_files", lose)
-    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.average)
+    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.averages)
     parts.checkpoints.finish()
     assert "optimizer/exp_avg.safetensors does not hold what was written to it" in said[0]
     assert [path.name for path in parts.checkpoints.folder.iterdir()] == ["step-00000001"]
@@ -309,7 +309,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_costs_nothing(
         raise OSError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(checkpoints, "prune", refuse)
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     assert find_fault(parts.checkpoints.folder / "step-00000001") is None
     assert said == [f"warning: old checkpoints in {parts.checkpoints.folder} cannot be removed: Permission denied"]
 
@@ -320,7 +320,7 @@ def test_a_defect_of_ours_keeps_its_traceback(parts: Parts, monkeypatch: pytest.
 
     monkeypatch.setattr(writing, "_write_all", broken)
     with pytest.raises(ZeroDivisionError):
-        parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+        parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -329,22 +329,22 @@ def test_a_defect_of_ours_keeps_its_traceback(parts: Parts, monkeypatch: pytest.
 def test_a_snapshot_is_of_its_step(parts: Parts, gate: Gate) -> None:
     """Masters, average and moments go on changing while it is written."""
     wanted = [shard.master.clone() for shard in parts.strategy.shards]
-    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.averages)
     assert gate.reached.wait(30)
     assert parts.average is not None
     for tensor in (*(s.master for s in parts.strategy.shards), *parts.average.tensors):
         tensor.zero_()
     gate.opened.set()
     parts.checkpoints.finish()
-    parts.checkpoints.restore(parts.checkpoints.folder / "step-00000001", parts.strategy, parts.average)
+    parts.checkpoints.restore(parts.checkpoints.folder / "step-00000001", parts.strategy, parts.averages)
     assert all(torch.equal(s.master, w) for s, w in zip(parts.strategy.shards, wanted, strict=True))
     assert all(tensor.abs().max() > 0 for tensor in parts.average.tensors)
 
 
 def test_short_memory_makes_rounds_with_the_same_files(parts: Parts, said: list[str]) -> None:
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
     little = Checkpoints(parts.checkpoints.run / "little", parts.checkpoints.layout, keep=1, memory_bytes=80_000)
-    little.save(progress_at(1), parts.strategy, parts.average)
+    little.save(progress_at(1), parts.strategy, parts.averages)
     assert little._plan is not None and little._plan.rounds > 3
     assert little._memory.size <= 80_000
     assert "training waits while checkpoints are written; checkpoint.memory_gib" in said[0]
@@ -372,8 +372,8 @@ def test_others_read_runs_while_a_save_is_under_way(parts: Parts, gate: Gate) ->
     from finetune.models.components import find_checkpoint
 
     gate.text = "step-00000002"
-    parts.checkpoints.save(progress_at(1), parts.strategy, parts.average)
-    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.average)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
+    parts.checkpoints.begin(progress_at(2), parts.strategy, parts.averages)
     assert gate.reached.wait(30)
     assert find_checkpoint(parts.checkpoints.run).step == 1
     assert parts.checkpoints.latest() == parts.checkpoints.folder / "step-00000001"

@@ -159,6 +159,10 @@ def test_mistakes_are_named(run, base, tmp_path):
         load_components(run, step=30)
     with pytest.raises(UserError, match="is no run folder: it has no checkpoint of step 3"):
         load_components(base, step=3)
+    with pytest.raises(UserError, match="is no run folder: it has no average ema:short"):
+        load_components(base, weights="ema:short")
+    with pytest.raises(UserError, match="step-00000040 has no average ema:short: choose ema or raw"):
+        load_components(run, weights="ema:short")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_components(tmp_path)
     (tmp_path / "run").mkdir()
