@@ -23,6 +23,17 @@ def natural(text: str) -> int:
     return int(text)
 
 
+def probability(text: str) -> float:
+    """An argument from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
 def default_workers(processes: int = 1) -> int:
     """One for each CPU that this process may use, shared with other `processes` of ours on this machine."""
     return max(1, min(MOST_WORKERS, len(os.sched_getaffinity(0)) // processes))

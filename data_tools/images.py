@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageCms, ImageColor
 
 from finetune import UserError, first_line
+from finetune.data.shards.labels import png_header
 
 SUFFIXES = frozenset(
     "." + s
@@ -76,6 +77,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _STRIP_ROWS = 256
+_PNG_KINDS = {0: "grey", 2: "RGB", 3: "a palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
 class PictureError(ValueError):
@@ -138,6 +140,54 @@ def decode_rgb(
             rgb = rgb.transpose(_UPRIGHT[orientation])
         rgb.info = {"original_size": original}
         return rgb
+
+
+def decode_indices(data: bytes, name: str, *, segments: bool = False) -> np.ndarray:
+    """The values of an 8-bit grey PNG, or a palette's indices: uint8 [H, W]; no colours, no rotation.
+
+    Args:
+        name: what to call it in errors.
+        segments: of an RGB PNG, R + 256 G + 65536 B instead, int32 [H, W], as COCO's panoptic format has them.
+
+    Raises:
+        PictureError: it is no PNG, of another kind, or damaged. How large it is, the caller has looked at.
+    """
+    bits, kind = _png_kind(data, name)
+    wanted = kind == 2 and bits == 8 if segments else kind == 3 or (kind == 0 and bits == 8)
+    if not wanted:
+        needed = (
+            "RGB, as COCO's panoptic maps are" if segments else "grey, or a palette, with a label for each pixel"
+        )
+        raise PictureError(f"{name} is {_PNG_KINDS.get(kind, 'a PNG')} of {bits} bits; it must be 8-bit {needed}")
+    with _reasons(data), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        values = np.asarray(_open(data))
+    if segments:
+        wide_HW3 = values.astype(np.int32)
+        return np.asarray(wide_HW3[..., 0] + 256 * wide_HW3[..., 1] + 65536 * wide_HW3[..., 2])
+    return values
+
+
+def decode_grey(data: bytes, name: str) -> Image.Image:
+    """A grey PNG of any bits as 8-bit grey, without rotation; errors call it `name`.
+
+    Raises:
+        PictureError: it is no PNG, has colours or alpha, or is damaged. How large it is, the caller has looked at.
+    """
+    bits, kind = _png_kind(data, name)
+    if kind != 0:
+        raise PictureError(f"{name} is {_PNG_KINDS.get(kind, 'a PNG')}; it must be grey, 255 where the loss counts")
+    with _reasons(data), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _open(data)
+        return _eight_bits(image, None)[0] if bits == 16 else image.convert("L")
+
+
+def _png_kind(data: bytes, name: str) -> tuple[int, int]:
+    header = png_header(data)
+    if header is None:
+        raise PictureError(f"{name} is no PNG")
+    return header[2:]
 
 
 def picture_format(data: bytes) -> tuple[str | None, tuple[int, int]]:
@@ -389,6 +439,7 @@ def cut_out(
     bucket: tuple[int, int],
     place: tuple[float, float] = (0.5, 0.5),
     flipped: bool = False,
+    resampling: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> tuple[Image.Image, tuple[int, int], list[int]]:
     """Resize so that the picture covers the bucket, keeping its aspect, mirror it, and crop.
 
@@ -396,6 +447,7 @@ def cut_out(
         image: the picture, maybe decoded at a reduced scale.
         size: the picture's own (height, width).
         place: of the crop along height and width: 0 is the top (left), 0.5 the centre, just below 1 the bottom.
+        resampling: all of Pillow's have their pixels' centres in the same places, so that maps stay on the picture.
 
     Returns:
         the pixels; the resized picture's (height, width); the crop [top, left, height, width] in it.
@@ -404,7 +456,7 @@ def cut_out(
     # At least the target: rounding may leave a side one pixel short.
     height, width = (max(target, round(side * scale)) for target, side in zip(bucket, size, strict=True))
     if (width, height) != image.size:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = image.resize((width, height), resampling)
     if flipped:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if place == (0.5, 0.5):

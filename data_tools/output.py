@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from finetune import DISK_FULL, UserError
-from finetune.data.shards import EMPTY_TEXT, MANIFEST, Manifest, ShardError
+from finetune.data.shards import CLASSES, EMPTY_TEXT, MANIFEST, Manifest, ShardError
 from finetune.data.shards.files import WORK
 
 REJECTS = "rejects.jsonl"
@@ -19,7 +19,7 @@ SOURCE = "SOURCE.json"
 LOCK = ".lock"
 JOB = "encode.json"
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
-_FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT)
+_FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT, CLASSES)
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json
 from finetune import UserError
-from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, Bucket, ShardError, ShardSet, index_name
+from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
 
 __all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
@@ -25,11 +25,16 @@ _NO_LABELS = ("captions", "caption", "text", "key", "status", "error_message", "
 
 @dataclass(frozen=True)
 class Picture:
-    """An encoded picture of an image shard. `record` has captions and whatever else its json says."""
+    """An encoded picture of an image shard. `record` has captions and whatever else its json says.
+
+    `maps` has the bytes of its label map and loss mask, by the names of these members. Foreign tars may mean
+    anything by such names, so of these it has none: `data-tools ingest tars` is the way for them.
+    """
 
     key: str
     data: bytes
     record: dict[str, Any]
+    maps: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +123,8 @@ def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture |
         except ShardError as error:
             yield Unreadable(f"sample {sample_id}", str(error))
         else:
-            yield _picture(sample.pop("__key__"), sample)
+            maps = {name: sample[name] for name in (MAP, MASK) if name in sample}
+            yield _picture(sample.pop("__key__"), sample, maps)
 
 
 def _tars(root: Path) -> list[Path]:
@@ -144,7 +150,7 @@ def safe_key(tar: str, key: str) -> str:
     return f"{safe[:60]}-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
 
 
-def _picture(key: str, members: dict[str, Any]) -> Picture | Unreadable:
+def _picture(key: str, members: dict[str, Any], maps: dict[str, bytes] | None = None) -> Picture | Unreadable:
     data = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
     if data is None:
         return Unreadable(key, "no picture")
@@ -156,13 +162,14 @@ def _picture(key: str, members: dict[str, Any]) -> Picture | Unreadable:
             return Unreadable(key, f"json is not JSON ({error})")
         if not isinstance(record, dict):
             return Unreadable(key, "json is no object")
-    return Picture(key, data, {"captions": _captions(record, members.get("txt")), **_labels(record)})
+    captions = _captions(record, members.get("txt"))
+    return Picture(key, data, {"captions": captions, **_labels(record)}, maps or {})
 
 
 def _captions(record: dict[str, Any], text: bytes | None) -> list[str]:
     captions: list[str] = []
-    for field in ("captions", "caption", "text"):
-        value = record.get(field)
+    for name in ("captions", "caption", "text"):
+        value = record.get(name)
         captions += [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if not captions and text is not None:
         captions = [text.decode("utf-8", "replace")]

@@ -40,6 +40,8 @@ class Plan:
     buckets: dict[str, int] = field(default_factory=dict)
     crop_loss: dict[str, float] = field(default_factory=dict)  # mean of all that were encoded
     latents: list[Any] = field(default_factory=list)  # `RunningMoments.summary`
+    boxes: int = 0
+    boxes_lost: int = 0
 
 
 def shard_name(number: int) -> str:
@@ -66,6 +68,8 @@ def make_plan(
         total.excluded += tally.excluded
         total.redone += tally.redone
         total.enlarged += tally.enlarged
+        total.boxes += tally.boxes
+        total.boxes_lost += tally.boxes_lost
         total.rejects += len(tally.rejects)
         for reason, count in tally.filtered.items():
             total.filtered[reason] = total.filtered.get(reason, 0) + count

@@ -24,9 +24,11 @@ from data_tools.arguments import (
     default_workers,
     natural,
     positive,
+    probability,
 )
 from data_tools.encode import assemble
 from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
+from data_tools.encode.degrade import DEGRADATIONS
 from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, stack
 from data_tools.encode.excluded import Excluded
 from data_tools.encode.parts import PartWriter, Tally
@@ -34,6 +36,7 @@ from data_tools.encode.prepare import Filtered, Prepared, Recipe, measure, prepa
 from data_tools.encode.work import Work, join
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import PictureError, parse_colour
+from data_tools.labels import LEAST_OF_A_BOX
 from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
 from data_tools.tars import Unreadable
@@ -41,7 +44,12 @@ from data_tools.workers import CrashError, Workers
 from finetune import UserError, first_line
 from finetune.data.shards import (
     EMPTY_TEXT,
+    HOLE,
     LATENT,
+    LOWRES,
+    MAP,
+    MASK,
+    MASKED,
     TEXT,
     Bucket,
     EncoderInfo,
@@ -51,7 +59,9 @@ from finetune.data.shards import (
     json_bytes,
     latent_bytes,
     write_atomic,
+    write_classes,
 )
+from finetune.data.shards.files import npy_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -103,12 +113,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes.add_argument(
         "--flip",
-        type=_probability,
+        type=probability,
         default=0.0,
         metavar="P",
         help="mirror a picture with probability P (default: 0)",
     )
     sizes.add_argument("--seed", type=int, default=0, metavar="N", help="of random crops and flips (default: 0)")
+    more = parser.add_argument_group("for more than text", "What is made of each picture for other tasks.")
+    more.add_argument(
+        "--min-box",
+        type=probability,
+        default=LEAST_OF_A_BOX,
+        metavar="SHARE",
+        help=f"leave out boxes of which less is inside the crop (default: {LEAST_OF_A_BOX})",
+    )
+    more.add_argument(
+        "--holes",
+        type=natural,
+        default=0,
+        metavar="K",
+        help="for inpainting: draw K holes for each picture, and encode it with each of them too (default: 0)",
+    )
+    more.add_argument(
+        "--full-holes",
+        type=probability,
+        default=0.0,
+        metavar="P",
+        help="let a hole be the whole picture with probability P (default: 0; Stable Diffusion: 0.25)",
+    )
+    more.add_argument(
+        "--lowres",
+        type=positive,
+        metavar="F",
+        help="for super-resolution: keep each crop at 1/F of its size too",
+    )
+    more.add_argument(
+        "--degradation",
+        choices=DEGRADATIONS,
+        default="bicubic",
+        help="how it is made small: bicubic, or blind: random blurs, resizing, noise and JPEG, as BSRGAN's "
+        "(default: bicubic)",
+    )
     parser.add_argument("--exclude", type=Path, metavar="FILE", help="keys to leave out: one a line, or JSON lines")
     parser.add_argument(
         "--keep-duplicates", action="store_true", help="don't leave out what SHARDS/duplicates.jsonl lists"
@@ -119,16 +164,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers_argument(parser)
     add_shard_arguments(parser, "LATENTS")
     add_filter_arguments(parser)
-
-
-def _probability(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a probability, 0 to 1")
-    return value
 
 
 @dataclass(frozen=True)
@@ -186,6 +221,9 @@ def run(args: argparse.Namespace) -> int:
     background = parse_colour(args.background)
     source = PictureSource.open(args.shards)
     excluded = Excluded.load(args.shards, args.exclude, args.keep_duplicates)
+    if args.full_holes and not args.holes:
+        raise UserError(f"--full-holes {args.full_holes:g} needs holes; give --holes")
+    classes = source.shards.classes() if source.shards is not None else []
 
     import torch
 
@@ -197,6 +235,9 @@ def run(args: argparse.Namespace) -> int:
     vae = load_autoencoder(args.vae, dtype=getattr(torch, args.dtype), device=device)
     info = encoder_info(vae, args.vae, args.out)
     fixed = bucket_table(source, args.size, args.aspect_buckets, args.bucket_step, info.downsample)
+    if args.lowres and (wrong := [bucket for bucket in fixed if any(side % args.lowres for side in bucket)]):
+        shape = f"{wrong[0][0]}x{wrong[0][1]}"
+        raise UserError(f"--lowres {args.lowres} does not divide pictures of {shape}; take a factor that does")
     text = TextCache(args.text_encoder, device, args.out) if args.text_encoder else None
     job: dict[str, Any] = {
         "pictures": source.identity(),
@@ -217,8 +258,28 @@ def run(args: argparse.Namespace) -> int:
         "excluded": excluded.sha256,
         "text-encoder": asdict(text.info) if text else None,
     }
+    # Only where they are given: sets that were made before these settings came are still the same sets.
+    if args.min_box != LEAST_OF_A_BOX:
+        job["min-box"] = args.min_box
+    if args.holes:
+        job |= {"holes": args.holes, "full-holes": args.full_holes}
+    if args.lowres:
+        job |= {"lowres": args.lowres, "degradation": args.degradation}
     workers = default_workers(place.local_world) if args.workers is None else args.workers
-    recipe = Recipe((), background, filters, args.crop, args.flip, args.seed)
+    recipe = Recipe(
+        (),
+        background,
+        filters,
+        args.crop,
+        args.flip,
+        args.seed,
+        min_box=args.min_box,
+        holes=args.holes,
+        full_holes=args.full_holes,
+        step=info.downsample,
+        lowres=args.lowres or 0,
+        degradation=args.degradation,
+    )
     with join(args.out, job, args.overwrite) as work:
         if work is None:
             if place.rank == 0:
@@ -226,7 +287,9 @@ def run(args: argparse.Namespace) -> int:
             return 0
         encoder = Encoder(vae, args.vae, text)
         with Workers(workers) as pool:
-            course = Course(work, source, excluded, recipe, args, pool, encoder, info, quiet=place.rank != 0)
+            course = Course(
+                work, source, excluded, recipe, args, pool, encoder, info, classes, quiet=place.rank != 0
+            )
             try:
                 course.run(fixed)
             except FileNotFoundError:
@@ -281,12 +344,17 @@ class Course:
         pool: Workers,
         encoder: Encoder,
         info: EncoderInfo,
+        classes: list[str],
         quiet: bool,
     ) -> None:
         self.work, self.source, self.excluded, self.recipe, self.args = work, source, excluded, recipe, args
         self.pool, self.encoder, self.info, self.quiet = pool, encoder, info, quiet
+        self.classes = classes
         self.units = source.units()
         self.members = [LATENT, "json", *([TEXT] if encoder.text else [])]
+        if source.shards is not None:
+            self.members += [name for name in (MAP, MASK) if name in source.shards.manifest.members]
+        self.members += [LOWRES] * bool(args.lowres) + [HOLE, MASKED] * bool(args.holes)
         self.table: list[Bucket] = []
 
     def run(self, fixed: list[Bucket]) -> None:
@@ -475,6 +543,9 @@ class Course:
             members = {LATENT: latent_bytes(result.moments), "json": json_bytes(sample.record)}
             if result.states is not None:
                 members[TEXT] = result.states
+            members |= sample.extra
+            if result.masked is not None:
+                members[MASKED] = npy_bytes(result.masked)
             try:
                 number = str(part.write(sample.key, members, sample.bucket))
             except ShardError as error:
@@ -482,6 +553,8 @@ class Course:
                 continue
             kept.append(result.moments)
             tally.enlarged += sample.enlarged
+            tally.boxes += sample.boxes[0]
+            tally.boxes_lost += sample.boxes[1]
             tally.crop_loss[number] = tally.crop_loss.get(number, 0.0) + sample.crop_loss
         if kept:
             moments.add(np.stack(kept))
@@ -509,7 +582,8 @@ class Course:
         shards = assemble.load_shards(work, plan)
         stats = LatentStats(*plan.latents)
         text = self.encoder.text.info if self.encoder.text is not None else None
-        manifest = Manifest("latents", self.members, shards, self.info, stats, text)
+        classes = write_classes(out, self.classes) if self.classes else None
+        manifest = Manifest("latents", self.members, shards, self.info, stats, text, classes=classes)
         lines = list(_report(plan, self.table, stats, self.args))
         manifest.save(out)
         work.remove()
@@ -528,6 +602,9 @@ def _report(
         yield f"{plan.redone} pictures overflowed in {args.dtype} and were redone in float32"
     if plan.enlarged:
         yield f"{plan.enlarged} pictures are smaller than their bucket and were enlarged"
+    if plan.boxes_lost:
+        less = f"less than {args.min_box:.0%} of each is in the crop"
+        yield f"{plan.boxes_lost} of {plan.boxes + plan.boxes_lost} boxes were left out: {less}"
     for reason, count in plan.filtered.items():
         yield f"{count} pictures were left out by a filter: {reason}"
     if plan.excluded:

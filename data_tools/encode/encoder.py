@@ -23,11 +23,12 @@ _CAPTIONS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one bucket; on a machine with a GPU the pixels are in pinned memory."""
+    """Pictures of one bucket; on a machine with a GPU the pixels and holes are in pinned memory."""
 
     bucket: Bucket
     samples: list[Prepared]
     pixels: torch.Tensor  # uint8 [B, H, W, 3]
+    holes: torch.Tensor | None  # bool [B, K, H, W]
 
 
 def stack(bucket: Bucket, samples: list[Prepared], pin: bool) -> Batch:
@@ -35,7 +36,14 @@ def stack(bucket: Bucket, samples: list[Prepared], pin: bool) -> Batch:
     import torch
 
     pixels_BHW3 = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
-    return Batch(bucket, samples, pixels_BHW3.pin_memory() if pin else pixels_BHW3)
+    holes_BKHW = None
+    if packed := [sample.holes for sample in samples if sample.holes is not None]:
+        holes = np.unpackbits(np.stack(packed), axis=-1, count=bucket[1]).view(np.bool_)
+        holes_BKHW = torch.from_numpy(holes)
+    if pin:
+        pixels_BHW3 = pixels_BHW3.pin_memory()
+        holes_BKHW = None if holes_BKHW is None else holes_BKHW.pin_memory()
+    return Batch(bucket, samples, pixels_BHW3, holes_BKHW)
 
 
 @dataclass(frozen=True)
@@ -44,17 +52,23 @@ class Running:
 
     batch: Batch
     moments: torch.Tensor  # float16 [B, 2C, h, w]
+    masked: list[torch.Tensor]  # K times the same: of the pictures with their holes filled
     states: torch.Tensor | None  # float16 [captions, L, D]
     ready: torch.cuda.Event | None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One picture's results: float16 moments [2C, h, w], None if they are not finite; the states' bytes, if any."""
+    """One picture's results.
+
+    `moments` are float16 [2C, h, w], None if they, or those with holes, are not finite; `masked` are those of the
+    picture with its holes, float16 [K, 2C, h, w]; `states` are the captions' bytes.
+    """
 
     sample: Prepared
     moments: np.ndarray | None
     states: bytes | None
+    masked: np.ndarray | None = None
 
 
 class TextCache:
@@ -126,6 +140,11 @@ class Encoder:
         import torch
 
         moments_B2Chw = self._to_host(self._moments(self.vae, batch.pixels))
+        # A hole at a time: then a batch needs the same memory, however many holes there are.
+        masked = [
+            self._to_host(self._moments(self.vae, batch.pixels, hole_BHW))
+            for hole_BHW in (batch.holes.unbind(1) if batch.holes is not None else ())
+        ]
         states_NLD = None
         if self.text is not None:
             captions = [caption for sample in batch.samples for caption in captions_of(sample)]
@@ -134,7 +153,7 @@ class Encoder:
         if self.on_gpu:
             ready = torch.cuda.Event()
             ready.record()
-        return Running(batch, moments_B2Chw, states_NLD, ready)
+        return Running(batch, moments_B2Chw, masked, states_NLD, ready)
 
     def finish(self, running: Running) -> list[Encoded]:
         """The results of a batch, one for each picture."""
@@ -146,35 +165,45 @@ class Encoder:
         results = []
         first = 0
         for row, sample in enumerate(running.batch.samples):
-            array_2Chw: np.ndarray = running.moments[row].numpy()
-            finite = bool(np.isfinite(array_2Chw).all())
-            if not finite and self.vae.dtype != torch.float32:
-                array_2Chw = self._again(running.batch.pixels[row : row + 1])
-                finite = bool(np.isfinite(array_2Chw).all())
-                self.redone += finite
+            # One after another: the picture, then the picture with each of its holes.
+            arrays = [moments[row].numpy() for moments in (running.moments, *running.masked)]
+            broken = [number for number, array in enumerate(arrays) if not np.isfinite(array).all()]
+            if broken and self.vae.dtype != torch.float32:
+                for number in broken:
+                    arrays[number] = self._again(running.batch, row, number - 1)
+                broken = [number for number in broken if not np.isfinite(arrays[number]).all()]
+                self.redone += not broken
             states = None
             if states_NLD is not None:
                 count = len(captions_of(sample))
                 states = npy_bytes(states_NLD[first : first + count])
                 first += count
-            results.append(Encoded(sample, array_2Chw if finite else None, states))
+            masked = np.stack(arrays[1:]) if running.masked else None
+            results.append(Encoded(sample, None if broken else arrays[0], states, masked))
         return results
 
-    def _again(self, pixels_1HW3: torch.Tensor) -> np.ndarray:
+    def _again(self, batch: Batch, row: int, hole: int) -> np.ndarray:
+        """A picture's moments in float32, with one of its holes, or whole for hole -1."""
         from finetune.models.autoencoder import load_autoencoder
 
         if self.exact is None:
             self.exact = load_autoencoder(self.source, device=self.device)
-        again: np.ndarray = self._moments(self.exact, pixels_1HW3)[0].cpu().numpy()
+        some = slice(row, row + 1)
+        hole_1HW = batch.holes[some, hole] if batch.holes is not None and hole >= 0 else None
+        again: np.ndarray = self._moments(self.exact, batch.pixels[some], hole_1HW)[0].cpu().numpy()
         return again
 
-    def _moments(self, vae: AutoencoderKL, pixels_BHW3: torch.Tensor) -> torch.Tensor:
+    def _moments(
+        self, vae: AutoencoderKL, pixels_BHW3: torch.Tensor, hole_BHW: torch.Tensor | None = None
+    ) -> torch.Tensor:
         import torch
 
         from finetune.models.autoencoder import encode_moments
 
         try:
             images_B3HW = pixels_BHW3.to(self.device, non_blocking=True).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            if hole_BHW is not None:  # mid-grey, which no 8-bit colour is
+                images_B3HW.masked_fill_(hole_BHW.to(self.device, non_blocking=True)[:, None], 0.0)
             if not self.on_gpu:  # there, channels last is what the weights have
                 images_B3HW = images_B3HW.contiguous()
             return encode_moments(vae, images_B3HW).half()  # an overflow becomes inf, which `finish` looks for

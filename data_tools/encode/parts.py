@@ -2,7 +2,7 @@
 
 ../../done/NNNNN.json   counts, statistics, rejects; written last
 rows.npy        int64 [samples, 2 + 2 * members], by bucket: where a sample starts in its bucket's file, how
-                long it is, then offset (from that start) and size of each member
+                long it is, then offset (from that start) and size of each member, -1 of one that it lacks
 keys.npy        uint64 [samples], a hash of each key
 007.bin         the samples of bucket 7 of the table, each as it will stand in a tar
 """
@@ -35,6 +35,8 @@ class Tally:
     excluded: int = 0
     redone: int = 0
     enlarged: int = 0
+    boxes: int = 0
+    boxes_lost: int = 0
     filtered: dict[str, int] = field(default_factory=dict)
     rejects: list[list[str]] = field(default_factory=list)
     buckets: dict[str, int] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class PartWriter:
         self._ends[number] = start + len(blocks)
         row = [start, len(blocks)]
         for member in self.members:
-            row += places[member]
+            row += places.get(member, (-1, -1))
         self._rows.setdefault(number, []).append(row)
         self._hashes.setdefault(number, []).append(key_hash(key))
         self._keys.add(key)
@@ -199,6 +201,6 @@ def read_runs(folder: Path, rows: np.ndarray, bucket: int) -> Iterator[tuple[byt
             if len(data) != size:
                 raise ShardError(f"{file.name} was cut short; delete the folder of latents and encode again")
             places = some[:, 2:].reshape(len(some), -1, 2).copy()
-            places[..., 0] += (some[:, 0] - begin)[:, None]
+            places[..., 0] += np.where(places[..., 0] >= 0, (some[:, 0] - begin)[:, None], 0)
             yield data, places
             first += count

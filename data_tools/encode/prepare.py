@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from data_tools.encode.buckets import aspect_step, crop_loss, nearest
+from data_tools.encode.degrade import shrink
+from data_tools.encode.holes import draw_hole, latent_hole
 from data_tools.filters import Filters
-from data_tools.images import PictureError, cut_out, decode_rgb, picture_format
+from data_tools.images import PictureError, cut_out, decode_rgb, encode_image, picture_format
+from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.pictures import Picture, Unreadable
-from finetune.data.shards import Bucket
+from finetune.data.shards import HOLE, LOWRES, MAP, Bucket, parse_boxes
+from finetune.data.shards.files import npy_bytes
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How pictures are cut. `table` is empty while only their sizes are asked for.
 
-    `crop` is `center` or `random`; `flip` is the probability of a horizontal flip. Both are drawn from (seed, key)
-    alone, so any process at any time draws the same.
+    `crop` is `center` or `random`; `flip` is the probability of a horizontal flip. All that is drawn is drawn from
+    (seed, key) alone, so any process at any time draws the same. `min_box` is the share of a box that must be in
+    the crop. `holes` are drawn for each picture, of which a share of `full_holes` is the whole picture; `step` is
+    the VAE's, pixels of a latent cell. `lowres` is the factor of the small picture, 0 for none.
     """
 
     table: tuple[Bucket, ...]
@@ -29,11 +35,21 @@ class Recipe:
     crop: str = "center"
     flip: float = 0.0
     seed: int = 0
+    min_box: float = LEAST_OF_A_BOX
+    holes: int = 0
+    full_holes: float = 0.0
+    step: int = 1
+    lowres: int = 0
+    degradation: str = "bicubic"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A picture cut to its bucket."""
+    """A picture cut to its bucket.
+
+    `extra` are members that are ready; `holes` are bool [K, H, W], eight pixels a byte (`np.packbits`), or None;
+    `boxes` counts those that were kept and those that were left out.
+    """
 
     key: str
     pixels: np.ndarray  # uint8 [H, W, 3]
@@ -41,6 +57,9 @@ class Prepared:
     record: dict[str, Any]
     enlarged: bool
     crop_loss: float
+    extra: dict[str, bytes] = field(default_factory=dict)
+    holes: np.ndarray | None = None
+    boxes: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -55,10 +74,11 @@ def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered |
 
     The record gets `original_size` [height, width], `crop` [top, left, height, width] in pixels of the resized
     picture, and `flipped` where the picture was mirrored; the crop is then one of the mirrored picture. Sizes and
-    crops that `ingest` noted when it resized the picture are carried over to the new scale.
+    crops that `ingest` noted when it resized the picture are carried over to the new scale. Boxes become fractions
+    of the crop, maps and masks get its pixels.
 
     Raises:
-        PictureError: it can't be decoded.
+        PictureError: it can't be decoded, or its map or mask can't be.
     """
     if isinstance(item, Unreadable):
         return item
@@ -72,6 +92,7 @@ def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered |
     if recipe.crop == "random":
         place = (draw(recipe.seed, "top", item.key), draw(recipe.seed, "left", item.key))
     cut, resized, crop = cut_out(image, (height, width), bucket, place, flipped)
+    cropped = list(crop)
     record = dict(item.record)
     mirrored = flipped != (record.pop("flipped", False) is True)  # mirrored twice is not mirrored
     original, before = _whole_numbers(record.get("original_size"), 2), _whole_numbers(record.get("crop"), 4)
@@ -84,8 +105,34 @@ def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered |
     record.update(original_size=original, crop=crop)
     if mirrored:
         record["flipped"] = True
+    counts = (0, 0)
+    if (boxes := parse_boxes(record.get("boxes"))) is not None:
+        record["boxes"] = cut_boxes(boxes, resized, cropped, flipped, recipe.min_box)
+        counts = (len(record["boxes"]), len(boxes) - len(record["boxes"]))
+    extra: dict[str, bytes] = {}
+    for name, data in item.maps.items():
+        read = read_map if name == MAP else read_mask
+        labels, _, _ = cut_out(
+            read(data, (height, width)), (height, width), bucket, place, flipped, RESAMPLING[name]
+        )
+        extra[name] = grey_bytes(labels)
+    if recipe.lowres:
+        small = shrink(cut, recipe.lowres, recipe.degradation, recipe.seed, item.key)
+        extra[LOWRES] = encode_image(small, "png")
+    holes = None
+    if recipe.holes:
+        holes_KHW = np.stack([_hole(recipe, item.key, number, bucket) for number in range(recipe.holes)])
+        extra[HOLE] = npy_bytes(np.stack([latent_hole(hole_HW, recipe.step) for hole_HW in holes_KHW]))
+        holes = np.packbits(holes_KHW, axis=-1)
     enlarged = max(bucket[0] / height, bucket[1] / width) > 1
-    return Prepared(item.key, np.asarray(cut), bucket, record, enlarged, crop_loss(height, width, bucket))
+    lost = crop_loss(height, width, bucket)
+    return Prepared(item.key, np.asarray(cut), bucket, record, enlarged, lost, extra, holes, counts)
+
+
+def _hole(recipe: Recipe, key: str, number: int, bucket: Bucket) -> np.ndarray:
+    if recipe.full_holes > 0 and draw(recipe.seed, f"full hole {number}", key) < recipe.full_holes:
+        return np.ones(bucket, bool)
+    return draw_hole(recipe.seed, key, number, bucket, recipe.step)
 
 
 def measure(item: Picture | Unreadable, recipe: Recipe) -> int | None:
