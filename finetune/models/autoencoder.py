@@ -17,7 +17,8 @@ from torch import Tensor
 
 from finetune import UserError, first_line
 from finetune.data.shards import EncoderInfo
-from finetune.models.sources import fetch, relative_source, weights_sha256
+from finetune.models.single_file import open_file
+from finetune.models.sources import fetch, fetch_file, relative_source, weights_sha256
 
 PIXEL_RANGE = (-1.0, 1.0)
 
@@ -32,12 +33,15 @@ def load_autoencoder(
     """Load an autoencoder, frozen and in eval mode.
 
     Args:
-        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, or a hub id of either.
+        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, a hub id of either, or a
+            single file of an autoencoder or of a whole model.
         revision: branch, tag or commit, for a hub id.
 
     Raises:
         UserError: nothing there, or something that is not an `AutoencoderKL`.
     """
+    if (file := fetch_file(source if isinstance(source, Path) else str(source), revision)) is not None:
+        return open_file(file).autoencoder(dtype).to(device).requires_grad_(False)
     try:
         folder = fetch(source if isinstance(source, Path) else str(source), "vae", revision)
     except UserError as error:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune import UserError, first_line
 
+FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
 _PROBE_SECONDS = 5.0
 
 
@@ -32,9 +33,45 @@ def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
     folder = local_folder(source)
     if folder is not None:
         return folder
-    name = str(source)
+    if fetch_file(source, revision) is not None:
+        raise UserError(f"{source} is a single file: it holds no {part}")
     kinds = ("*.json", "*.txt", "*.safetensors")
     patterns = [*(f"{part}/{kind}" for kind in kinds), "config.json", "diffusion_pytorch_model*.safetensors"]
+    return download(str(source), patterns, revision, ignore=["*.fp16.*", "*.non_ema*"])
+
+
+def fetch_file(source: str | Path, revision: str | None = None) -> Path | None:
+    """The single-file checkpoint that `source` names, or None where it names a folder or a hub id.
+
+    `owner/name/path/to/file.safetensors` is a file in a model of the hub.
+
+    Raises:
+        UserError: there is no such file, or it is of another type.
+    """
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_file():
+        if path.suffix not in FILES:
+            raise UserError(f"{text} is a file; a model is a folder, a hub id or a file {' or '.join(FILES)}")
+        return path
+    if path.suffix not in FILES or path.is_dir():
+        return None
+    inside = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)/(.+)", text)
+    if inside is None or isinstance(source, Path) or path.parent.is_dir():
+        raise UserError(f"no such file: {text}")
+    found = download(inside[1], [inside[2]], revision) / inside[2]
+    if not found.is_file():
+        raise UserError(f"{text}: {inside[1]} on the Hugging Face Hub holds no {inside[2]}")
+    return found
+
+
+def download(
+    name: str, patterns: list[str], revision: str | None = None, *, ignore: list[str] | None = None
+) -> Path:
+    """The folder in the cache of what a hub id holds by these patterns, downloaded where the hub can be reached.
+
+    Raises:
+        UserError: no such model on the hub, or the hub is out of reach and the cache has nothing.
+    """
     reachable = _on_the_hub(name, revision)
     try:
         return Path(
@@ -42,7 +79,7 @@ def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
                 name,
                 revision=revision,
                 allow_patterns=patterns,
-                ignore_patterns=["*.fp16.*", "*.non_ema*"],
+                ignore_patterns=ignore,
                 local_files_only=not reachable,
             )
         )
@@ -69,7 +106,7 @@ def _on_the_hub(name: str, revision: str | None) -> bool:
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder that `source` names, or None where it can only be a hub id.
+    """The folder that `source` names, or None where it can only be a hub id or a single-file checkpoint.
 
     Raises:
         UserError: it looks like a path and there is no such folder.
@@ -78,8 +115,10 @@ def local_folder(source: str | Path) -> Path | None:
     if path.is_dir():
         return path
     text = str(source)
+    if path.suffix in FILES:
+        return None
     if path.is_file():
-        raise UserError(f"{text} is a file; a model is a folder in the diffusers layout or a hub id")
+        raise UserError(f"{text} is a file; a model is a folder, a hub id or a file {' or '.join(FILES)}")
     # `runs/first` has the form of a hub id: an existing parent says that a folder was meant.
     hub_form = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text) is not None
     if isinstance(source, Path) or not hub_form or path.parent.is_dir():

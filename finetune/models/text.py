@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import save_file
@@ -24,8 +24,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
-from finetune.models.sources import fetch, relative_source, weights_sha256
+from finetune.models.single_file import open_file
+from finetune.models.sources import download, fetch, fetch_file, relative_source, weights_sha256
 
+CLIP = "openai/clip-vit-large-patch14"
+_TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 
 BEGIN, END, WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -38,42 +41,108 @@ _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\
 
 
 def load_text(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    words: str | Path | None = None,
 ) -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Load tokenizer and text encoder of a Stable Diffusion 1.x or 2.x pipeline, on the CPU in eval mode.
+    """Load tokenizer and text encoder of a Stable Diffusion 1.x or 2.x model, on the CPU in eval mode.
 
     Args:
-        source: a diffusers pipeline's folder with `tokenizer/` and `text_encoder/`, or a hub id.
+        source: a diffusers pipeline's folder with `tokenizer/` and `text_encoder/`, a hub id, or a single file.
+        words: where the tokenizer is, instead (see `load_tokenizer`).
 
     Raises:
-        UserError: the source is absent or one of the two is missing or broken.
+        UserError: the source is absent, one of the two is missing or broken, or they don't fit each other.
     """
-    return load_tokenizer(source, revision), load_text_encoder(source, revision, dtype)
+    encoder = load_text_encoder(source, revision, dtype)
+    return _fitting(load_tokenizer(source, revision, words=words), encoder, source), encoder
 
 
 def load_text_2(
-    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+    source: str | Path,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    words: str | Path | None = None,
 ) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
-    """Load the second tokenizer and text encoder of a Stable Diffusion XL pipeline, as `load_text`."""
-    name = _locate(source, "text_encoder_2", ("config.json",), revision)
-    encoder = _load(CLIPTextModelWithProjection, name, dtype)
-    return load_tokenizer(source, revision, "tokenizer_2"), encoder
+    """Load the second tokenizer and text encoder of a Stable Diffusion XL model, as `load_text`."""
+    if (file := fetch_file(source, revision)) is not None:
+        encoder = open_file(file).text_encoder_2(dtype)
+    else:
+        folder = _locate(source, "text_encoder_2", ("config.json",), revision)
+        encoder = _load(CLIPTextModelWithProjection, folder, dtype)
+    return _fitting(load_tokenizer(source, revision, "tokenizer_2", words=words), encoder, source), encoder
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None, subfolder: str = "tokenizer") -> CLIPTokenizer:
-    """Load the tokenizer of a pipeline's folder or hub id, or of a tokenizer's own folder."""
-    name = _locate(source, subfolder, ("vocab.json", "tokenizer.json"), revision)
+def load_tokenizer(
+    source: str | Path,
+    revision: str | None = None,
+    subfolder: str = "tokenizer",
+    *,
+    words: str | Path | None = None,
+) -> CLIPTokenizer:
+    """Load the tokenizer of a pipeline's folder or hub id, of a tokenizer's own folder, or of a single file.
+
+    A single file holds none: CLIP's is taken, which all of Stable Diffusion's models have, from the hub or its
+    cache.
+
+    Args:
+        subfolder: `tokenizer_2` is XL's second.
+        words: a folder or hub id, as `source`, whose tokenizer is taken instead of the model's own.
+    """
+    file = fetch_file(source, revision)
+    place: str | Path
+    if words is not None:
+        try:
+            place = _locate(words, subfolder, _TOKENIZER_FILES, None)
+        except UserError:
+            place = _locate(words, "tokenizer", _TOKENIZER_FILES, None)
+    elif file is None:
+        place = _locate(source, subfolder, _TOKENIZER_FILES, revision)
+    else:
+        try:
+            place = download(CLIP, ["*.json", "merges.txt"])
+        except UserError as error:
+            raise UserError(
+                f"{file} holds no tokenizer, and that of {CLIP} is out of reach: give model.tokenizer=FOLDER, with "
+                "its vocab.json and merges.txt"
+            ) from error
+    # OpenCLIP fills captions up with "!", CLIP with the end token; a folder made for the model says so itself.
+    part = subfolder.replace("tokenizer", "text_encoder")
+    opened = open_file(file) if file is not None else None
+    fills = {"pad_token": "!"} if opened is not None and opened.text_kind(part).endswith("openclip") else {}
     try:
-        return CLIPTokenizer.from_pretrained(name)
+        return CLIPTokenizer.from_pretrained(place, **fills)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"no tokenizer can be loaded from {name}: {first_line(error)}") from error
+        raise UserError(f"no tokenizer can be loaded from {place}: {first_line(error)}") from error
 
 
 def load_text_encoder(
     source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
 ) -> CLIPTextModel:
-    """Load the text encoder of a pipeline's folder or hub id, or of a text encoder's own folder."""
+    """Load the text encoder of a pipeline's folder or hub id, of its own folder, or of a single file."""
+    if (file := fetch_file(source, revision)) is not None:
+        return open_file(file).text_encoder(dtype)
     return _load(CLIPTextModel, _locate(source, "text_encoder", ("config.json",), revision), dtype)
+
+
+def _fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIPTokenizer:
+    """The tokenizer, if the encoder knows all of its words.
+
+    Raises:
+        UserError: it does not.
+    """
+    words, known = len(tokenizer), encoder.config.vocab_size
+    if words > known:
+        raise UserError(
+            f"the text encoder of {source} knows {known} tokens and the tokenizer has {words}: give the one that "
+            "it was trained with as model.tokenizer=FOLDER"
+        )
+    # Files may say another length than the encoder has places.
+    tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return tokenizer
 
 
 def _load(kind: type[Encoder], folder: Path, dtype: torch.dtype) -> Encoder:

@@ -11,7 +11,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from finetune import UserError, first_line
-from finetune.models.sources import fetch
+from finetune.models.single_file import open_file
+from finetune.models.sources import fetch, fetch_file
 
 
 def load_unet(
@@ -23,7 +24,8 @@ def load_unet(
     """Load a U-Net on the CPU, in eval mode.
 
     Args:
-        source: a U-Net's folder, a diffusers pipeline's folder that holds `subfolder`, or a hub id.
+        source: a U-Net's folder, a diffusers pipeline's folder that holds `subfolder`, a hub id, or a single-file
+            checkpoint.
         subfolder: where the U-Net lies inside a pipeline.
         revision: branch, tag or commit, for a hub id.
         dtype: of the weights in memory, whatever the files hold.
@@ -31,6 +33,8 @@ def load_unet(
     Raises:
         UserError: the source is absent, holds no U-Net, or its files are broken.
     """
+    if (file := fetch_file(source, revision)) is not None:
+        return open_file(file).unet(dtype)
     name = _unet_folder(fetch(source, subfolder, revision), subfolder)
     try:
         unet = UNet2DConditionModel.from_pretrained(name, torch_dtype=dtype)

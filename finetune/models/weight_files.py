@@ -1,0 +1,140 @@
+"""The tensors of one file of weights: a `.safetensors`, or a pickle of torch's of which only weights are read."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from finetune import UserError, first_line
+
+
+def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
+    """Tensors by name, read as they are needed, and the file's metadata.
+
+    Raises:
+        UserError: it can't be read, or it is a pickle of more than weights.
+    """
+    if path.suffix == ".safetensors":
+        tensors = _Lazy(path)
+        return tensors, tensors.metadata
+    return _read_pickle(path), {}
+
+
+def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    """A tensor's shape, without reading it.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    if isinstance(tensors, Renamed):
+        return shape_of(tensors.tensors, tensors.names[name])
+    return tensors.shape(name) if isinstance(tensors, _Lazy) else tuple(tensors[name].shape)
+
+
+class _Lazy(Mapping[str, Tensor]):
+    """The tensors of a safetensors file, each read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {first_line(error)}") from error
+        self._names = dict.fromkeys(self._file.keys())
+        self.metadata: dict[str, str] = self._file.metadata() or {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if name not in self._names:
+            raise KeyError(name)
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._file.get_tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Renamed(Mapping[str, Tensor]):
+    """Tensors under other names: `names` has the old by the new."""
+
+    tensors: Mapping[str, Tensor]
+    names: Mapping[str, str]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[self.names[name]]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Inert:
+    """Stands for what a trainer wrote beside the weights: it takes anything and does nothing."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+# What the published files hold beside tensors: a name of their trainer's, and numpy numbers. They are read as
+# `_Inert`, so nothing of theirs runs.
+_KNOWN = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """The tensors of a pickle, by `weights_only` alone.
+
+    Raises:
+        UserError: it holds more than weights, or can't be read.
+    """
+    stand_ins: list[Any] = [(type("Inert", (_Inert,), {}), name) for name in _KNOWN]
+    try:
+        with torch.serialization.safe_globals(stand_ins):
+            try:
+                read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap" not in str(error):
+                    raise
+                read = torch.load(path, map_location="cpu", weights_only=True)  # of before torch 1.6
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"{path} holds more than weights{what}, which could run code when it is read: take a .safetensors of it"
+        ) from None
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a checkpoint of torch: {first_line(error)}") from error
+    state = read.get("state_dict", read) if isinstance(read, dict) else {}
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)} if isinstance(state, dict) else {}
+    if not tensors:
+        raise UserError(f"{path} holds no tensors by name: it is no checkpoint of a model")
+    return tensors
