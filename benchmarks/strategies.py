@@ -42,7 +42,7 @@ from benchmarks.train_step import BETAS
 from finetune import diffusion, distributed, rng
 from finetune.batch import Batch
 from finetune.conditioning import TextConditioner
-from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.latents import LatentSpace, sample_latents
 from finetune.models.adapters import add_lora
 from finetune.models.layout import store_channels_last
@@ -169,7 +169,7 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
         seed=SEED,
     ).train()
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
-    common: dict[str, Any] = {"adamw": AdamW(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
+    common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
     strategy: Strategy
     if kind in ("one", "ddp"):
         if layout:

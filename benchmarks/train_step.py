@@ -28,7 +28,7 @@ from benchmarks.common import context, record
 from finetune import diffusion
 from finetune.batch import Batch
 from finetune.conditioning import TextConditioner
-from finetune.distributed import AdamW, DataParallel, ParamGroup, World
+from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace
 from finetune.models.unet import build_unet
@@ -133,7 +133,7 @@ def trained(
         World(0, 1, 0, device),
         model,
         [ParamGroup("unet", {f"unet.{n}": p for n, p in unet.named_parameters()})],
-        adamw=AdamW(),
+        optimizer=OptimizerSettings(),
         max_grad_norm=1.0,
         precision={torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype],
     )

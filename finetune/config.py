@@ -118,7 +118,7 @@ class ObjectiveConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW. The learning rate is a function of images seen."""
+    """AdamW, or what `kind` names. The learning rate is a function of images seen."""
 
     lr: float = 1e-4
     beta1: float = 0.9
@@ -133,8 +133,11 @@ class OptimConfig:
 
 @dataclass
 class JointOptimConfig(OptimConfig):
-    """Of the U-Net, and of the text encoder where that is trained."""
+    """Of the U-Net, and of the text encoder where that is trained; `distributed/optimizers.py` cites each kind."""
 
+    kind: str = "adamw"  # adamw | adamw8bit | adafactor | lion | prodigy | schedule_free
+    d0: float = 1e-6  # of prodigy: the first step size, times lr
+    d_coef: float = 1.0  # of prodigy: a factor of the step size that it finds
     text_encoder_lr: float | None = None  # null: lr
     lr_ratios: dict[str, Any] = field(default_factory=dict)  # of parts: optim.lr_ratios.up_blocks=0.5 times lr
 

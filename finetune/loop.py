@@ -151,6 +151,7 @@ def train(
                         images_seen=images_seen,
                         steps_taken=strategy.steps_taken,
                         loss_scale=strategy.scaler_state(),
+                        optimizer=strategy.counts(),
                         open_losses=tracker.open_losses,
                     )
                     if stop or step == total_steps:

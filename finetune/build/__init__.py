@@ -25,7 +25,7 @@ from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import TextConditioner
 from finetune.config import Config, SchedulerConfig
 from finetune.data.loader import Data
-from finetune.distributed import AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.distributed import ORDERED, DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.loop import Parts
 from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
@@ -201,7 +201,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
-        channels_last = world.device.type == "cpu"
+        channels_last = world.device.type == "cpu" and config.optim.kind not in ORDERED
     if channels_last and config.strategy.kind == "ddp":
         unet.to(memory_format=torch.channels_last)
     elif channels_last:
@@ -284,9 +284,9 @@ def _strategy(
         },
     }
     groups = _groups(config, parameters)
-    adamw = AdamW(config.optim.beta1, config.optim.beta2, config.optim.eps, config.optim.weight_decay)
+    names = ("kind", "beta1", "beta2", "eps", "weight_decay", "d0", "d_coef")
     common: dict[str, Any] = {
-        "adamw": adamw,
+        "optimizer": OptimizerSettings(**{name: getattr(config.optim, name) for name in names}),
         "max_grad_norm": config.optim.max_grad_norm,
         "precision": precision(config.train.precision, world.device),
     }
@@ -341,6 +341,7 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         "data.sources (manifests' sha256)": [source.shards.manifest.sha256 for source in data.sources],
         "data.sources (weights)": data.order.weights.tolist(),
         "adapter.kind": config.adapter.kind,
+        "optim.kind": config.optim.kind,
         **{f"adapter.{name}": value for name, value in adapter.items()},
         "model.pretrained": config.model.pretrained,
         **{f"model.unet.{name}": value for name, value in config.model.unet.items()},

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 
-from finetune import UserError, diffusion, lr, tracking
+from finetune import UserError, diffusion, distributed, lr, tracking
 from finetune.build.averages import check_averages
 from finetune.config import Config, require, require_choice
 from finetune.models.parts import flat
@@ -33,6 +35,7 @@ def check(config: Config) -> None:
             "objective.weighting": (objective.weighting, diffusion.WEIGHTINGS),
             "objective.loss": (objective.loss, diffusion.LOSSES),
             "objective.timesteps": (objective.timesteps, diffusion.TIMESTEPS),
+            "optim.kind": (config.optim.kind, distributed.KINDS),
             "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
             "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
             "strategy.offload": (config.strategy.offload, ("none", "cpu")),
@@ -60,6 +63,8 @@ def check(config: Config) -> None:
         "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
         "train.threads": 1 if config.train.threads is None else config.train.threads,
         "optim.eps": config.optim.eps,
+        "optim.d0": config.optim.d0,
+        "optim.d_coef": config.optim.d_coef,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
         "watch.start_s": config.watch.start_s,
         "model.scheduler.shift": schedule.shift,
@@ -96,6 +101,7 @@ def check(config: Config) -> None:
         )
     check_averages(config.ema)
     _check_objective(config)
+    _check_optimizer(config)
     if not 0 <= config.task.caption_dropout <= 1:
         raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
     if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
@@ -121,6 +127,52 @@ def check(config: Config) -> None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
         raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def _check_optimizer(config: Config) -> None:
+    """Refuse what an optimizer can't do."""
+    optim, kind = config.optim, config.optim.kind
+    if config.strategy.kind == "zero" and kind in distributed.NEED_WHOLE:
+        what = "a sum over all weights" if kind == "prodigy" else "whole weights"
+        raise UserError(
+            f"optim={kind} needs {what}, which no rank has under ZeRO: choose strategy=ddp, or optim=adamw, lion "
+            "or schedule_free"
+        )
+    if config.model.channels_last and kind in distributed.ORDERED:
+        raise UserError(
+            f"model.channels_last=true does not go with optim={kind}, whose rows or blocks are of weights in "
+            "another order: leave it out"
+        )
+    if kind == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "optim=adamw8bit needs bitsandbytes: pip install 'ldm-finetune[optim8bit]', or take optim=adamw"
+        )
+    if kind == "prodigy":
+        if not 0.1 <= optim.lr <= 10:
+            raise UserError(
+                f"optim.lr={optim.lr:g} with optim=prodigy: it finds the learning rate, which this is a factor of; "
+                "set optim.lr=1 (an experiment may have set it)"
+            )
+        if flat(optim.lr_ratios) or optim.text_encoder_lr not in (None, optim.lr):
+            raise UserError(
+                "optim=prodigy has one learning rate for all weights: leave optim.lr_ratios and "
+                "optim.text_encoder_lr out"
+            )
+    if kind == "schedule_free":
+        if optim.schedule != "constant":
+            raise UserError(
+                f"optim.schedule={optim.schedule} with optim=schedule_free, whose average stands for a schedule: "
+                "set optim.schedule=constant (optim.warmup_images is fine)"
+            )
+        if config.ema.enabled:
+            raise UserError(
+                "ema.enabled=true with optim=schedule_free, which averages weights itself: set ema.enabled=false"
+            )
+        if optim.beta1 == 0:
+            raise UserError(
+                "optim.beta1=0 with optim=schedule_free: gradients would be of weights that its average can't be "
+                "found from; take 0.9"
+            )
 
 
 def _check_objective(config: Config) -> None:

@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step-00001000/
         weights/    ema/        what was trained, float32, in the diffusers layout; further averages are ema-NAME/
-        optimizer/              exp_avg.safetensors, exp_avg_sq.safetensors: whole moments by parameter name
+        optimizer/              a file for each of its moments, by parameter name: exp_avg, exp_avg_sq
         trainer.json            clock, what the run depends on, latent space, sha256 of each file; written last
 
 Files hold whole float32 tensors by name and know nothing of ranks or strategies, so a checkpoint of any strategy

@@ -26,7 +26,7 @@ from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, sum_files, write_record
 from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
-from finetune.distributed import MOMENTS, Strategy, Wanted
+from finetune.distributed import Strategy, Wanted
 from finetune.ema import Average, Power
 from finetune.models.components import complete_checkpoints
 
@@ -42,13 +42,15 @@ class Progress:
 
     `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
     and `encoder_sha256` of the latent space that it is trained in. `open_losses`: mean losses of the steps
-    since the last line of metrics, so that lines are the same wherever a run was stopped.
+    since the last line of metrics, so that lines are the same wherever a run was stopped. `optimizer`: what it
+    counts beside steps, for each group of parameters (see `Strategy.counts`).
     """
 
     step: int
     images_seen: int
     steps_taken: int
     loss_scale: dict[str, float] = field(default_factory=dict)
+    optimizer: list[dict[str, float]] = field(default_factory=list)
     depends_on: dict[str, Any] = field(default_factory=dict)
     latents: dict[str, Any] = field(default_factory=dict)
     open_losses: list[float] = field(default_factory=list)
@@ -123,12 +125,24 @@ class Checkpoints:
         places = [weights]
         for average in averages:
             places.append([(f"{average.name}/{file.removeprefix('weights/')}", key) for file, key in weights])
-        places += [[(f"optimizer/{kind}.safetensors", shard.name) for shard in strategy.shards] for kind in MOMENTS]
+        places += [
+            [(_moment_file(kind), shard.name) for shard in strategy.shards]
+            for kind in strategy.settings.of_a_weight
+        ]
         tensors = [
             Member(kind, index, file, key, tuple(shard.file_shape))
             for kind, of_kind in enumerate(places)
             for index, (shard, (file, key)) in enumerate(zip(strategy.shards, of_kind, strict=True))
         ]
+        holders = strategy.holders() * len(places)
+        own_state = strategy.own_state()
+        for kind, name in enumerate(strategy.settings.of_a_parameter, len(places)):
+            of_kind = [(index, own[name]) for index, own in enumerate(own_state) if name in own]
+            tensors += [
+                Member(kind, i, _moment_file(name), strategy.shards[i].name, tuple(t.shape), t.dtype)
+                for i, t in of_kind
+            ]
+            holders += [None] * len(of_kind)
         metadata: dict[str, dict[str, str]] = {}
         for file in {tensor.file for tensor in tensors}:
             shapes = {tensor.key: tensor.shape for tensor in tensors if tensor.file == file}
@@ -136,7 +150,7 @@ class Checkpoints:
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world.size > 1 else 1
         limit = min(world.gather(self.memory_bytes or free_host_memory() // 2 // local_ranks))
         metadata = world.broadcast(metadata)  # one text of each header
-        self._plan = make_plan(tensors, metadata, strategy.holders() * len(places), world.size, limit)
+        self._plan = make_plan(tensors, metadata, holders, world.size, limit)
         self._memory = HostMemory(self._plan.bytes_of(world.rank), pinned=world.device.type == "cuda")
         self._rounds = [self._round(self._plan, number) for number in range(self._plan.rounds)]
         self._token, self._attempts = world.broadcast(secrets.token_hex(3)), 0
@@ -242,8 +256,10 @@ class Checkpoints:
         described = {average.name: average.describe() for average in averages}
         writing = Writing(temporary, plan.sizes)
         save = _Save(progress, described, temporary, final, writing, time.monotonic())
-        kinds = [[shard.master for shard in strategy.shards], *(average.tensors for average in averages)]
-        kinds += [strategy.moments(kind) for kind in MOMENTS]
+        kinds: list[Sequence[torch.Tensor | None]] = [strategy.weights(), *(each.tensors for each in averages)]
+        kinds += [strategy.moments(kind) for kind in strategy.settings.of_a_weight]
+        own_state = strategy.own_state()
+        kinds += [[own.get(name) for own in own_state] for name in strategy.settings.of_a_parameter]
         for number in range(plan.rounds):
             if number > 0:  # the memory is used again
                 self._wait_for_round(save)
@@ -262,11 +278,15 @@ class Checkpoints:
             raise self._stalled(save.final)
 
     def _snapshot(
-        self, number: int, kinds: list[list[torch.Tensor]], strategy: Strategy
+        self, number: int, kinds: Sequence[Sequence[torch.Tensor | None]], strategy: Strategy
     ) -> tuple[Callable[[], None], list[Piece]]:
         """Copy one round of what this rank owns to host memory: how to wait for the copies, and what to write."""
         here = self._rounds[number]
-        wanted = [Wanted(e.tensor.index, kinds[e.tensor.kind][e.tensor.index], e.owner) for e in here.entries]
+        wanted = []
+        for entry in here.entries:
+            tensor = kinds[entry.tensor.kind][entry.tensor.index]
+            assert tensor is not None
+            wanted.append(Wanted(entry.tensor.index, tensor, entry.owner))
         copied = strategy.collect(wanted, lambda place, whole: self._memory.put(here.starts[place], whole))
         return copied, [*here.pieces]
 
@@ -487,11 +507,14 @@ class Checkpoints:
                 else:  # switched on later
                     average.since_images = progress.images_seen
                     strategy.scatter_(average.tensors, Named(reader, inside("weights")))
-            for kind in MOMENTS:
-                locate = partial(_pair, f"optimizer/{kind}.safetensors")
-                strategy.scatter_(strategy.moments(kind), Named(reader, locate))
+            for kind in strategy.settings.of_a_weight:
+                strategy.scatter_(strategy.moments(kind), Named(reader, partial(_pair, _moment_file(kind))))
+            for shard, own in zip(strategy.shards, strategy.own_state(), strict=True):
+                for name, tensor in own.items():
+                    tensor.copy_(_own(reader, _moment_file(name), shard.name, tensor))
         strategy.refresh()
         strategy.set_steps_taken(progress.steps_taken)
+        strategy.load_counts(progress.optimizer)
         strategy.load_scaler_state(progress.loss_scale)
 
 
@@ -512,6 +535,25 @@ def _take_up(average: Average, saved: dict[str, Any], path: Path) -> None:
             "another run.dir"
         )
     average.since_images = int(saved.get("since_images", 0))
+
+
+def _moment_file(kind: str) -> str:
+    return f"optimizer/{kind}.safetensors"
+
+
+def _own(reader: Reader, file: str, key: str, like: torch.Tensor) -> torch.Tensor:
+    """A tensor of the optimizer that has a shape and type of its own.
+
+    Raises:
+        UserError: the file's is another one.
+    """
+    saved = reader.slice_of(file, key)[:]
+    if saved.shape != like.shape or saved.dtype != like.dtype:
+        raise UserError(
+            f"{key} in {reader.root / file} is {list(saved.shape)} of {saved.dtype}, the optimizer here needs "
+            f"{list(like.shape)} of {like.dtype}: put optim.kind back as it was or choose another run.dir"
+        )
+    return saved
 
 
 def _pair(file: str, key: str) -> tuple[str, str]:

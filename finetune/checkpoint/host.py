@@ -43,16 +43,16 @@ class HostMemory:
             at += part.numel()
 
     def put(self, start: int, tensor: Tensor) -> None:
-        """Copy float32 values to byte `start`; from a GPU without waiting, on its current stream."""
+        """Copy values to byte `start`; from a GPU without waiting, on its current stream."""
         view = self._views.get(start)
-        if view is None or view.shape != tensor.shape:
-            parts = [part for _, part in self._parts(start, 4 * tensor.numel())]
+        if view is None or view.shape != tensor.shape or view.dtype != tensor.dtype:
+            parts = [part for _, part in self._parts(start, tensor.nbytes)]
             if len(parts) != 1:
                 flat = tensor.contiguous().view(-1).view(torch.uint8)
                 for at, part in self._parts(start, flat.numel()):
                     part.copy_(flat[at : at + part.numel()], non_blocking=True)
                 return
-            view = self._views[start] = parts[0].view(torch.float32).view(tensor.shape)
+            view = self._views[start] = parts[0].view(tensor.dtype).view(tensor.shape)
         view.copy_(tensor, non_blocking=True)  # of thousands of tensors: one call each
 
     def views(self, start: int, length: int) -> Iterator[memoryview]:

@@ -10,23 +10,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 PAGE_BYTES = 4096
-_WORD_BYTES = 4  # float32
+_DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One tensor: of parameter number `index` in list number `kind` (weights, say), by `key` in `file`."""
+    """One tensor: of parameter number `index` in list number `kind` (weights, say), by `key` in `file`.
+
+    Its bytes are whole words of 4: sums over files are of words.
+    """
 
     kind: int
     index: int
     file: str
     key: str
     shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
 
     @property
     def bytes(self) -> int:
-        return _WORD_BYTES * math.prod(self.shape)
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def header(tensors: Sequence[Member], metadata: Mapping[str, str]) -> bytes:
     at = 0
     for tensor in tensors:
         described[tensor.key] = {
-            "dtype": "F32",
+            "dtype": _DTYPES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [at, at + tensor.bytes],
         }

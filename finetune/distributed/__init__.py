@@ -4,35 +4,30 @@ world           the processes: who is who, agreement, what ranks tell each other
 control         what all ranks must act on in the same step
 signals         being asked to stop
 watch           which rank is lost, so that the others end in bounded time
+optimizers      which there are, what each remembers
 strategy        what a strategy is (`Shard`s, steps, gathers), and data parallelism
 zero            DeepSpeed's ZeRO stages
 """
 
 from finetune.distributed.control import Control, Facts
+from finetune.distributed.optimizers import KINDS, MOMENTS, NEED_WHOLE, ORDERED, OptimizerSettings, ParamGroup
 from finetune.distributed.signals import StopRequest
-from finetune.distributed.strategy import (
-    MOMENTS,
-    AdamW,
-    DataParallel,
-    ParamGroup,
-    Shard,
-    Source,
-    StepStats,
-    Strategy,
-    Wanted,
-)
+from finetune.distributed.strategy import DataParallel, Shard, Source, StepStats, Strategy, Wanted
 from finetune.distributed.watch import LONG, Bounds, Watch
 from finetune.distributed.world import World, require_agreement, start, stop
 from finetune.distributed.zero import ZeRO
 
 __all__ = [
+    "KINDS",
     "LONG",
     "MOMENTS",
-    "AdamW",
+    "NEED_WHOLE",
+    "ORDERED",
     "Bounds",
     "Control",
     "DataParallel",
     "Facts",
+    "OptimizerSettings",
     "ParamGroup",
     "Shard",
     "Source",

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,29 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune import UserError
+from finetune.distributed import optimizers
+from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer, matrix_of
 from finetune.distributed.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _GATHER_ELEMENTS = 1 << 25  # 128 MiB of float32 on the device while parameters are put together or spread
-
-
-@dataclass(frozen=True)
-class ParamGroup:
-    """Trainable parameters with a learning rate of `lr_ratio` times the schedule's."""
-
-    name: str
-    parameters: dict[str, nn.Parameter]
-    lr_ratio: float = 1.0
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """AdamW's settings (Loshchilov & Hutter 2019, arXiv 1711.05101), without the learning rate."""
-
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
 
 
 @dataclass
@@ -128,6 +110,7 @@ class Strategy(ABC):
     world: World
     module: nn.Module  # the module as given: names of parameters are its own
     optimizer: torch.optim.Optimizer
+    settings: OptimizerSettings
     shards: list[Shard]
 
     @abstractmethod
@@ -162,22 +145,52 @@ class Strategy(ABC):
     @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None: ...
 
+    def weights(self) -> list[Tensor]:
+        """For each shard what training has come to, for files and evaluation: masters, but under schedule_free.
+
+        There gradients are of y, between the average x of all steps and their end z (arXiv 2405.15682, eq. 1 to 3):
+        x = y + (1 - 1 / beta1) (z - y), new tensors.
+        """
+        masters = [shard.master for shard in self.shards]
+        if self.settings.kind != "schedule_free" or not masters:
+            return masters
+        weight = 1 - 1 / self.settings.beta1
+        with torch.no_grad():
+            return list(torch._foreach_lerp(masters, self.moments("z"), weight))
+
     def moments(self, kind: str) -> list[Tensor]:
-        """One of `MOMENTS` for each shard."""
+        """For each shard a tensor of its optimizer, one number a weight: one of `settings.of_a_weight`."""
+        if kind == "y":
+            return [shard.master for shard in self.shards]
         return [shard.view_of(self.optimizer.state[shard.key][kind]) for shard in self.shards]
+
+    def own_state(self) -> list[dict[str, Tensor]]:
+        """For each shard what its optimizer keeps in other shapes, by name; every rank has the same."""
+        return [optimizers.own_state(self.optimizer, shard.key, self.settings) for shard in self.shards]
 
     @property
     def steps_taken(self) -> int:
         """Optimizer steps so far; skipped ones don't count (AdamW's bias correction depends on it)."""
-        return int(next(iter(self.optimizer.state.values()))["step"])
+        return optimizers.steps_taken(self.optimizer, self.settings)
 
     def set_steps_taken(self, steps: int) -> None:
-        for state in self.optimizer.state.values():
-            state["step"].fill_(steps)
+        optimizers.set_steps_taken(self.optimizer, self.settings, steps)
+
+    def counts(self) -> list[dict[str, float]]:
+        """What the optimizer counts beside steps, for each of its groups of parameters; the same on every rank."""
+        return optimizers.counts(self.optimizer, self.settings)
+
+    def load_counts(self, saved: Sequence[Mapping[str, float]]) -> None:
+        optimizers.load_counts(self.optimizer, self.settings, saved)
 
     @contextlib.contextmanager
     def evaluating(self, average: Sequence[Tensor] | None) -> Iterator[None]:
-        """Evaluation mode, with `average` (one tensor a shard) in place of the weights. Collective."""
+        """Evaluation mode, with `average` (one tensor a shard) in place of the weights. Collective.
+
+        Without one, with `weights`.
+        """
+        if average is None and self.settings.kind == "schedule_free":
+            average = self.weights()
         self._swap(average)
         self.module.eval()
         try:
@@ -235,16 +248,18 @@ class Strategy(ABC):
             self._collect(wanted, put)
             self._copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
             self._copied.record()
+        self._being_copied = wanted  # their memory may be used for others' when they are gone
         return self._copied.synchronize
 
     _copying: torch.cuda.Stream | None = None
     _copied: torch.cuda.Event | None = None
+    _being_copied: Sequence[Wanted] = ()
 
     def before_change(self) -> None:
         """Let the device wait for `collect`'s copies: call before masters, moments or the average change."""
         if self._copied is not None:
             torch.cuda.current_stream().wait_event(self._copied)
-            self._copied = None
+            self._copied, self._being_copied = None, ()
 
     def _collect(self, wanted: Sequence[Wanted], put: Callable[[int, Tensor], None]) -> None:
         queues: dict[int, list[tuple[int, Wanted]]] = {}  # by owner: what must be put together there
@@ -349,19 +364,11 @@ class Strategy(ABC):
                 for (shard, tensor), part in zip(group, flat.split(sizes), strict=True):
                     tensor.copy_(part.view(shard.shape))
 
-    def _start_adamw(self, keys: Sequence[Tensor]) -> None:
-        """Make AdamW's state now, so that fresh and resumed runs go the same way through its code."""
-        for key in keys:
-            # The fused optimizer, which `make_adamw` makes, counts steps on the parameter's device.
-            step = torch.zeros((), dtype=torch.float32, device=key.device)
-            moments = {kind: torch.zeros_like(key.detach()) for kind in MOMENTS}
-            self.optimizer.state[key] = {"step": step, **moments}
-
     def _clip_and_skip(self, norm: Tensor, max_grad_norm: float) -> None:
-        """Tell the fused optimizer what its next step does to gradients of this norm, without asking the host.
+        """Tell the optimizer what its next step does to gradients of this norm, without asking the host.
 
-        Its kernel divides them by `grad_scale` on the way, which saves a pass over them, and updates nothing where
-        `found_inf` is set. The norm is of reduced gradients, so all ranks see the same one.
+        It divides them by `grad_scale`, AdamW's fused kernel on the way, which saves a pass over them, and updates
+        nothing where `found_inf` is set. The norm is of reduced gradients, so all ranks see the same one.
         """
         # max(x, 1) of NaN is NaN: what isn't finite is skipped, whatever it is divided by.
         scale = torch.clamp((norm + 1e-6) / max_grad_norm, min=1.0) if max_grad_norm > 0 else None
@@ -369,8 +376,10 @@ class Strategy(ABC):
         self.optimizer.found_inf = (~torch.isfinite(norm)).float()  # type: ignore[attr-defined]
 
     def _set_lr(self, lr: float) -> None:
+        """Call once before each update."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_ratio"]
+        optimizers.begin_update(self.optimizer, self.settings)
 
 
 def _rows(shard: Shard) -> int:
@@ -391,17 +400,6 @@ def _groups_of(pieces: Sequence[tuple[Shard, Tensor]], limit: int) -> Iterator[l
         yield group
 
 
-def make_adamw(groups: Sequence[ParamGroup], settings: AdamW) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [{"params": list(group.parameters.values()), "lr_ratio": group.lr_ratio} for group in groups],
-        lr=0.0,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
 class DataParallel(Strategy):
     """Whole weights on every rank, in float32; gradients are averaged by torch's DDP, passes run in autocast."""
 
@@ -411,11 +409,11 @@ class DataParallel(Strategy):
         module: nn.Module,
         groups: Sequence[ParamGroup],
         *,
-        adamw: AdamW,
+        optimizer: OptimizerSettings,
         max_grad_norm: float,
         precision: str,
     ) -> None:
-        self.world, self.module, self.max_grad_norm = world, module, max_grad_norm
+        self.world, self.module, self.settings, self.max_grad_norm = world, module, optimizer, max_grad_norm
         module.to(world.device)
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
@@ -427,10 +425,17 @@ class DataParallel(Strategy):
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        self.optimizer = make_adamw(groups, adamw)
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        self._start_adamw(list(self.parameters.values()))
-        self.shards = [Shard(n, p.shape, 0, p.data, p, 0, is_whole=True) for n, p in self.parameters.items()]
+        self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
+        if optimizer.kind == "adafactor":
+            self.keys = {name: matrix_of(p) for name, p in self.parameters.items()}
+        given = [replace(group, parameters={n: self.keys[n] for n in group.parameters}) for group in groups]
+        self.optimizer = make_optimizer(given, optimizer)
+        optimizers.start(self.optimizer, self.keys.values(), optimizer)
+        self.shards = [
+            Shard(name, p.shape, 0, p.data, self.keys[name], 0, is_whole=True)
+            for name, p in self.parameters.items()
+        ]
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
@@ -447,6 +452,10 @@ class DataParallel(Strategy):
 
     def step(self, lr: float) -> StepStats:
         self._set_lr(lr)
+        for name, key in self.keys.items():
+            p = self.parameters[name]
+            if key is not p:
+                key.grad = None if p.grad is None else p.grad.view(key.shape)
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients).float()
@@ -458,7 +467,8 @@ class DataParallel(Strategy):
         else:
             self._clip_and_skip(norm, self.max_grad_norm)
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for p in itertools.chain(self.parameters.values(), self.keys.values()):
+            p.grad = None
         return StepStats(norm)
 
     def refresh(self) -> None:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.distributed.strategy import AdamW, ParamGroup, Shard, StepStats, Strategy, make_adamw
+from finetune.distributed import optimizers
+from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
+from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement
 from finetune.models.layout import stored_channels_last
 
@@ -51,7 +53,7 @@ class ZeRO(Strategy):
         module: nn.Module,
         groups: Sequence[ParamGroup],
         *,
-        adamw: AdamW,
+        optimizer: OptimizerSettings,
         max_grad_norm: float,
         precision: str,
         stage: int,
@@ -61,8 +63,8 @@ class ZeRO(Strategy):
     ) -> None:
         import deepspeed
 
-        deepspeed.utils.logger.setLevel("WARNING")
         self.world, self.module, self.stage, self.max_grad_norm = world, module, stage, max_grad_norm
+        self.settings = optimizer
         on_gpu = world.device.type == "cuda"
         names = {id(p): name for group in groups for name, p in group.parameters.items()}
         in_host_memory = {"device": "cpu", "pin_memory": on_gpu}
@@ -97,10 +99,13 @@ class ZeRO(Strategy):
             "steps_per_print": 1 << 62,
         }
         exact = {name: p.data for group in groups for name, p in group.parameters.items()}
-        with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module):  # it prints what it has built
+        # It prints what it has built, and warns of every optimizer that is not in its own tests.
+        deepspeed.utils.logger.setLevel("ERROR")
+        with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module):
             self.engine, _, _, _ = deepspeed.initialize(
-                model=module, optimizer=make_adamw(groups, adamw), config=config, dist_init_required=False
+                model=module, optimizer=make_optimizer(groups, optimizer), config=config, dist_init_required=False
             )
+        deepspeed.utils.logger.setLevel("WARNING")
         require_agreement(
             {
                 "torch.distributed": (world.rank, world.size),
@@ -111,7 +116,6 @@ class ZeRO(Strategy):
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
         keys = self.zero.fp32_partitioned_groups_flat if stage == 3 else self.zero.single_partition_of_fp32_groups
-        self._start_adamw(keys)
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
         self.shards = [
             self._stage3_shard(name, p) if stage == 3 else self._stage12_shard(name, p)
@@ -119,6 +123,7 @@ class ZeRO(Strategy):
         ]
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
             shard.master.copy_(shard.piece_of(exact[shard.name]))
+        optimizers.start(self.optimizer, keys, optimizer)
 
     def _before_update(self, *_: Any) -> None:
         if not isinstance(self.zero._global_grad_norm, float):

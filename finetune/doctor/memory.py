@@ -55,14 +55,18 @@ def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimat
             summed = 4 if stage >= 2 and parts.accumulation > 1 else width
             gradients += summed * (math.ceil(count / world_size) if stage >= 2 else count)
     owned = sum(shard.master.numel() for shard in strategy.shards)
-    optimizer = {"masters": 4 * owned if stage else 0, "moments": 8 * owned}
+    kinds = strategy.settings.of_a_weight
+    own = sum(tensor.nbytes for of_shard in strategy.own_state() for tensor in of_shard.values())
+    moments = 4 * owned * (len(kinds) - ("y" in kinds)) + own  # y is the master
+    optimizer = {"masters": 4 * owned if stage else 0, "moments": moments}
     average = {"average": 4 * owned * len(parts.averages)}
     device: dict[str, int] = {"gradients": gradients}
     host: dict[str, int] = {}
     (host if offload and stage == 3 else device).update({"weights": weights})
     (host if offload else device).update(optimizer | average)
     # A checkpoint is written from a copy in host memory: masters, averages and moments.
-    host["checkpoint copy"] = (12 + 4 * len(parts.averages)) * math.ceil(trained_numel(parts) / world_size)
+    saved = 4 * (1 + len(kinds) + len(parts.averages))
+    host["checkpoint copy"] = saved * math.ceil(trained_numel(parts) / world_size) + math.ceil(own / world_size)
     return Estimate(device, host)
 
 

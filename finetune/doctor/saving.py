@@ -36,6 +36,7 @@ def resume_rows(context: Context) -> list[Row]:
             images_seen=STEPS * config.train.global_batch,
             steps_taken=parts.strategy.steps_taken,
             loss_scale=parts.strategy.scaler_state(),
+            optimizer=parts.strategy.counts(),
         )
         said: list[str] = []
         parts.checkpoints.say = said.append
@@ -118,12 +119,12 @@ def resume_rows(context: Context) -> list[Row]:
 
 
 def _state_digest(strategy: Strategy, parts: Parts) -> str:
-    """Of this rank's moments and averages, and its count of steps."""
-    sums = [
-        checksum(tensor) for kind in ("exp_avg", "exp_avg_sq") for tensor in strategy.moments(kind) if len(tensor)
-    ]
-    sums += [checksum(tensor) for average in parts.averages for tensor in average.tensors if tensor.numel()]
-    return hashlib.sha256(repr([*sums, strategy.steps_taken]).encode()).hexdigest()[:12]
+    """Of this rank's moments and averages, and what its optimizer counts."""
+    tensors = [tensor for kind in strategy.settings.of_a_weight for tensor in strategy.moments(kind)]
+    tensors += [tensor for own in strategy.own_state() for tensor in own.values()]
+    tensors += [tensor for average in parts.averages for tensor in average.tensors]
+    sums = [checksum(tensor) for tensor in tensors if tensor.numel()]
+    return hashlib.sha256(repr([*sums, strategy.steps_taken, strategy.counts()]).encode()).hexdigest()[:12]
 
 
 def _kept_bytes(run: Path) -> int:

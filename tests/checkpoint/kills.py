@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.checkpoint import Checkpoints, Layout, Progress
-from finetune.distributed import AdamW, DataParallel, ParamGroup, World
+from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 
 
@@ -51,7 +51,8 @@ def rank_main(run: Path, unet: nn.Module, rank: int, size: int, store: Path, see
     os.pwrite = slow
     module = nn.ModuleDict({"unet": unet})
     group = ParamGroup("unet", dict(module.named_parameters()))
-    strategy = DataParallel(world, module, [group], adamw=AdamW(), max_grad_norm=1.0, precision="fp32")
+    optimizer = OptimizerSettings()
+    strategy = DataParallel(world, module, [group], optimizer=optimizer, max_grad_norm=1.0, precision="fp32")
     average = Average.starting_at([shard.master for shard in strategy.shards], HalfLife(1.0, 0.0))
     checkpoints = checkpoints_of(run, unet)
     path = world.on_main(checkpoints.latest)

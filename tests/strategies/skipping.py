@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import distributed
-from finetune.distributed import MOMENTS, AdamW, DataParallel, ParamGroup, Strategy, World, ZeRO
+from finetune.distributed import MOMENTS, DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.models.layout import store_channels_last
 
 
@@ -40,7 +40,7 @@ def make(world: World, kind: str, precision: str) -> tuple[Strategy, dict[str, T
         store_channels_last(net)
     given = {name: p.detach().clone() for name, p in net.named_parameters()}
     groups = [ParamGroup("net", dict(net.named_parameters()))]
-    common: dict[str, Any] = {"adamw": AdamW(), "max_grad_norm": 0.1, "precision": precision}
+    common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": 0.1, "precision": precision}
     if kind == "ddp":
         return DataParallel(world, net, groups, **common), given
     offload = kind.endswith("_offload")
