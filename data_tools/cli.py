@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from data_tools import dedupe, encode, inspect, preview, verify
-from data_tools.ingest import folder, hf, iconify, table, tars
+from data_tools.ingest import coco, folder, hf, iconify, table, tars
 from finetune import __version__, run_cli
 
 _EXAMPLES = """\
@@ -25,6 +25,7 @@ examples:
 _INGEST_EXAMPLES = """\
 examples:
   data-tools ingest folder photos --out shards/photos
+  data-tools ingest coco instances_val2017.json --images val2017 --out shards/coco
   data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
   data-tools ingest hf lambdalabs/naruto-blip-captions --out shards/naruto
   data-tools ingest tars laion-art --out shards/laion-art --min-size 512
@@ -53,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     sources = ingest.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
     for group, name, module in (
         (sources, "folder", folder),
+        (sources, "coco", coco),
         (sources, "iconify", iconify),
         (sources, "hf", hf),
         (sources, "tars", tars),

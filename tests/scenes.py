@@ -82,6 +82,7 @@ def write_scenes(folder: Path, count: int, size: int = 64) -> Path:
     """Write the scenes 0 to count-1 in all forms of annotation, and give the folder of the pictures.
 
     FOLDER/pictures/circle/00000.png    a folder for each class, a caption beside each picture (.txt)
+    FOLDER/pictures/classes.json        `CLASSES`
     FOLDER/maps/circle/00000.png        label maps, 8-bit grey
     FOLDER/masks/circle/00000.png       loss masks: 255 in the boxes, 128 elsewhere
     FOLDER/instances.json               COCO: boxes in pixels; category ids 10, 20, 30, 40 for `CLASSES`
@@ -108,4 +109,5 @@ def write_scenes(folder: Path, count: int, size: int = 64) -> Path:
     instances = {"images": images, "annotations": things, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
     (folder / "captions.json").write_text(json.dumps({"images": images, "annotations": captions}), encoding="utf-8")
+    (folder / "pictures" / "classes.json").write_text(json.dumps(CLASSES), encoding="utf-8")
     return folder / "pictures"

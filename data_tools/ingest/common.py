@@ -16,7 +16,7 @@ import re
 import stat
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, positive
+from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, positive, probability
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import (
@@ -36,12 +36,25 @@ from data_tools.images import (
     parse_colour,
     picture_format,
 )
+from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, LabelFile, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
-from finetune.data.shards import Bucket, Manifest, ShardError, ShardWriter, json_bytes, write_atomic
+from finetune.data.shards import (
+    MAP,
+    MASK,
+    Bucket,
+    Manifest,
+    ShardError,
+    ShardWriter,
+    json_bytes,
+    parse_boxes,
+    write_atomic,
+    write_classes,
+)
+from finetune.data.shards.labels import png_header
 
 RESERVED = ("captions", "file", "original_size", "crop")
 CAPTION_COLUMNS = ("captions", "caption", "text")
@@ -61,8 +74,11 @@ class Found:
     file: str  # what to call it in rejects.jsonl
     data: bytes | Path  # its bytes, or the file that a worker will read
     record: Mapping[str, Any]  # captions, then any labels
-    extra: Mapping[str, bytes] = field(default_factory=dict)  # optional members, carried as they are
+    extra: Mapping[str, bytes] = field(default_factory=dict)  # optional members, carried as they are but for maps
     temporary: bool = False  # the file is ours, and deleted once it has been read
+    labels: LabelFile | None = None  # its label map
+    mask: Path | None = None  # its loss mask
+    size: tuple[int, int] | None = None  # upright (height, width) that boxes and maps are for, where they say so
 
 
 @dataclass(frozen=True)
@@ -122,6 +138,13 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
         default=MAX_PIXELS,
         metavar="N",
         help=f"set larger pictures aside, but for JPEGs, read at a reduced scale then (default: {MAX_PIXELS})",
+    )
+    parser.add_argument(
+        "--min-box",
+        type=probability,
+        default=LEAST_OF_A_BOX,
+        metavar="SHARE",
+        help=f"leave out boxes of which less is left by --size (default: {LEAST_OF_A_BOX})",
     )
     add_workers_argument(parser)
     add_filter_arguments(parser)
@@ -238,6 +261,8 @@ class Options:
     background: tuple[int, int, int]
     max_pixels: int
     filters: Filters
+    min_box: float = LEAST_OF_A_BOX
+    classes: int | None = None  # how many have names; None: nothing is known of them
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> Options:
@@ -251,7 +276,8 @@ class Options:
         if args.size and args.format == "keep":
             raise UserError("--format keep and --size contradict each other; give --format png, webp or jpg")
         member = args.format or ("png" if args.size else "keep")
-        return cls(member, args.size, args.quality, background, args.max_pixels, Filters.from_args(args))
+        filters = Filters.from_args(args)
+        return cls(member, args.size, args.quality, background, args.max_pixels, filters, args.min_box)
 
 
 @dataclass(frozen=True)
@@ -265,6 +291,9 @@ class _Prepared:
     data: bytes | None  # None: the bytes that came in
     record: dict[str, Any]
     bucket: Bucket  # (height, width) of the picture in the shards
+    extra: dict[str, bytes] = field(default_factory=dict)  # map and mask as they will be, or under another name
+    boxes_lost: int = 0
+    odd: str | None = None  # why a map or mask has got another name
 
 
 def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | _Prepared:
@@ -279,6 +308,9 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     kept, (height, width) = picture_format(data)
     if (reason := options.filters.reason(item.record, height, width)) is not None:
         return _Filtered(reason)
+    if item.size is not None and item.size != (height, width):
+        raise PictureError(f"{height}x{width} pixels, its annotations are for {item.size[0]}x{item.size[1]}")
+    _check_classes(item.record, options.classes)
     size = options.size
     image = decode_rgb(
         data,
@@ -290,12 +322,16 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     # A source that resized its pictures may know their first size, and what it cropped.
     original, before = record.pop("original_size", None), record.pop("crop", None)
     own: dict[str, Any] = {"original_size": original if _whole_numbers(original, 2) else [height, width]}
+    boxes_lost = 0
     changed = options.member != "keep" or kept is None
     member = kept or "png"
     if changed:
         member = options.member if options.member != "keep" else "png"
         if size:
             image, resized, crop = cut_out(image, (height, width), (size, size))
+            if (boxes := parse_boxes(record.get("boxes"))) is not None:
+                record["boxes"] = cut_boxes(boxes, resized, crop, least=options.min_box)
+                boxes_lost = len(boxes) - len(record["boxes"])
             if _whole_numbers(before, 4):
                 crop[0] += round(before[0] * resized[0] / height)
                 crop[1] += round(before[1] * resized[1] / width)
@@ -306,12 +342,59 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     bucket = (image.height, image.width) if changed else (height, width)
     if changed:
         data = encode_image(image, member, options.quality)
+    extra, odd = _maps(item, (height, width), options)
     return _Prepared(
         member,
         data if changed or isinstance(item.data, Path) else None,
         {**first, **own, **record},
         bucket,
+        extra,
+        boxes_lost,
+        odd,
     )
+
+
+def _check_classes(record: Mapping[str, Any], classes: int | None) -> None:
+    """Refuse classes without a name, where classes have names."""
+    if classes is None:
+        return
+    label = record.get("class", 0)
+    if type(label) is not int or not 0 <= label < classes:
+        raise PictureError(f"its class is {label!r}, the classes are 0 to {classes - 1}")
+    for box in parse_boxes(record.get("boxes")) or ():
+        if box[0] >= classes:
+            raise PictureError(f"a box has class {box[0]}, the classes are 0 to {classes - 1}")
+
+
+def _maps(item: Found, size: tuple[int, int], options: Options) -> tuple[dict[str, bytes], str | None]:
+    """The map and mask of a picture, cut as it is, and why one that came with it (in a tar) isn't taken for one.
+
+    Raises:
+        PictureError: of one that has a file of its own.
+    """
+    made: dict[str, bytes] = {}
+    odd = None
+    for name, path in ((MAP, item.labels.path if item.labels else None), (MASK, item.mask)):
+        if path is not None:
+            try:
+                made[name] = _cut(name, read_file(path), size, options, item.labels if name == MAP else None)
+            except PictureError as error:
+                raise PictureError(f"{path}: {error}") from None
+        elif (data := item.extra.get(name)) is not None:
+            try:
+                made[name] = _cut(name, data, size, options, None)
+            except PictureError as error:  # others may mean something else by the name
+                made[f"other.{name}"], odd = data, odd or str(error)
+    return made, odd
+
+
+def _cut(name: str, data: bytes, size: tuple[int, int], options: Options, file: LabelFile | None) -> bytes:
+    image = read_map(data, size, file, options.classes) if name == MAP else read_mask(data, size)
+    side = options.size
+    if side:
+        image, _, _ = cut_out(image, size, (side, side), resampling=RESAMPLING[name])
+    as_it_is = not side and png_header(data) == (*size, 8, 0) and (file is None or file.labels is None)
+    return data if as_it_is else grey_bytes(image)
 
 
 def read_file(path: Path) -> bytes:
@@ -342,6 +425,7 @@ def ingest(
     paths: Iterable[Path],
     total: int | None = None,
     origin: bytes | None = None,
+    classes: Sequence[str] = (),
 ) -> int:
     """Write a source's pictures into shards in `args.out`, and say what came of them.
 
@@ -350,15 +434,18 @@ def ingest(
         paths: its files and folders on this machine, which `args.out` must not be.
         total: pictures in the source, where it is known, for the progress bar.
         origin: content for SOURCE.json.
+        classes: the names of classes, for classes.json; none where nothing is known of them.
 
     Raises:
         UserError: nothing is left, or a mistake found on the way.
     """
     refuse_sources(args.out, paths)
+    if classes:
+        options = replace(options, classes=len(classes))
     workers = default_workers() if args.workers is None else args.workers
     filtered: Counter[str] = Counter()
-    samples = without_caption = carried = 0
-    first_without = ""
+    samples = without_caption = carried = boxes_lost = odd = 0
+    first_without = first_odd = ""
     sizes: set[Bucket] = set()
     others: set[str] = set()
     with claimed_folder(args.out, args.overwrite) as out:
@@ -380,23 +467,29 @@ def ingest(
                         rejects.add(item.file, str(result))
                     case _Filtered(reason):
                         filtered[reason] += 1
-                    case _Prepared(member, data, record, bucket):
+                    case _Prepared():
                         assert isinstance(item, Found)
-                        if len(others | item.extra.keys()) > _MAX_OTHERS:
+                        members = _members(item, result)
+                        more = members.keys() - {result.member, "json"}
+                        if len(others | more) > _MAX_OTHERS:
                             what = f"more than {_MAX_OTHERS} kinds of members in the set; has its name dots in it?"
-                            rejects.add(item.file, f"{what} ({printable(', '.join(item.extra))})")
+                            rejects.add(item.file, f"{what} ({printable(', '.join(sorted(more)))})")
                             continue
-                        others |= item.extra.keys()
+                        others |= more
                         try:
-                            writer.write(item.key, _members(item, member, data, record))
+                            writer.write(item.key, members)
                         except ShardError as error:
                             rejects.add(item.file, str(error))
                             continue
                         samples += 1
-                        carried += bool(item.extra)
+                        carried += bool(more - {MAP, MASK})
+                        boxes_lost += result.boxes_lost
+                        if result.odd is not None:
+                            first_odd = first_odd or f"{item.file}: {result.odd}"
+                            odd += 1
                         if len(sizes) < 2:
-                            sizes.add(bucket)
-                        if not record.get("captions"):
+                            sizes.add(result.bucket)
+                        if not result.record.get("captions"):
                             first_without = first_without or item.file
                             without_caption += 1
                     case _:
@@ -409,7 +502,13 @@ def ingest(
             # Only now is it known whether all pictures share one size, which `encode` then takes as its own.
             uniform = sizes.pop() if len(sizes) == 1 else None
             shards = [replace(shard, bucket=uniform) for shard in writer.close()]
-            Manifest("images", writer.members, shards).save(out)
+            names = write_classes(out, classes) if classes else None
+            Manifest("images", writer.members, shards, classes=names).save(out)
+    if odd:
+        what = f"a {MAP} or {MASK} of another kind, kept with `other.` before its name"
+        print(f"{odd} pictures have {what}; the first, {first_odd}")
+    if boxes_lost:
+        print(f"{boxes_lost} boxes left out: --size leaves less than {options.min_box:.0%} of each")
     if carried and options.size:
         print(f"{carried} pictures have other members, carried over as they are: --size is for the picture alone")
     if without_caption:
@@ -441,11 +540,13 @@ def _in_workers(
             yield item, result
 
 
-def _members(item: Found, member: str, data: bytes | None, record: Mapping[str, Any]) -> dict[str, bytes]:
+def _members(item: Found, result: _Prepared) -> dict[str, bytes]:
+    data = result.data
     if data is None:
         assert isinstance(item.data, bytes)
         data = item.data
-    return {member: data, "json": json_bytes(record), **item.extra}
+    others = {name: content for name, content in item.extra.items() if name not in (MAP, MASK)}
+    return {result.member: data, "json": json_bytes(result.record), **others, **result.extra}
 
 
 def _whole_numbers(value: Any, count: int) -> bool:

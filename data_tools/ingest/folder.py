@@ -7,9 +7,20 @@ their bytes unless --size or --format is given; gif, bmp, tiff, avif and animati
 can't be decoded are listed in SHARDS/rejects.jsonl and the rest goes on; links to folders, and pictures of kinds
 that can't be read (HEIC, JPEG XL, raw, SVG, ...), are listed there too.
 
+--classes takes the name of a picture's first folder below DIR for its class: the record's `class` is a number,
+and SHARDS/classes.json has the names, sorted. Where DIR has a classes.json, a JSON list of names, its order is
+taken; it also names the classes of maps, and of `boxes` in metadata: [[class, x0, y0, x1, y1], ...], the class a
+number, then fractions of the picture's width and height.
+
+The label map of DIR/a/cat.jpg is MAPS/a/cat.png (8-bit grey or a palette; 255: unlabelled), its loss mask
+MASKS/a/cat.png (grey; 255: counts fully, 0: not at all), both as large as the upright picture. A picture without
+its map is set aside; one without a mask counts as a whole. --size cuts them as it cuts the picture.
+
 examples:
   data-tools ingest folder photos --out shards/photos
   data-tools ingest folder photos --out shards/photos-512 --size 512 --format webp
+  data-tools ingest folder flowers --classes --out shards/flowers
+  data-tools ingest folder streets/images --maps streets/labels --out shards/streets
 """
 
 from __future__ import annotations
@@ -19,7 +30,7 @@ import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +48,9 @@ from data_tools.ingest.common import (
     labels_of,
     number_or_text,
 )
+from data_tools.labels import LabelFile
 from finetune import UserError
+from finetune.data.shards import CLASSES, parse_classes
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _KINDS = 5  # of other files, that are named
@@ -46,6 +59,11 @@ _KINDS = 5  # of other files, that are named
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools ingest folder`."""
     parser.add_argument("source", type=Path, metavar="DIR", help="folder of pictures")
+    parser.add_argument("--classes", action="store_true", help="the folder that a picture lies in is its class")
+    parser.add_argument("--maps", type=Path, metavar="MAPS", help="folder of label maps, named as the pictures are")
+    parser.add_argument(
+        "--masks", type=Path, metavar="MASKS", help="folder of loss masks, named as the pictures are"
+    )
     add_picture_arguments(parser)
 
 
@@ -54,10 +72,21 @@ def run(args: argparse.Namespace) -> int:
     options = Options.from_args(args)
     if not args.source.is_dir():
         raise UserError(f"no folder {args.source}; give the folder that holds the pictures")
-    listing = scan(args.source, args.out)
-    items = _found(args.source, listing)
+    beside = [folder for folder in (args.maps, args.masks) if folder is not None]
+    for folder in beside:
+        if not folder.is_dir():
+            raise UserError(f"no folder {folder}; give the folder that holds the maps or masks")
+        if folder.resolve() == args.source.resolve():
+            raise UserError(f"{folder} is the folder of the pictures; put maps and masks into one of their own")
+    listing = scan(args.source, [args.out, *beside])
+    names = _class_names(args.source, listing, args.classes)
+    masks: Counter[bool] = Counter()
+    items = _found(args.source, listing, args, names, masks)
     total = len(listing.pictures)
-    code = ingest(args, options, items, source=str(args.source), paths=[args.source], total=total)
+    paths = [args.source, *beside]
+    code = ingest(args, options, items, source=str(args.source), paths=paths, total=total, classes=names)
+    if args.masks is not None and masks[False]:
+        print(f"{masks[False]} of {masks.total()} pictures have no mask in {args.masks}, and count as a whole")
     if others := listing.others:
         kinds = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in others.most_common(_KINDS))
         rest = sum(count for _, count in others.most_common()[_KINDS:])
@@ -67,10 +96,46 @@ def run(args: argparse.Namespace) -> int:
     return code
 
 
-def _found(root: Path, listing: Listing) -> Iterator[Found | SetAside]:
+def _class_names(root: Path, listing: Listing, folders: bool) -> list[str]:
+    """Those of DIR/classes.json, or the names of the folders; none where neither is asked for.
+
+    Raises:
+        UserError: there are no folders, or classes.json doesn't name them all.
+    """
+    names: list[str] = []
+    if (root / CLASSES).is_file():
+        names = parse_classes((root / CLASSES).read_bytes(), root / CLASSES)
+    if not folders:
+        return names
+    found = sorted({name.partition("/")[0] for name in listing.pictures if "/" in name})
+    if not found:
+        raise UserError(f"no folders with pictures in {root}; --classes takes their names for the classes")
+    if names and (more := [name for name in found if name not in names]):
+        raise UserError(f"{root / CLASSES} has no {more[0]!r}, which is a folder of pictures; add it")
+    return names or found
+
+
+def _found(
+    root: Path, listing: Listing, args: argparse.Namespace, classes: list[str], masks: Counter[bool]
+) -> Iterator[Found | SetAside]:
+    numbers = {name: number for number, name in enumerate(classes)}
     for number, name in enumerate(listing.pictures):
         captions, labels = listing.describe(root, name)
-        yield Found(f"{number:09d}", name, root / name, {"captions": captions, "file": name, **labels})
+        if args.classes:
+            folder = name.partition("/")[0]
+            if folder == name:
+                yield SetAside(name, f"in no folder below {root}, so it has no class")
+                continue
+            labels = {**labels, "class": numbers[folder]}
+        beside = Path(name).with_suffix(".png")
+        mask = args.masks / beside if args.masks is not None else None
+        if mask is not None:
+            there = mask.is_file()
+            masks[there] += 1
+            mask = mask if there else None
+        record = {"captions": captions, "file": name, **labels}
+        label_map = LabelFile(args.maps / beside) if args.maps is not None else None
+        yield Found(f"{number:09d}", name, root / name, record, labels=label_map, mask=mask)
     for name, reason in listing.unread:
         yield SetAside(name, reason)
     for name in sorted(listing.metadata.keys() - set(listing.pictures) - {name for name, _ in listing.unread}):
@@ -112,8 +177,8 @@ class Listing:
         return captions, row.labels if row is not None else {}
 
 
-def scan(root: Path, out: Path) -> Listing:
-    """List pictures and read metadata files, in `root` and below, but for names that begin with a dot, and `out`.
+def scan(root: Path, others: Sequence[Path]) -> Listing:
+    """List pictures and read metadata files, in `root` and below, but for names with a leading dot and `others`.
 
     Raises:
         UserError: a metadata file has a broken line, or no file_name column.
@@ -126,7 +191,9 @@ def scan(root: Path, out: Path) -> Listing:
 
     for folder, folders, files in os.walk(root, onerror=closed):
         base = Path(folder).relative_to(root)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _same(folder, name, out))
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and not _same(folder, name, others)
+        )
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):  # it may lead back here, or to the same pictures
                 listing.unread.append(((base / name).as_posix(), "a link to a folder; give that folder itself"))
@@ -141,15 +208,16 @@ def scan(root: Path, out: Path) -> Listing:
                 listing.unread.append(((base / name).as_posix(), reason))
             elif name in _METADATA:
                 _read_metadata(root, base / name, listing.metadata)
-            elif suffix != ".txt":
+            elif suffix != ".txt" and (base / name).as_posix() != CLASSES:
                 listing.others[suffix] += 1
     listing.pictures.sort()
     listing.unread.sort()
     return listing
 
 
-def _same(folder: str, name: str, out: Path) -> bool:
-    return name == out.name and os.path.realpath(os.path.join(folder, name)) == os.path.realpath(out)
+def _same(folder: str, name: str, others: Sequence[Path]) -> bool:
+    path = os.path.join(folder, name)
+    return any(name == other.name and os.path.realpath(path) == os.path.realpath(other) for other in others)
 
 
 def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:

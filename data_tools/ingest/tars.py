@@ -3,8 +3,9 @@
 SOURCE is a folder (tars in it and below), a tar (also .tar.gz, .tgz), or a pattern such as
 'cc3m/{00000..00331}.tar'; several may be given. A sample's picture is its jpg, png or webp member, or the one that
 --picture names; its captions stand in its json (captions, caption or text) or else its txt; a number or name in
-its cls becomes the label `class`. Other json fields are kept as labels, and other members (mask.png, depth.npy,
-...) are carried over as they are.
+its cls becomes the label `class`. Other json fields are kept as labels, and other members (depth.npy, ...) are
+carried over as they are. A map.png is the picture's label map, a mask.png its loss mask (see `ingest folder`), and
+cut with it by --size; those of another kind become other.map.png and other.mask.png.
 
 Where img2dataset left NNNNN.parquet beside NNNNN.tar, its columns are kept as labels too, and both are held against
 each other: a row without a sample, or a sample without a row, is set aside. Downloads that failed are counted.
