@@ -1,6 +1,6 @@
-"""Show what is in a set of shards: kind, shards, buckets, encoder, latent statistics, captions.
+"""Show what is in a set of shards: kind, shards, buckets, encoder, latent statistics, captions, classes, boxes.
 
-Captions are read of at most 20,000 samples, evenly spaced over the set; the table says so. --plot draws the
+Records are read of at most 20,000 samples, evenly spaced over the set; the table says so. --plot draws the
 samples in each bucket and the words in each caption.
 
 examples:
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,10 @@ import numpy as np
 
 from data_tools.output import whole_file
 from finetune import UserError
-from finetune.data.shards import ShardError, ShardSet
+from finetune.data.shards import HOLE, LOWRES, MAP, MASK, ShardError, ShardSet, parse_boxes
 
 _READ_AT_MOST = 20_000  # records; of a larger set, evenly spaced ones
+_NAMES_AT_MOST = 12  # classes in a row of the table
 _ROWS_AT_MOST = 40  # buckets in the table and the plot; --json has all
 
 
@@ -79,16 +82,37 @@ def describe(root: str | Path, captions: int = 5, lengths: list[int] | None = No
         "encoder": None if manifest.encoder is None else vars(manifest.encoder),
         "latents": None if manifest.latents is None else vars(manifest.latents),
     }
-    facts["captions"] = _caption_facts(shards, captions, [] if lengths is None else lengths)
+    names = shards.classes()
+    if names:
+        facts["classes"] = names
+    captions_found, labels = _sample_facts(shards, captions, [] if lengths is None else lengths, names)
+    facts["captions"] = captions_found
+    if labels:
+        facts["labels"] = labels
     return facts
 
 
-def _caption_facts(shards: ShardSet, show: int, lengths: list[int]) -> dict[str, Any]:
+def _sample_facts(
+    shards: ShardSet, show: int, lengths: list[int], names: list[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What is known of captions, and of labels: samples that have each kind, and each class and boxes of it."""
     count = min(len(shards), _READ_AT_MOST)
     missing = 0
     first: list[str] = []
+    has: Counter[str] = Counter()
+    of_class: Counter[int] = Counter()
+    of_box: Counter[int] = Counter()
+    optional = [name for name in (MAP, MASK, LOWRES, HOLE) if name in shards.manifest.members]
     for sample_id in np.linspace(0, len(shards) - 1, count).round().astype(int).tolist():
-        texts = captions_of(shards, sample_id)
+        record = record_of(shards, sample_id)
+        texts = captions_of(shards, sample_id, record)
+        has.update(name for name in optional if shards.has_member(sample_id, name))
+        if type(record.get("class")) is int:
+            has["class"] += 1
+            of_class[record["class"]] += 1
+        if (boxes := parse_boxes(record.get("boxes"))) is not None:
+            has["boxes"] += 1
+            of_box.update(box[0] for box in boxes)
         missing += not texts
         lengths += [len(text.split()) for text in texts]
         if texts and len(first) < show:
@@ -99,13 +123,26 @@ def _caption_facts(shards: ShardSet, show: int, lengths: list[int]) -> dict[str,
         marks = np.percentile(lengths, [0, 50, 95, 100]).tolist()
         facts["words"] = dict(zip(("min", "median", "p95", "max"), marks, strict=True))
     facts["first"] = first
-    return facts
+    labels: dict[str, Any] = {"samples_read": count, "samples": dict(sorted(has.items()))} if has else {}
+    for name, counts in (("class", of_class), ("boxes", of_box)):
+        if counts:
+            labels[name] = {_name(names, number): counts[number] for number in sorted(counts)}
+    return facts, labels
 
 
-def captions_of(shards: ShardSet, sample_id: int) -> list[str]:
+def _name(names: list[str], number: int) -> str:
+    return names[number] if 0 <= number < len(names) else str(number)
+
+
+def record_of(shards: ShardSet, sample_id: int) -> dict[str, Any]:
+    """A sample's record; an empty one when it has none."""
+    return shards.read_json(sample_id) if shards.has_member(sample_id, "json") else {}
+
+
+def captions_of(shards: ShardSet, sample_id: int, record: dict[str, Any]) -> list[str]:
     """A sample's captions, from its record or its `txt` member; none when it has neither."""
     if shards.has_member(sample_id, "json"):
-        captions = shards.read_json(sample_id).get("captions", [])
+        captions = record.get("captions", [])
         if not isinstance(captions, list):
             raise ShardError(f"{shards.root}: sample {sample_id}: captions is no list; run `data-tools verify`")
         return [str(caption) for caption in captions]
@@ -144,7 +181,24 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         spread = ", ".join(f"{name} {value:g}" for name, value in words.items())
         rows.append(("words a caption", f"{spread}; {captions['per_sample']:.3g} captions a sample{of}"))
     rows += [("caption", text) for text in captions["first"]]
+    rows += _label_rows(facts)
     return rows
+
+
+def _label_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if names := facts.get("classes"):
+        more = f", ... ({len(names)} in all)" if len(names) > _NAMES_AT_MOST else ""
+        yield "classes", ", ".join(names[:_NAMES_AT_MOST]) + more
+    if (labels := facts.get("labels")) is None:
+        return
+    read = labels["samples_read"]
+    of = "" if read == facts["samples"] else f" of {read:,} evenly spaced ones"
+    for name, samples in labels["samples"].items():
+        counts = labels.get(name, {})
+        common = sorted(counts, key=lambda label: -counts[label])
+        what = ", ".join(f"{counts[label]:,} {label}" for label in common[:_NAMES_AT_MOST])
+        rest = f", {len(common) - _NAMES_AT_MOST} more" if len(common) > _NAMES_AT_MOST else ""
+        yield f"with {name}", f"{samples:,} samples{of}" + (f": {what}{rest}" if what else "")
 
 
 def _require_matplotlib() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_tools.cli import main
 from data_tools.inspect import bars, caption_bins
-from finetune.data.shards import ShardSet, ShardWriter, json_bytes
+from data_tools.preview import colour
+from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, parse_npy, write_classes
 from finetune.models.autoencoder import decode, load_autoencoder
 from tests.data_tools.conftest import Result, encoded, smooth_picture
+from tests.scenes import CLASSES, draw_scene, write_scenes
 
 Cli = Callable[..., Result]
 
@@ -201,6 +206,7 @@ def test_preview_refuses_another_vae(cli: Cli, latents: Path, vae_folder: Path, 
         [],
         ["ingest"],
         ["ingest", "folder"],
+        ["ingest", "coco"],
         ["ingest", "iconify"],
         ["dedupe"],
         ["encode"],
@@ -220,3 +226,116 @@ def test_help_does_not_load_torch() -> None:
     code = "import sys; from data_tools.cli import build_parser; build_parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+# --- classes, boxes, maps, masks, holes and small pictures
+
+
+@pytest.fixture(scope="module")
+def labelled(vae_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Drawn scenes as `images` (64 px) and, with holes and small pictures, as `latents` (32 px)."""
+    root = tmp_path_factory.mktemp("labelled")
+    write_scenes(root, 6)
+    more = ["--captions", root / "captions.json", "--maps", root / "maps"]
+    coco = [
+        "ingest",
+        "coco",
+        root / "instances.json",
+        "--images",
+        root / "pictures",
+        "--out",
+        root / "images",
+        *more,
+    ]
+    assert main([str(argument) for argument in coco]) == 0
+    made = ["--holes", 1, "--lowres", 4, "--size", 32, "--workers", 0]
+    encode = ["encode", root / "images", "--vae", vae_folder, "--out", root / "latents", *made]
+    assert main([str(argument) for argument in encode]) == 0
+    return root
+
+
+def test_inspect_tells_of_classes_and_boxes(cli: Cli, labelled: Path) -> None:
+    counts = Counter(CLASSES[box[0]] for index in range(6) for box in draw_scene(index)[1])
+    for name, members in (("images", {"map.png": 6}), ("latents", {"map.png": 6, "lowres.png": 6, "hole.npy": 6})):
+        facts = json.loads(cli("inspect", labelled / name, "--json").out)
+        assert facts["classes"] == CLASSES
+        assert facts["labels"] == {"samples_read": 6, "samples": {**members, "boxes": 6}, "boxes": dict(counts)}
+        table = cli("inspect", labelled / name).out
+        assert "circle, square, triangle, ground" in table
+        label, number = counts.most_common(1)[0]
+        assert f"6 samples: {number} {label}, " in table
+
+
+def test_inspect_of_a_set_without_labels_says_nothing_of_them(cli: Cli, image_shards: Path) -> None:
+    facts = json.loads(cli("inspect", image_shards, "--json").out)
+    assert not {"classes", "labels"} & facts.keys()
+
+
+def test_verify_looks_into_maps(cli: Cli, labelled: Path, tmp_path: Path) -> None:
+    assert cli("verify", labelled / "images").code == 0
+    assert cli("verify", labelled / "latents").code == 0
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        whole, odd = encoded(Image.new("L", (8, 8), 3)), b"a mask of somebody else"
+        for number, label_map in enumerate([whole, encoded(Image.new("L", (8, 8), 4)), whole[:-30]]):
+            picture = encoded(Image.new("RGB", (8, 8)))
+            writer.write(f"k{number}", {"png": picture, "map.png": label_map, "mask.png": odd}, (8, 8))
+        shards = writer.close()
+    names = write_classes(tmp_path / "set", CLASSES)
+    Manifest("images", writer.members, shards, classes=names).save(tmp_path / "set")
+    result = cli("verify", tmp_path / "set")
+    assert result.code == 1
+    assert "sample k1: map.png: can't be decoded: map.png has label 4, the classes are 0 to 3" in result.out
+    assert "sample k2: map.png: can't be decoded: " in result.out
+    assert "2 problems" in result.out
+    assert cli("verify", tmp_path / "set", "--no-decode").code == 0
+
+
+def test_preview_draws_boxes_and_tints_maps(cli: Cli, labelled: Path, tmp_path: Path) -> None:
+    for name, more in (("drawn", []), ("plain", ["--plain"])):
+        result = cli("preview", labelled / "images", "--out", tmp_path / f"{name}.png", "--columns", 6, *more)
+        assert result.code == 0, result.err
+    drawn, plain = (np.asarray(Image.open(tmp_path / f"{name}.png")).astype(int) for name in ("drawn", "plain"))
+    assert drawn.shape == plain.shape == (2 + 66, 2 + 6 * 66, 3)
+    for index in range(6):
+        picture, boxes, labels, _ = draw_scene(index)
+        left = 2 + 66 * index
+        here, was = (sheet[2:66, left : left + 64] for sheet in (drawn, plain))
+        np.testing.assert_array_equal(was, picture)
+        tints = np.array([colour(label) for label in range(4)])[labels]
+        inside = np.zeros((64, 64), bool)
+        for label, *fractions in boxes:
+            x0, y0, x1, y1 = (round(fraction * 64) for fraction in fractions)
+            assert (here[y0, x0:x1] == colour(label)).all() and (here[y0:y1, x1 - 1] == colour(label)).all()
+            inside[y0:y1, x0:x1] = True
+        np.testing.assert_allclose(here[~inside], (0.45 * tints + 0.55 * picture)[~inside], atol=0.51)
+    assert len({colour(label) for label in range(200)}) == 200
+
+
+def test_preview_dims_what_a_mask_leaves_out(cli: Cli, tmp_path: Path) -> None:
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:, 8:] = 255
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        picture = Image.new("RGB", (16, 16), (200, 100, 40))
+        members = {"png": encoded(picture), "mask.png": encoded(Image.fromarray(mask))}
+        writer.write("k", members, (16, 16))
+        writer.finish()
+    assert cli("preview", tmp_path / "set", "--out", tmp_path / "sheet.png").code == 0
+    tile = np.asarray(Image.open(tmp_path / "sheet.png"))[2:18, 2:18]
+    assert (tile[:, 8:] == (200, 100, 40)).all()
+    assert (tile[:, :8] == (60, 30, 12)).all()
+
+
+def test_preview_shows_small_pictures_and_holes(cli: Cli, labelled: Path, vae_folder: Path, tmp_path: Path) -> None:
+    result = cli("preview", labelled / "latents", "--out", tmp_path / "sheet.png", "--columns", 1)
+    assert result.code == 0, result.err
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
+    assert sheet.shape == (2 + 6 * 34, 2 + 3 * 32 + 2, 3)
+    shards, vae = ShardSet.open(labelled / "latents"), load_autoencoder(vae_folder)
+    for number in range(6):
+        row = sheet[2 + 34 * number :][:32, 2:98]
+        small = np.asarray(Image.open(io.BytesIO(shards.read_member(number, "lowres.png"))))
+        np.testing.assert_array_equal(row[:, 32:64], small.repeat(4, 0).repeat(4, 1))
+        masked = parse_npy(shards.read_member(number, "masked.npy"))
+        assert masked is not None
+        image = decode(vae, torch.from_numpy(masked[:1, :4].astype(np.float32)))[0]
+        np.testing.assert_allclose(row[:, 64:], ((image + 1) * 127.5).permute(1, 2, 0).numpy(), atol=0.51)
