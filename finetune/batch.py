@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as shards hold it, or as a user asks for it: what a condition is read from.
+
+    Attributes:
+        record: its `KEY.json`.
+        bucket: (height, width) in pixels.
+        members: bytes of the other members asked for, by name (`map.png`).
+        clock: the address of its random draws (see `Batch`), together with `seed`.
+    """
+
+    record: Mapping[str, Any]
+    bucket: tuple[int, int]
+    members: Mapping[str, bytes] = field(default_factory=dict)
+    clock: int = 0
+    seed: int = 0
+
+    @property
+    def captions(self) -> list[str]:
+        """The record's captions; the empty one where it has none."""
+        return self.record.get("captions") or [self.record.get("caption") or ""]
 
 
 @dataclass(frozen=True)
@@ -13,12 +38,16 @@ class Batch:
     """One micro-batch of one rank; every sample has the same shape.
 
     Attributes:
-        moments: float16 [B, 2C, h, w], mean then standard deviation of the encoder's posterior, unscaled.
+        moments: float16 [B, 2C, h, w], mean then standard deviation of the encoder's posterior, unscaled; empty
+            where pictures are to be drawn.
         captions: B strings, one drawn for this visit.
         clock: int64 [B], the run's images seen before each sample: the address of its random draws.
         sample_ids: int64 [B], numbers of the samples in their set of shards.
         bucket: (height, width) in pixels.
         text_states: float16 [B, L, D], the text encoder's states of `captions`, or None where they are not cached.
+        condition: what the task's conditioner has read of each sample, by its own names; B rows each.
+        loss_weight: float32 [B], how much each sample's loss counts, or None: all alike.
+        loss_mask: float32 [B, 1, h, w] in [0, 1], where the loss counts, or None: everywhere.
     """
 
     moments: Tensor
@@ -27,14 +56,42 @@ class Batch:
     sample_ids: Tensor
     bucket: tuple[int, int]
     text_states: Tensor | None = None
+    condition: Mapping[str, Tensor] = field(default_factory=dict)
+    loss_weight: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def to(self, device: torch.device) -> Batch:
-        """Moments and clock there; what text is needed, `TextConditioner.text_of` brings."""
+        """All but the condition there; what of that is needed, the conditioner's `inputs` bring."""
+
+        def moved(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
         return replace(
             self,
-            moments=self.moments.to(device, non_blocking=True),
-            clock=self.clock.to(device, non_blocking=True),
+            moments=moved(self.moments),
+            clock=moved(self.clock),
+            loss_weight=moved(self.loss_weight),
+            loss_mask=moved(self.loss_mask),
+        )
+
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some of the samples, in the order of `rows`."""
+        index = torch.tensor(rows, dtype=torch.int64)
+
+        def chosen(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor[index.to(tensor.device)]
+
+        return replace(
+            self,
+            moments=chosen(self.moments) if len(self.moments) else self.moments,
+            captions=[self.captions[row] for row in rows],
+            clock=chosen(self.clock),
+            sample_ids=chosen(self.sample_ids),
+            text_states=chosen(self.text_states),
+            condition={name: chosen(tensor) for name, tensor in self.condition.items()},
+            loss_weight=chosen(self.loss_weight),
+            loss_mask=chosen(self.loss_mask),
         )
