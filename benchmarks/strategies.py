@@ -41,7 +41,7 @@ from benchmarks.common import context, record
 from benchmarks.train_step import BETAS
 from finetune import diffusion, distributed, rng
 from finetune.batch import Batch
-from finetune.conditioning import TextConditioner
+from finetune.conditioning.text import Text
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.latents import LatentSpace, sample_latents
 from finetune.models.adapters import add_lora
@@ -153,13 +153,14 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
     """`finetune train`'s step; returns this rank's sum of losses."""
     unet, trained = make_unet(job, work, world)
     width = work["unet"]["cross_attention_dim"]
-    conditioner = TextConditioner(
+    conditioner = Text(
+        None,
         lambda texts: torch.zeros(len(texts), work["tokens"], dtype=torch.long),
-        lambda ids: ids,
         nn.Identity(),
-        trained=False,
-        empty_states_LD=torch.zeros(work["tokens"], width, dtype=torch.float16),
+        lambda ids: ids,
+        width=width,
     )
+    conditioner.empty_states_LD = torch.zeros(work["tokens"], width, dtype=torch.float16)
     model = LatentDiffusion(
         unet,
         conditioner,
@@ -199,7 +200,7 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
             micro_batches=1,
             global_batch=whole,
             lr=LR,
-            caption_dropout=0.0,
+            dropout=0.0,
             seed=SEED,
             averages=[],
             images_seen=(index + 1) * whole,

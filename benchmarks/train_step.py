@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks.common import context, record
 from finetune import diffusion
 from finetune.batch import Batch
-from finetune.conditioning import TextConditioner
+from finetune.conditioning.text import Text
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace
@@ -120,7 +120,7 @@ def trained(
     if channels_last:
         unet.to(memory_format=torch.channels_last)
     tokens = torch.randint(0, 1000, (batch, work["tokens"]))
-    conditioner = TextConditioner(lambda _: tokens, lambda ids: text(ids)[0], text, trained=False)
+    conditioner = Text(None, lambda _: tokens, text, lambda ids: text(ids)[0], width=text.config.hidden_size)
     model = LatentDiffusion(
         unet,
         conditioner,
@@ -147,7 +147,7 @@ def trained(
         micro_batches=1,
         global_batch=batch,
         lr=1e-5,
-        caption_dropout=0.1,
+        dropout=0.1,
         seed=0,
         averages=averages,
         images_seen=1_000_000,

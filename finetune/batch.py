@@ -1,13 +1,18 @@
-"""What travels from the loader to the objective: named tensors of one micro-batch."""
+"""What travels from the shards to the objective: samples, and named tensors of one micro-batch."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
+
+from finetune import UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -95,3 +100,46 @@ class Batch:
             loss_weight=chosen(self.loss_weight),
             loss_mask=chosen(self.loss_mask),
         )
+
+
+def stack(each: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
+    """What was read of several samples, [B, ...] by name."""
+    return {name: torch.from_numpy(np.stack([one[name] for one in each])) for name in each[0]}
+
+
+def member(sample: Sample, name: str, remedy: str) -> bytes:
+    """A member's bytes.
+
+    Raises:
+        UserError: the sample has none; the line ends in `remedy`.
+    """
+    if name not in sample.members:
+        raise UserError(f"a sample has no {name}: {remedy}")
+    return sample.members[name]
+
+
+def picture(data: bytes, mode: str, name: str) -> np.ndarray:
+    """A member's pixels: uint8 [H, W] for mode `L`, [H, W, 3] for `RGB`.
+
+    Raises:
+        UserError: it is no picture of this mode.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if mode == "L" and image.mode not in ("L", "P"):
+                raise UserError(f"{name} has the mode {image.mode}: one label a pixel, 8-bit gray, is needed")
+            return np.array(image if mode == "L" else image.convert(mode))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from error
+
+
+def array(data: bytes, name: str) -> np.ndarray:
+    """A member's array.
+
+    Raises:
+        UserError: it is no array.
+    """
+    try:
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{name} cannot be read as an array: {first_line(error)}") from error

@@ -71,8 +71,10 @@ class ModelConfig:
     vae: str | None = (
         None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
     )
-    unet: dict[str, Any] = field(default_factory=dict)  # arguments of diffusers' UNet2DConditionModel
+    # Arguments of diffusers' UNet2DConditionModel; in_channels and out_channels follow from latents and task.
+    unet: dict[str, Any] = field(default_factory=dict)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
+    pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
     channels_last: bool | None = None  # NHWC convolutions; null: on a CPU, where they are faster
@@ -94,8 +96,11 @@ class AdapterConfig:
 
 @dataclass
 class TaskConfig:
+    """What the U-Net is conditioned on; `finetune/tasks/` has a file for each."""
+
     name: str = "text_to_image"
-    caption_dropout: float = 0.1  # share of captions replaced by the empty one, for classifier-free guidance
+    dropout: float = 0.1  # share of samples whose condition is left out, for classifier-free guidance
+    options: dict[str, Any] = field(default_factory=dict)  # the task's own: see `finetune train --help`
 
 
 @dataclass
@@ -172,15 +177,15 @@ class DataConfig:
     """One set of latent shards (`shards`), or several mixed by weight (`sources`); folders or URLs."""
 
     shards: str | None = None
-    sources: dict[str, Any] = field(
-        default_factory=dict
-    )  # data.sources.NAME.shards=..., data.sources.NAME.weight=1
+    # data.sources.NAME.shards=..., .weight=1 (how often), .loss_weight=1 (how much a sample's loss counts)
+    sources: dict[str, Any] = field(default_factory=dict)
     shuffle: bool = True
     shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
     lanes: int = 64  # as many nodes read shards of their own; fewer lanes read from fewer shards at a time
     readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
     prefetch: int = 8  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
+    loss_masks: bool = False  # the loss counts where the shards' mask.png says
     cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder
     cache_gib: float | None = (
         None  # kept there at most, by all runs of a machine; null: 100, or 80% of what is free

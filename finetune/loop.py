@@ -10,7 +10,9 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from finetune import UserError
+from finetune.batch import Batch, Sample
 from finetune.checkpoint import Checkpoints, Progress, require_same
+from finetune.conditioning import batch_of
 from finetune.config import Config
 from finetune.data.loader import Data
 from finetune.distributed import LONG, Control, Facts, StopRequest, Strategy, World
@@ -120,7 +122,7 @@ def train(
                 micro_batches=parts.accumulation,
                 global_batch=global_batch,
                 lr=lr,
-                caption_dropout=config.task.caption_dropout,
+                dropout=config.task.dropout,
                 seed=config.seed,
                 averages=parts.averages,
                 images_seen=images_seen,
@@ -188,32 +190,44 @@ def _validate(config: Config, parts: Parts) -> dict[str, float]:
         return held_out_loss(
             parts.strategy,
             parts.data.held_out,
-            [parts.model.conditioner.tokenize(batch.captions) for batch in parts.data.held_out],
+            parts.model.conditioner,
             strata=config.validation.timesteps,
             num_train_timesteps=config.model.scheduler.num_train_timesteps,
         )
 
 
-def prompts_of(config: Config, parts: Parts) -> list[str]:
-    """`sample.prompts`, else captions of up to four held-out samples."""
-    if config.sample.prompts is not None:
-        return list(config.sample.prompts)
-    return [caption for batch in parts.data.held_out for caption in batch.captions][:4] or [""]
+def asked(config: Config, parts: Parts) -> Batch | None:
+    """What sample grids are drawn of, of one size: `sample.prompts`, else up to four held-out samples' conditions.
+
+    None where there is neither, and the task needs something.
+    """
+    conditioner, size = parts.model.conditioner, parts.data.largest_bucket
+    if not conditioner.channels:  # the condition has no size of its own
+        size = config.sample.height or size[0], config.sample.width or size[1]
+    if conditioner.asks == ("prompt",):
+        prompts = config.sample.prompts
+        if prompts is None:
+            prompts = [caption for batch in parts.data.held_out for caption in batch.captions][:4] or [""]
+        return batch_of(conditioner, [Sample({"captions": [prompt]}, size) for prompt in prompts])
+    if not conditioner.asks:
+        return batch_of(conditioner, [Sample({}, size)] * 4)
+    for batch in parts.data.held_out:
+        if batch.bucket == parts.data.largest_bucket:
+            return replace(batch.take(range(min(4, len(batch)))), bucket=size)
+    return None
 
 
 def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: int) -> None:
-    if not world.broadcast(parts.decoder is not None):
+    batch = asked(config, parts)
+    if not world.broadcast(parts.decoder is not None) or batch is None:
         return
-    prompts = prompts_of(config, parts)
-    height, width = parts.data.largest_bucket
     with parts.evaluating():
         picture: Image.Image | None = draw_samples(
             parts.strategy,
             parts.model,
             parts.decoder,
-            prompts,
+            batch,
             seed=config.sample.seed,
-            size=(config.sample.height or height, config.sample.width or width),
             downsample=parts.data.encoder.downsample,
             scheduler=parts.scheduler,
             steps=config.sample.steps,
@@ -221,4 +235,4 @@ def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: 
             guidance_rescale=config.sample.guidance_rescale,
         )
     if picture is not None:
-        tracker.image(step, picture, " | ".join(prompts))
+        tracker.image(step, picture, " | ".join(batch.captions))

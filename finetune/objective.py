@@ -6,13 +6,14 @@ name of what to compute, since DeepSpeed's and DDP's hooks run on the outermost 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from finetune import diffusion, rng
-from finetune.conditioning import TextConditioner
+from finetune.conditioning import Condition, Conditioner, call_unet
 from finetune.latents import LatentSpace, sample_latents
 
 
@@ -48,7 +49,7 @@ class LatentDiffusion(nn.Module):
 
     Args:
         unet: a `UNet2DConditionModel`.
-        conditioner: tokens to context.
+        conditioner: what the U-Net is told.
         schedule: how noise is mixed in.
         space: scale and shift of the latents.
         objective: what is trained.
@@ -59,7 +60,7 @@ class LatentDiffusion(nn.Module):
     def __init__(
         self,
         unet: nn.Module,
-        conditioner: TextConditioner,
+        conditioner: Conditioner,
         *,
         schedule: diffusion.Schedule,
         space: LatentSpace,
@@ -73,7 +74,7 @@ class LatentDiffusion(nn.Module):
         self.space, self.objective, self.seed, self.global_batch = space, objective, seed, global_batch
         self.schedule = schedule  # no buffers: a strategy that casts the module to bf16 must not round it
 
-    def forward(self, what: str, *args: Any) -> Tensor:
+    def forward(self, what: str, *args: Any) -> Tensor | Condition:
         match what:
             case "loss":
                 return self.loss(*args)
@@ -81,25 +82,37 @@ class LatentDiffusion(nn.Module):
                 return self.loss_at(*args)
             case "predict":
                 return self.predict(*args)
-            case "context":
+            case "condition":
                 return self.conditioner(*args)
         raise AssertionError(what)
 
-    def loss(self, moments_B2CHW: Tensor, text: Tensor, clock_B: Tensor) -> Tensor:
-        """Float32 [B]: each sample's loss at its own timestep, posterior sample and noise, drawn by its clock."""
+    def loss(
+        self,
+        moments_B2CHW: Tensor,
+        inputs: Mapping[str, Tensor],
+        clock_B: Tensor,
+        weight_B: Tensor | None = None,
+        mask_B1HW: Tensor | None = None,
+    ) -> Tensor:
+        """Float32 [B]: each sample's loss at its own timestep, posterior sample and noise, drawn by its clock.
+
+        Args:
+            inputs: of the conditioner.
+            weight_B: how much each sample counts; mask_B1HW: where (see `Batch`).
+        """
         objective = self.objective
         timesteps_B = self.timesteps(clock_B)
         error_B = self._error(
-            moments_B2CHW, text, clock_B, timesteps_B, self.seed, objective.loss, objective.huber_delta, train=True
+            moments_B2CHW, inputs, clock_B, timesteps_B, self.seed, train=True, mask_B1HW=mask_B1HW
         )
-        weight_B = diffusion.weight(
+        level_weight_B = diffusion.weight(
             objective.prediction,
             objective.weighting,
             *self.schedule.at(timesteps_B),
             gamma=objective.gamma,
             k=objective.p2_k,
-        )
-        return error_B * weight_B.float()
+        ).float()
+        return error_B * (level_weight_B if weight_B is None else level_weight_B * weight_B)
 
     def timesteps(self, clock_B: Tensor) -> Tensor:
         """Int64 [B] indices of the schedule, drawn by each sample's clock."""
@@ -119,7 +132,7 @@ class LatentDiffusion(nn.Module):
     def loss_at(
         self,
         moments_B2CHW: Tensor,
-        text: Tensor,
+        inputs: Mapping[str, Tensor],
         draw_ids_B: Tensor,
         timesteps_B: Tensor,
         seed: int,
@@ -128,19 +141,18 @@ class LatentDiffusion(nn.Module):
 
         Posterior and noise are drawn by (`seed`, `draw_ids_B`).
         """
-        return self._error(moments_B2CHW, text, draw_ids_B, timesteps_B, seed, "mse", 1.0, train=False)
+        return self._error(moments_B2CHW, inputs, draw_ids_B, timesteps_B, seed, train=False)
 
     def _error(
         self,
         moments_B2CHW: Tensor,
-        text: Tensor,
+        inputs: Mapping[str, Tensor],
         draw_ids_B: Tensor,
         timesteps_B: Tensor,
         seed: int,
-        loss: str,
-        huber_delta: float,
         *,
         train: bool,
+        mask_B1HW: Tensor | None = None,
     ) -> Tensor:
         objective = self.objective
         _, channels2, height, width = moments_B2CHW.shape
@@ -157,16 +169,15 @@ class LatentDiffusion(nn.Module):
             perturbation_BCHW = rng.normal(seed, "input-perturbation", draw_ids_B, shape)
             seen_BCHW = noise_BCHW + objective.input_perturbation * perturbation_BCHW
         noised_BCHW = diffusion.mix(z_BCHW, seen_BCHW, *levels)
-        prediction_BCHW = self.predict(noised_BCHW, self.schedule.told[timesteps_B], self.conditioner(text))
+        prediction_BCHW = self.predict(noised_BCHW, self.schedule.told[timesteps_B], self.conditioner(inputs))
         target_BCHW = diffusion.target(objective.prediction, z_BCHW, noise_BCHW, *levels)
-        return diffusion.per_sample(diffusion.elementwise_loss(loss, prediction_BCHW, target_BCHW, huber_delta))
+        kind = objective.loss if train else "mse"
+        error_BCHW = diffusion.elementwise_loss(kind, prediction_BCHW, target_BCHW, objective.huber_delta)
+        return diffusion.per_sample(error_BCHW, mask_B1HW)
 
-    def predict(self, noised_BCHW: Tensor, told_B: Tensor, context_BLD: Tensor) -> Tensor:
+    def predict(self, noised_BCHW: Tensor, told_B: Tensor, condition: Condition) -> Tensor:
         """The U-Net's output [B, C, H, W] in the dtype of its weights or of autocast.
 
         `told_B`: times in the schedule's own terms.
         """
-        dtype = next(self.unet.parameters()).dtype
-        return self.unet(
-            noised_BCHW.to(dtype), told_B, encoder_hidden_states=context_BLD.to(dtype), return_dict=False
-        )[0]
+        return call_unet(self.unet, noised_BCHW, told_B, condition)

@@ -1,4 +1,4 @@
-"""`finetune sample`: pictures from captions, by a run, a diffusers folder or a hub id."""
+"""`finetune sample`: pictures of what is asked for, by a run, a diffusers folder or a hub id."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from finetune.export.arguments import add_source_arguments, add_weights_argument
 from finetune.terminal import Parser, quiet_libraries
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
+_CONDITIONS = ("label", "layout", "map", "image", "mask")
 _SCHEDULERS = ("ddim", "euler", "dpm++", "ddpm")  # as in finetune.sampling, which is slow to import
 
 _EXAMPLES = """examples:
   finetune sample runs/first --prompt "a red apple" --seed 1 --out apple.png
   finetune sample runs/first --prompt "a red apple" --prompt "a green apple" --count 4 --out apples.png
   finetune sample runs/first --prompts captions.txt --out pictures/
+  finetune sample runs/classes --label dog --label cat --count 4 --out animals.png
+  finetune sample runs/inpainting --image photo.png --mask hole.png --out filled.png
   finetune sample stable-diffusion-v1-5/stable-diffusion-v1-5 --lora loras/style --prompt "a house" \\
       --scheduler dpm++ --steps 25 --height 512 --width 768 --device cuda --dtype float16 --out house.png
+
+What is asked for depends on the run's task: captions (--prompt), classes (--label), boxes with classes (--layout),
+label maps (--map), a picture and what of it is to be painted (--image, --mask), a picture to be enlarged (--image).
 
 One picture goes to FILE; several go there as a grid, a row for each prompt when --count is more than one.
 In a DIR, each picture gets its own file and several also make grid.png. PNG files tell prompt, seed and
@@ -38,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     prompts = _prompts(arguments)
-    if not 0 <= arguments.seed < 2**63 - len(prompts) * arguments.count:
+    most = arguments.count * max(1, *(len(getattr(arguments, name)) for name in _CONDITIONS), len(prompts))
+    if not 0 <= arguments.seed < 2**63 - most:
         raise UserError(f"--seed {arguments.seed}: must be at least 0 and fit in 63 bits")
     if arguments.guidance is not None and arguments.guidance < 1:
         raise UserError(f"--guidance {arguments.guidance:g}: must be at least 1, which is no guidance")
@@ -47,8 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     from tqdm import tqdm
 
-    from finetune import sampling
-    from finetune.models.components import load_components
+    from finetune import asking, sampling
+    from finetune.components import load_components
 
     device = _device(arguments.device)
     parts = load_components(
@@ -63,7 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for notice in parts.notices:
         print(f"note: {notice}", file=sys.stderr)
     height, width = parts.default_size
-    height, width = arguments.height or height, arguments.width or width
+    asked = asking.Asked(
+        prompt=prompts,
+        **{name: getattr(arguments, name) for name in _CONDITIONS},
+        noise_level=arguments.noise_level,
+    )
+    each = asking.samples(parts, asked, (arguments.height or height, arguments.width or width))
     guidance = arguments.guidance
     if guidance is None:
         guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
@@ -72,67 +84,81 @@ def main(argv: Sequence[str] | None = None) -> int:
         rescale = parts.guidance_rescale
     if not 0 <= rescale <= 1:
         raise UserError(f"--guidance-rescale {rescale:g} is a share: 0 to 1")
-    repeated = [prompt for prompt in prompts for _ in range(arguments.count)]
-    seeds = range(arguments.seed, arguments.seed + len(repeated))
-    total = sampling.batches(len(repeated), height, width, arguments.batch_size) * arguments.steps
-    with tqdm(total=total, desc=f"sampling {len(repeated)}", unit="step", leave=False) as bar:
-        images = sampling.to_pil(
-            sampling.generate(
-                parts.unet,
-                parts.vae,
-                sampling.text_encoding(parts.tokenizer, parts.text_encoder),
-                sampling.make_scheduler(arguments.scheduler, parts.scheduler),
-                parts.latents,
-                repeated,
-                seeds,
-                height=height,
-                width=width,
-                steps=arguments.steps,
-                guidance=guidance,
-                guidance_rescale=rescale,
-                negative=arguments.negative,
-                batch_size=arguments.batch_size,
-                progress=bar.update,
-            )
+    wanted = [sample for sample in each for _ in range(arguments.count)]
+    seeds = range(arguments.seed, arguments.seed + len(wanted))
+    steps = len(sampling.batches([sample.bucket for sample in wanted], arguments.batch_size)) * arguments.steps
+    with tqdm(total=steps, desc=f"sampling {len(wanted)}", unit="step", leave=False) as bar:
+        drawn = sampling.generate(
+            parts.unet,
+            parts.vae,
+            parts.conditioner,
+            sampling.make_scheduler(arguments.scheduler, parts.scheduler),
+            parts.latents,
+            wanted,
+            seeds,
+            steps=arguments.steps,
+            guidance=guidance,
+            guidance_rescale=rescale,
+            negative=arguments.negative,
+            batch_size=arguments.batch_size,
+            progress=bar.update,
         )
+    images = [image for picture in drawn for image in sampling.to_pil(picture[None])]
     settings = {
         "negative prompt": arguments.negative,
         "steps": str(arguments.steps),
         "guidance": f"{guidance:g}",
         **({"guidance rescale": f"{rescale:g}"} if rescale else {}),
         "scheduler": arguments.scheduler or ("euler" if parts.is_flow else "ddim"),
-        "size": f"{width}x{height}",
         "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
+        **{name: " ".join(getattr(arguments, name)) for name in _CONDITIONS if getattr(arguments, name)},
         **({"lora": arguments.lora} if arguments.lora else {}),
     }
     columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
+    captions = [sample.captions[0] for sample in wanted]
+    together = {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings}
+
+    def size(image: Any) -> dict[str, str]:
+        return {"size": f"{image.width}x{image.height}"}
+
     written = []
     if out.suffix:
         picture = images[0] if len(images) == 1 else sampling.grid(images, columns)
-        sampling.save_png(picture, out, {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings})
+        sampling.save_png(picture, out, {**together, **size(images[0])})
         written.append(out)
     else:
-        for index, (image, prompt, seed) in enumerate(zip(images, repeated, seeds, strict=True)):
-            path = out / f"{index:04d}{_slug(prompt)}.png"
-            sampling.save_png(image, path, {"prompt": prompt, "seed": str(seed), **settings})
+        for index, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
+            path = out / f"{index:04d}{_slug(caption)}.png"
+            sampling.save_png(image, path, {"prompt": caption, "seed": str(seed), **settings, **size(image)})
             written.append(path)
         if len(images) > 1:
             sheet = sampling.grid(images, columns)
-            sampling.save_png(
-                sheet,
-                out / "grid.png",
-                {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings},
-            )
+            sampling.save_png(sheet, out / "grid.png", {**together, **size(images[0])})
             written.append(out / "grid.png")
     print(written[-1] if out.suffix else f"{out}: {len(written)} files")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="finetune sample", description="Draw pictures from captions.", epilog=_EXAMPLES)
+    parser = Parser(
+        prog="finetune sample", description="Draw pictures of captions and other conditions.", epilog=_EXAMPLES
+    )
     add_source_arguments(parser, "RUN_OR_MODEL", "a run's folder, a diffusers pipeline's folder, or a hub id")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with a caption on each line")
+    parser.add_argument("--label", action="append", default=[], metavar="NAME", help="a class, by name or number")
+    parser.add_argument("--layout", action="append", default=[], metavar="FILE.json", help="boxes with classes")
+    parser.add_argument("--map", action="append", default=[], metavar="FILE.png", help="a label map, 8-bit gray")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="to be painted in, or enlarged"
+    )
+    parser.add_argument("--mask", action="append", default=[], metavar="FILE.png", help="white where to paint")
+    parser.add_argument(
+        "--noise-level",
+        type=int,
+        metavar="N",
+        help="of the noise on what is enlarged (default: 20)",
+    )
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to lead away from")
     parser.add_argument("--out", required=True, metavar="FILE.png|DIR", help="where the pictures go")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
@@ -171,8 +197,6 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
         if not listed:
             raise UserError(f"--prompts {path} holds no prompt; write one caption on each line")
         prompts += listed
-    if not prompts:
-        raise UserError("no prompts; give --prompt TEXT or --prompts FILE")
     return prompts
 
 

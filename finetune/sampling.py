@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -30,10 +32,11 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from finetune import UserError
+from finetune.batch import Batch, Sample
+from finetune.conditioning import Condition, Conditioner, batch_of, call_unet, to_device
 from finetune.latents import LatentSpace, to_raw
 from finetune.models.autoencoder import decode, downsample_factor
-from finetune.models.components import FLOW_SCHEDULER
-from finetune.models.text import encode_text, tokenize
+from finetune.models.schedulers import FLOW_SCHEDULER
 from finetune.models.unet import pixel_multiple
 
 SchedulerName = Literal["ddim", "euler", "dpm++", "ddpm"]
@@ -84,8 +87,8 @@ def draw_noise(sources: Sequence[torch.Generator], shape_CHW: tuple[int, int, in
 @torch.no_grad()
 def sample(
     unet: Any,
-    context_BLD: Tensor,
-    uncond_BLD: Tensor | None,
+    condition: Condition,
+    null: Condition | None,
     noise_BCHW: Tensor,
     scheduler: Any,
     steps: int,
@@ -95,15 +98,14 @@ def sample(
     sources: Sequence[torch.Generator] | None = None,
     progress: Callable[[], object] | None = None,
 ) -> Tensor:
-    """Denoise: model latents float32 [B, C, h, w] on the U-Net's device.
+    """Denoise: model latents float32 [B, C, h, w] on the device of `noise_BCHW`, where condition and U-Net are.
 
     The prediction is e(z, null) + guidance * (e(z, c) - e(z, null)), which is equation 6 of Ho & Salimans
     2022 with guidance = 1 + w. The sampler's arithmetic is in float32; the U-Net is fed its own dtype.
 
     Args:
-        unet: a `UNet2DConditionModel`, or anything that is called as one.
-        context_BLD: tokens of the condition.
-        uncond_BLD: tokens of the null condition; None, or a guidance of at most 1, samples without guidance.
+        unet: a `UNet2DConditionModel`, or a function of (latents, time, condition).
+        null: the condition left out; None, or a guidance of at most 1, samples without guidance.
         noise_BCHW: standard normal.
         scheduler: from `make_scheduler`.
         guidance_rescale: see `rescale_guided`.
@@ -116,23 +118,24 @@ def sample(
     limit = scheduler.config.num_train_timesteps
     if not 1 <= steps <= limit:
         raise UserError(f"{steps} sampling steps: the schedule has between 1 and {limit}")
-    guided = uncond_BLD is not None and guidance > 1
     is_module = isinstance(unet, nn.Module)
-    device, dtype = _placement(unet) if is_module else (context_BLD.device, context_BLD.dtype)
-    context = torch.cat([uncond_BLD, context_BLD]) if guided and uncond_BLD is not None else context_BLD
-    context = context.to(device, dtype)
-    scheduler.set_timesteps(steps, device=device)
+    predict = partial(call_unet, unet) if is_module else unet
+    both = condition
+    guided = null is not None and guidance > 1
+    if null is not None and guided:
+        both = {name: torch.cat([null[name], tensor]) for name, tensor in condition.items()}
+    scheduler.set_timesteps(steps, device=noise_BCHW.device)
     is_flow = isinstance(scheduler, FlowMatchEulerDiscreteScheduler)  # its inputs are not scaled
-    z_BCHW = noise_BCHW.to(device, torch.float32) * (1.0 if is_flow else scheduler.init_noise_sigma)
+    z_BCHW = noise_BCHW.float() * (1.0 if is_flow else scheduler.init_noise_sigma)
     random = {"generator": list(sources)} if sources is not None else {}
     with evaluating(*([unet] if is_module else [])):
         for t in scheduler.timesteps:
             inputs = torch.cat([z_BCHW, z_BCHW]) if guided else z_BCHW
-            inputs = (inputs if is_flow else scheduler.scale_model_input(inputs, t)).to(dtype)
-            prediction = unet(inputs, t, encoder_hidden_states=context, return_dict=False)[0].float()
+            inputs = inputs if is_flow else scheduler.scale_model_input(inputs, t)
+            prediction = predict(inputs, t, both).float()
             if guided:
-                null, conditional = prediction.chunk(2)
-                prediction = null + guidance * (conditional - null)
+                without, conditional = prediction.chunk(2)
+                prediction = without + guidance * (conditional - without)
                 if guidance_rescale:
                     prediction = rescale_guided(prediction, conditional, guidance_rescale)
             z_BCHW = scheduler.step(prediction, t, z_BCHW, **random, return_dict=False)[0]
@@ -155,54 +158,54 @@ def rescale_guided(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) 
 def generate(
     unet: Any,
     vae: AutoencoderKL,
-    encode: Callable[[Sequence[str]], Tensor],
+    conditioner: Conditioner,
     scheduler: Any,
     space: LatentSpace,
-    prompts: Sequence[str],
+    samples: Sequence[Sample],
     seeds: Sequence[int],
     *,
-    height: int,
-    width: int,
     steps: int = 50,
     guidance: float = 7.5,
     guidance_rescale: float = 0.0,
     negative: str = "",
     batch_size: int | None = None,
     progress: Callable[[], object] | None = None,
-) -> Tensor:
-    """One picture for each prompt: float32 [B, 3, height, width] in [-1, 1], on the CPU.
+) -> list[Tensor]:
+    """One picture for each sample, of its bucket's size: float32 [3, height, width] in [-1, 1], on the CPU.
 
     Args:
-        encode: prompts to tokens [B, L, D]; `text_encoding` makes one.
+        conditioner: on the U-Net's device.
         space: maps model latents to the decoder's.
+        samples: what is asked for, as shards would hold it.
         seeds: of each picture's noise.
-        height, width: pixels; multiples of `pixel_multiple`. negative: what guidance leads away from.
-        batch_size: pictures denoised at once; by default as many as hold four of 512 by 512 pixels, at most
-        16.
+        negative: the caption that guidance leads away from.
+        batch_size: pictures denoised at once; by default as many as hold four of 512 by 512 pixels, at most 16.
             They are decoded one by one: the decoder is what takes memory.
-        progress: called after each step of each batch; there are `batches(...) * steps`.
+        progress: called after each step of each batch; there are `len(batches(...)) * steps`.
 
     Raises:
-        UserError: no prompts, a wrong size, or a wrong number of steps.
+        UserError: nothing to sample, a wrong size, a wrong number of steps, or a sample that lacks what the
+            condition needs.
     """
-    if not prompts:
-        raise UserError("there are no prompts to sample")
-    assert len(seeds) == len(prompts)
+    if not samples:
+        raise UserError("there is nothing to sample")
+    assert len(seeds) == len(samples)
     bare = _unwrapped(unet)
-    check_size(height, width, pixel_multiple(bare, downsample_factor(vae)))
-    shape = (bare.config.in_channels, height // downsample_factor(vae), width // downsample_factor(vae))
-    size = batch_size or default_batch(height, width)
+    device = next(bare.parameters()).device
+    downsample = downsample_factor(vae)
     everyone = generators(seeds)
-    images = []
-    uncond_1LD = encode([negative]) if guidance > 1 else None
-    for start in range(0, len(prompts), size):
-        chunk, sources = prompts[start : start + size], everyone[start : start + size]
-        uncond_BLD = None if uncond_1LD is None else uncond_1LD.expand(len(chunk), -1, -1)
+    images: list[Tensor] = []
+    for rows in batches([sample.bucket for sample in samples], batch_size):
+        height, width = samples[rows[0]].bucket
+        check_size(height, width, pixel_multiple(bare, downsample))
+        sources = [everyone[row] for row in rows]
+        batch = batch_of(conditioner, [replace(samples[row], clock=seeds[row]) for row in rows])
+        condition, null = conditions(conditioner, batch, device, guidance, negative)
         z_BCHW = sample(
             unet,
-            encode(chunk),
-            uncond_BLD,
-            draw_noise(sources, shape),
+            condition,
+            null,
+            draw_noise(sources, (bare.config.out_channels, height // downsample, width // downsample)).to(device),
             scheduler,
             steps,
             guidance,
@@ -211,21 +214,21 @@ def generate(
             progress=progress,
         )
         with evaluating(vae):
-            images += [decode(vae, raw_CHW[None]).cpu() for raw_CHW in to_raw(z_BCHW, space)]
-    return torch.cat(images)
+            images += [decode(vae, raw_CHW[None])[0].cpu() for raw_CHW in to_raw(z_BCHW, space)]
+    return images
 
 
-def text_encoding(tokenizer: Any, text_encoder: nn.Module) -> Callable[[Sequence[str]], Tensor]:
-    """Prompts to the tokens [B, L, D] of a CLIP text encoder, without gradient and in eval mode."""
-
-    @torch.no_grad()
-    def encode(prompts: Sequence[str]) -> Tensor:
-        with evaluating(text_encoder):
-            ids_BL = tokenize(tokenizer, prompts).to(_placement(text_encoder)[0])
-            encoder: Any = text_encoder
-            return encode_text(encoder, ids_BL, tokenizer.pad_token_id)
-
-    return encode
+@torch.no_grad()
+def conditions(
+    conditioner: Conditioner, batch: Batch, device: torch.device, guidance: float, negative: str = ""
+) -> tuple[Condition, Condition | None]:
+    """The condition of a batch, and the null one where guidance asks for it; in eval mode."""
+    nobody = torch.zeros(len(batch), dtype=torch.bool)
+    with evaluating(conditioner):
+        condition = conditioner(to_device(conditioner.inputs(batch, nobody), device))
+        if guidance <= 1 or not conditioner.guided:
+            return condition, None
+        return condition, conditioner(to_device(conditioner.inputs(batch, ~nobody, negative), device))
 
 
 def default_batch(height: int, width: int) -> int:
@@ -233,9 +236,16 @@ def default_batch(height: int, width: int) -> int:
     return max(1, min(16, _PIXELS_A_BATCH // (height * width)))
 
 
-def batches(count: int, height: int, width: int, batch_size: int | None = None) -> int:
-    """How many batches `generate` makes of `count` pictures."""
-    return -(-count // (batch_size or default_batch(height, width)))
+def batches(sizes: Sequence[tuple[int, int]], batch_size: int | None = None) -> list[list[int]]:
+    """Which pictures, (height, width) each, `generate` draws at once: neighbours of one size."""
+    made: list[list[int]] = []
+    for row, size in enumerate(sizes):
+        most = batch_size or default_batch(*size)
+        if made and sizes[made[-1][0]] == size and len(made[-1]) < most:
+            made[-1].append(row)
+        else:
+            made.append([row])
+    return made
 
 
 def check_size(height: int, width: int, multiple: int) -> None:
@@ -296,11 +306,6 @@ def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = N
     temporary = path.with_name(f".{path.name}.tmp")
     image.save(temporary, format="PNG", pnginfo=info)
     os.replace(temporary, path)
-
-
-def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    parameter = next(module.parameters())
-    return parameter.device, parameter.dtype
 
 
 def _unwrapped(unet: Any) -> Any:

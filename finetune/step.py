@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune import rng
 from finetune.batch import Batch
-from finetune.conditioning import TextConditioner
+from finetune.conditioning import Conditioner, dropped, to_device
 from finetune.distributed import Strategy
 from finetune.ema import Average
 
@@ -27,20 +27,21 @@ class StepResult:
 
 def optimizer_step(
     strategy: Strategy,
-    conditioner: TextConditioner,
+    conditioner: Conditioner,
     batches: Iterator[Batch],
     *,
     micro_batches: int,
     global_batch: int,
     lr: float,
-    caption_dropout: float,
+    dropout: float,
     seed: int,
     averages: Sequence[Average],
     images_seen: int,
 ) -> StepResult:
     """Take `micro_batches` batches of this rank and make one step; `images_seen` counts this step's samples.
 
-    Gradients are of the mean loss over `global_batch` samples, however these are spread.
+    Gradients are of the mean loss over `global_batch` samples, however these are spread. `dropout`: share of
+    samples whose condition is left out.
     """
     device = strategy.world.device
     loss_sum = torch.zeros((), device=device)
@@ -54,10 +55,10 @@ def optimizer_step(
         watch.at("in forward and backward")
         # Layers that draw from torch's own generator (LoRA's dropout) are made a function of the clock as well.
         torch.manual_seed(rng.fold(seed, f"layers:{int(batch.clock[0])}"))
-        text = conditioner.text_of(batch, caption_dropout, seed, device)
+        inputs = to_device(conditioner.inputs(batch, dropped(batch.clock, dropout, seed)), device)
         batch = batch.to(device)
         loss_sum += strategy.backward(
-            ("loss", batch.moments, text, batch.clock),
+            ("loss", batch.moments, inputs, batch.clock, batch.loss_weight, batch.loss_mask),
             global_batch=global_batch,
             last=index == micro_batches - 1,
         )

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune import rng
 from finetune.batch import Batch
+from finetune.conditioning import Condition, Conditioner, to_device
 from finetune.distributed import Strategy
 from finetune.latents import to_raw
 from finetune.models.autoencoder import decode
@@ -40,7 +41,7 @@ def shares(count: int, size: int) -> list[list[int]]:
 def held_out_loss(
     strategy: Strategy,
     batches: Sequence[Batch],
-    tokens: Sequence[Tensor],
+    conditioner: Conditioner,
     *,
     strata: int,
     num_train_timesteps: int,
@@ -49,27 +50,28 @@ def held_out_loss(
 
     Args:
         batches: the same on every rank; each has one shape. Their ids address the noise.
-        tokens: int64 [B, L] of each batch.
 
     Returns:
         `validation/loss` and `validation/loss_t0`, ... by rising timestep.
     """
     world = strategy.world
     sums = torch.zeros(strata + 1, dtype=torch.float64, device=world.device)
-    for batch, token_ids_BL in zip(batches, tokens, strict=True):
+    for batch in batches:
         parts = shares(len(batch), world.size)
         mine = parts[world.rank]
         # What fills up the last shares is computed but does not count.
         counted = [i for part in parts[: world.rank] for i in part]
         weight_B = torch.tensor([float(i not in (*counted, *mine[:n])) for n, i in enumerate(mine)])
-        ids_B = batch.sample_ids[mine].to(world.device)
+        share = batch.take(mine)
+        inputs = to_device(conditioner.inputs(share, torch.zeros(len(share), dtype=torch.bool)), world.device)
+        ids_B = share.sample_ids.to(world.device)
         for stratum in range(strata):
             timesteps_B = stratified_timesteps(ids_B, stratum, strata, num_train_timesteps)
             draw_ids_B = ids_B * strata + stratum
             loss_B = strategy(
                 "loss_at",
-                batch.moments[mine].to(world.device),
-                token_ids_BL[mine].to(world.device),
+                share.moments.to(world.device),
+                inputs,
                 draw_ids_B,
                 timesteps_B,
                 SEED,
@@ -86,47 +88,51 @@ def draw_samples(
     strategy: Strategy,
     model: LatentDiffusion,
     decoder: AutoencoderKL | None,
-    prompts: Sequence[str],
+    batch: Batch,
     *,
     seed: int,
-    size: tuple[int, int],
     downsample: int,
     scheduler: Mapping[str, Any],
     steps: int,
     guidance: float,
     guidance_rescale: float = 0.0,
 ) -> Image.Image | None:
-    """A grid with one picture for each prompt, picture i from noise of `seed` + i; collective.
+    """A grid with one picture for each sample of `batch`, picture i from noise of `seed` + i; collective.
 
     Args:
         decoder: on rank 0; pictures are decoded there.
-        size: height and width in pixels; `downsample` pixels per latent cell.
+        batch: the conditions, all of one bucket; `downsample` pixels per latent cell.
         scheduler: as of `Components.scheduler`.
 
     Returns:
         The grid on rank 0, None elsewhere.
     """
     world = strategy.world
-    share = shares(len(prompts), world.size)
+    share = shares(len(batch), world.size)
     mine = share[world.rank]
-    channels: int = model.unet.config.in_channels  # type: ignore[assignment,union-attr]
+    channels: int = model.unet.config.out_channels  # type: ignore[assignment,union-attr]
+    size = batch.bucket
     shape = (channels, size[0] // downsample, size[1] // downsample)
+    conditioner = model.conditioner
 
-    def encode(texts: Sequence[str]) -> Tensor:
-        return strategy("context", model.conditioner.tokenize(texts).to(world.device)).float()
+    def condition_of(rows: Batch, drop: bool) -> Condition:
+        drop_B = torch.full((len(rows),), drop)
+        made = strategy("condition", to_device(conditioner.inputs(rows, drop_B), world.device))
+        return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
 
-    def denoise(inputs: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
-        return (strategy("predict", inputs, t.expand(len(inputs)), encoder_hidden_states),)
+    def denoise(inputs: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return strategy("predict", inputs, t.expand(len(inputs)), condition)
 
     latents = []
     at_once = default_batch(*size)
     for start in range(0, len(mine), at_once):
         chunk = mine[start : start + at_once]
+        rows = batch.take(chunk)
         z_BCHW = sample(
             denoise,
-            encode([prompts[i] for i in chunk]),
-            encode([""] * len(chunk)) if guidance > 1 else None,
-            draw_noise(generators(seed + i for i in chunk), shape),
+            condition_of(rows, drop=False),
+            condition_of(rows, drop=True) if guidance > 1 and conditioner.guided else None,
+            draw_noise(generators(seed + i for i in chunk), shape).to(world.device),
             make_scheduler(None, scheduler),
             steps,
             guidance,
@@ -136,11 +142,10 @@ def draw_samples(
     drawn = world.gather(torch.cat(latents))
     if decoder is None:
         return None
-    by_prompt = {i: z for part, zs in zip(share, drawn, strict=True) for i, z in zip(part, zs, strict=True)}
+    by_row = {i: z for part, zs in zip(share, drawn, strict=True) for i, z in zip(part, zs, strict=True)}
     decoder.to(world.device)
     pictures = [
-        to_pil(decode(decoder, to_raw(by_prompt[i][None].to(world.device), model.space)))[0]
-        for i in range(len(prompts))
+        to_pil(decode(decoder, to_raw(by_row[i][None].to(world.device), model.space)))[0] for i in range(len(batch))
     ]
     decoder.to("cpu")  # its memory is the trainer's until the next grid
     return grid(pictures, columns=min(len(pictures), 8))

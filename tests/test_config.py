@@ -171,7 +171,7 @@ def test_a_missing_value_is_named() -> None:
         ("validation.samples", -1, "validation.samples=-1 must not be negative"),
         ("watch.lost_s", 0.5, "watch.lost_s=0.5 is in seconds: at least 1, or 0 for never"),
         ("watch.start_s", 0, "watch.start_s=0 must be greater than 0"),
-        ("task.caption_dropout", 1.5, "0 to 1"),
+        ("task.dropout", 1.5, "0 to 1"),
         ("optim.schedule", "linear", "choose one of constant, cosine"),
         ("objective.prediction", "noise", "objective.prediction=noise is not known"),
         ("sample.prompts", [], "sample.prompts is empty"),

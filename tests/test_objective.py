@@ -15,10 +15,10 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor, nn
 
 from finetune import UserError, build, rng, sampling
-from finetune.conditioning import TextConditioner
+from finetune.conditioning import Condition, Conditioner
 from finetune.config import Config, compose, groups
 from finetune.latents import LatentSpace
-from finetune.models.components import scheduler_config
+from finetune.models.schedulers import scheduler_config
 from finetune.objective import LatentDiffusion, Objective
 from tests.conftest import metrics
 
@@ -45,7 +45,7 @@ def model_of(*overrides: str) -> LatentDiffusion:
     settings = vars(config.objective)
     return LatentDiffusion(
         Halves(),
-        TextConditioner(lambda _: torch.zeros(1), lambda ids: ids, nn.Identity(), trained=False),
+        Conditioner(),
         schedule=build.noise_schedule(config.model.scheduler, config.objective.prediction),
         space=LatentSpace(0.5),
         objective=Objective(**settings),
@@ -54,10 +54,10 @@ def model_of(*overrides: str) -> LatentDiffusion:
     )
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor]:
+def batch() -> tuple[Tensor, dict[str, Tensor], Tensor]:
     moments = torch.randn(BATCH, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     moments[:, 4:] = moments[:, 4:].abs()
-    return moments, torch.zeros(BATCH, 3, 2), torch.arange(40, 40 + BATCH)
+    return moments, {}, torch.arange(40, 40 + BATCH)
 
 
 def draws(moments: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +70,7 @@ def draws(moments: Tensor, clock: Tensor) -> tuple[Tensor, Tensor]:
 def test_the_loss_is_that_of_diffusers_scheduler(choice: str) -> None:
     """Noising, target and SNR by DDPMScheduler; weights as the papers write them; the mean by torch."""
     model = model_of(f"objective={choice}")
-    moments, text, clock = batch()
+    moments, told, clock = batch()
     z, noise = draws(moments, clock)
     reference = DDPMScheduler(
         1000, 0.00085, 0.012, beta_schedule="scaled_linear", rescale_betas_zero_snr=choice == "v_zero_snr"
@@ -87,17 +87,17 @@ def test_the_loss_is_that_of_diffusers_scheduler(choice: str) -> None:
         wanted *= snr.clamp(max=5) / snr
     elif choice == "v_min_snr":
         wanted *= snr.clamp(max=5) / (snr + 1)
-    found = model("loss", moments, text, clock)
+    found = model("loss", moments, told, clock)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6)
     # The measure for held-out samples is the plain square, whatever is trained.
     plain = torch.nn.functional.mse_loss(predicted, target, reduction="none").mean(dim=(1, 2, 3))
-    torch.testing.assert_close(model("loss_at", moments, text, clock, t, SEED), plain, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(model("loss_at", moments, told, clock, t, SEED), plain, rtol=2e-5, atol=1e-6)
 
 
 def test_the_flow_is_that_of_diffusers_scheduler() -> None:
     model = model_of("objective=flow", "model.scheduler.shift=3")
-    moments, text, clock = batch()
+    moments, told, clock = batch()
     z, noise = draws(moments, clock)
     reference = FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
     index = model.timesteps(clock)
@@ -105,11 +105,11 @@ def test_the_flow_is_that_of_diffusers_scheduler() -> None:
     noised = reference.scale_noise(z, told, noise)
     predicted = 0.5 * noised + (told / 1000).view(-1, 1, 1, 1)
     wanted = (predicted - (noise - z)).square().mean(dim=(1, 2, 3))
-    torch.testing.assert_close(model("loss", moments, text, clock), wanted, rtol=2e-5, atol=1e-6)
+    torch.testing.assert_close(model("loss", moments, told, clock), wanted, rtol=2e-5, atol=1e-6)
 
 
 def test_offset_noise_and_input_perturbation() -> None:
-    moments, text, clock = batch()
+    moments, told, clock = batch()
     z, noise = draws(moments, clock)
     t = rng.integers(SEED, "timestep", clock, 1000)
     scheduler = DDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear")
@@ -121,7 +121,7 @@ def test_offset_noise_and_input_perturbation() -> None:
     ):
         predicted = 0.5 * scheduler.add_noise(z, seen, t) + (t / 1000).view(-1, 1, 1, 1)
         wanted = (predicted - target).square().mean(dim=(1, 2, 3))
-        found = model_of(f"objective.{setting}")("loss", moments, text, clock)
+        found = model_of(f"objective.{setting}")("loss", moments, told, clock)
         torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6)
 
 
@@ -154,12 +154,12 @@ def test_sampling_a_flow_follows_straight_lines() -> None:
             None, scheduler_config({"num_train_timesteps": 1000, "shift": shift}, "flow")
         )
 
-        def flow(x: Tensor, t: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> tuple[Tensor]:
-            return ((x - point) / (t / 1000),)
+        def flow(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return (x - point) / (t / 1000)
 
         noise = torch.randn(point.shape, generator=torch.Generator().manual_seed(0))
         for steps in (1, 7):
-            found = sampling.sample(flow, torch.zeros(2, 3, 2), None, noise, scheduler, steps, 1.0)
+            found = sampling.sample(flow, {}, None, noise, scheduler, steps, 1.0)
             torch.testing.assert_close(found, point, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="take euler"):
         sampling.make_scheduler("ddim", scheduler_config({}, "flow"))

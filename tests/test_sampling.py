@@ -13,10 +13,12 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 
 from finetune import UserError, build, sampling
+from finetune.batch import Sample
+from finetune.components import load_components
+from finetune.conditioning import batch_of
 from finetune.config import Config, compose
 from finetune.distributed import World
 from finetune.latents import LatentSpace
-from finetune.models.components import load_components
 from tests import fakes
 
 PROMPTS = ["a red apple", "a smiling face", "a blue heart"]
@@ -33,18 +35,17 @@ def parts(base):
 
 
 def draw(parts, prompts=PROMPTS, seeds=None, scheduler="ddim", height=32, width=32, **settings):
-    return sampling.generate(
+    drawn = sampling.generate(
         parts.unet,
         parts.vae,
-        sampling.text_encoding(parts.tokenizer, parts.text_encoder),
+        parts.conditioner,
         sampling.make_scheduler(scheduler, parts.scheduler),
         parts.latents,
-        prompts,
+        [Sample({"captions": [prompt]}, (height, width)) for prompt in prompts],
         seeds or range(5, 5 + len(prompts)),
-        height=height,
-        width=width,
         **({"steps": 4, "guidance": 3.0} | settings),
     )
+    return torch.stack(drawn)
 
 
 def pipeline(base):
@@ -164,14 +165,15 @@ def test_bfloat16_stays_near_float32(base, parts):
 def test_progress_counts_every_step(parts):
     ticks = []
     draw(parts, batch_size=2, progress=lambda: ticks.append(1))
-    assert len(ticks) == 4 * sampling.batches(3, 32, 32, 2) == 8
+    assert len(ticks) == 4 * len(sampling.batches([(32, 32)] * 3, 2)) == 8
 
 
 def test_default_batches_hold_four_large_pictures():
     assert sampling.default_batch(512, 512) == 4
     assert sampling.default_batch(2048, 2048) == 1
     assert sampling.default_batch(64, 64) == 16
-    assert sampling.batches(9, 512, 512) == 3
+    assert sampling.batches([(512, 512)] * 9) == [[0, 1, 2, 3], [4, 5, 6, 7], [8]]
+    assert sampling.batches([(64, 64), (64, 32), (64, 32), (64, 64)]) == [[0], [1, 2], [3]]
 
 
 def test_mistakes_are_named(parts):
@@ -179,7 +181,7 @@ def test_mistakes_are_named(parts):
         draw(parts, height=36)
     with pytest.raises(UserError, match="width 4 is no multiple of 8 for this model; take 8"):
         draw(parts, width=4)
-    with pytest.raises(UserError, match="no prompts"):
+    with pytest.raises(UserError, match="nothing to sample"):
         draw(parts, [])
     with pytest.raises(UserError, match="1001 sampling steps"):
         draw(parts, steps=1001)
@@ -226,7 +228,10 @@ def test_a_run_trains_on_the_context_that_it_samples_with(pipeline, overrides, t
     conditioner = build.build(config, World(0, 1, 0, torch.device("cpu")), tmp_path).model.conditioner
     captions = ["a red cat", "", "a gold bus on a table"]
     ids = conditioner.tokenize(captions)
-    trained = conditioner(ids)
+    trained = conditioner({"ids": ids})["context"]
     parts = load_components(folder)
-    assert torch.equal(trained, sampling.text_encoding(parts.tokenizer, parts.text_encoder)(captions))
+    asked = batch_of(parts.conditioner, [Sample({"captions": [caption]}, (32, 32)) for caption in captions])
+    drawn, null = sampling.conditions(parts.conditioner, asked, torch.device("cpu"), 3.0)
+    assert torch.equal(trained, drawn["context"])
+    assert torch.equal(null["context"], conditioner({"ids": conditioner.tokenize([""] * 3)})["context"])
     assert torch.equal(trained, parts.text_encoder(ids)[0]) is not masked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 
 from data_tools.cli import main as data_tools
 from finetune import UserError, build
+from finetune.conditioning import dropped
 from finetune.config import Config, compose
 from finetune.data.shards import ShardSet
 from finetune.distributed import World
@@ -55,7 +57,10 @@ def contexts(config: Config, parts: Parts, batches: int) -> torch.Tensor:
     loader = parts.data.loader(seed=config.seed, micro_batch=4)
     taken = iter(loader)
     model = parts.model
-    found = [model("context", model.conditioner.text_of(next(taken), 0.3, config.seed)) for _ in range(batches)]
+    found = []
+    for batch in itertools.islice(taken, batches):
+        inputs = model.conditioner.inputs(batch, dropped(batch.clock, 0.3, config.seed))
+        found.append(model("condition", inputs)["context"])
     taken.close()
     loader.close()
     return torch.cat(found).detach().float()
@@ -67,7 +72,7 @@ def test_cached_states_are_what_the_encoder_says(pipeline: Path, with_states: Pa
     settings += ["validation.samples=0", "model.unet={}"]
     config, cached = parts_of(settings)
     _, plain = parts_of(settings, "data.text_states=false")
-    assert cached.data.text_states and not plain.data.text_states
+    assert cached.data.wanted.text_states and not plain.data.wanted.text_states
     ours, reference = contexts(config, cached, 12), contexts(config, plain, 12)
     torch.testing.assert_close(ours, reference, rtol=1e-3, atol=2e-3)
     assert not torch.allclose(ours[0], ours[1], atol=0.1) or not torch.allclose(ours[0], ours[2], atol=0.1)
@@ -79,9 +84,9 @@ def test_a_trained_or_another_encoder_makes_its_own_states(
     settings = [*overrides, f"data.shards={with_states}", "train.global_batch=4", "validation.samples=0"]
     pretrained = [f"model.pretrained={pipeline}", "model.unet={}"]
     trained = parts_of(settings, *pretrained, "model.train_text_encoder=true")[1]
-    assert not trained.data.text_states
+    assert not trained.data.wanted.text_states
     scratch = parts_of(settings, f"model.vae={pipeline}")[1]
-    assert not scratch.data.text_states
+    assert not scratch.data.wanted.text_states
 
 
 def test_states_of_another_encoder_are_left_alone_with_a_note(
@@ -99,7 +104,7 @@ def test_states_of_another_encoder_are_left_alone_with_a_note(
     replace(manifest, text=replace(manifest.text, sha256="0" * 64)).save(other)
     settings = [*overrides, f"data.shards={other}", "train.global_batch=4", f"model.pretrained={pipeline}"]
     parts = parts_of(settings, "model.unet={}", "validation.samples=0")[1]
-    assert not parts.data.text_states
+    assert not parts.data.wanted.text_states
     assert any("cached states of captions are not used" in notice for notice in parts.notices)
 
 

@@ -52,7 +52,7 @@ def step_of(config: Config, parts: Parts, loader_settings: dict[str, int] | None
         micro_batches=parts.accumulation,
         global_batch=config.train.global_batch,
         lr=1e-3,
-        caption_dropout=config.task.caption_dropout,
+        dropout=config.task.dropout,
         seed=config.seed,
         averages=[],
         images_seen=config.train.global_batch,
@@ -82,7 +82,7 @@ def test_one_step_equals_a_reference_on_public_apis(pipeline, overrides):
         "model.unet={}",
         "model.train_text_encoder=true",
         "train.micro_batch=4",
-        "task.caption_dropout=0.5",
+        "task.dropout=0.5",
     )
     loss, gradients = gradients_of(config, parts)
 

@@ -14,9 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from finetune import build, diffusion, rng
+from finetune.batch import Sample
+from finetune.conditioning import batch_of
 from finetune.config import Config, compose
 from finetune.distributed import World
-from finetune.loop import Parts, prompts_of
+from finetune.loop import Parts, asked
 from finetune.sampling import grid
 from finetune.validation import SEED, draw_samples, held_out_loss, shares, stratified_timesteps
 
@@ -90,7 +92,7 @@ def loss_of(config: Config, parts: Parts, strategy: Any) -> dict[str, float]:
     return held_out_loss(
         strategy,
         parts.data.held_out,
-        [parts.model.conditioner.tokenize(batch.captions) for batch in parts.data.held_out],
+        parts.model.conditioner,
         strata=config.validation.timesteps,
         num_train_timesteps=1000,
     )
@@ -107,7 +109,8 @@ def test_held_out_loss_is_a_plain_loop_over_samples(built: tuple[Config, Parts])
         for i in range(len(batch)):
             count += 1
             sample_id = batch.sample_ids[i : i + 1]
-            context = model.conditioner(model.conditioner.tokenize(batch.captions[i : i + 1]))
+            kept = torch.tensor([False])
+            context = model.conditioner(model.conditioner.inputs(batch.take([i]), kept))["context"]
             for stratum in range(3):
                 draw = sample_id * 3 + stratum
                 t = stratified_timesteps(sample_id, stratum, 3, 1000)
@@ -173,10 +176,11 @@ PROMPTS = ["a red cat", "a blue hat", "a gold bus on a table"]
 
 
 def drawn(parts: Parts, strategy: Any, prompts: list[str], **changes: Any) -> Image.Image | None:
-    settings = {"seed": 3, "size": (32, 48), "downsample": 4, "steps": 4, "guidance": 3.0} | changes
+    settings = {"seed": 3, "downsample": 4, "steps": 4, "guidance": 3.0} | changes
+    batch = batch_of(parts.model.conditioner, [Sample({"captions": [prompt]}, (32, 48)) for prompt in prompts])
     decoder = parts.decoder if strategy.world.is_main else None
     with torch.no_grad():
-        return draw_samples(strategy, parts.model, decoder, prompts, scheduler=parts.scheduler, **settings)
+        return draw_samples(strategy, parts.model, decoder, batch, scheduler=parts.scheduler, **settings)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
@@ -244,9 +248,15 @@ def test_prompts_come_from_held_out_captions_where_none_are_given(built: tuple[C
     config, parts = built
     config.sample.prompts = None
     held = [caption for batch in parts.data.held_out for caption in batch.captions]
-    assert prompts_of(config, parts) == held[:4]
+
+    def prompts() -> list[str]:
+        batch = asked(config, parts)
+        assert batch is not None and batch.bucket == (32, 32)
+        return batch.captions
+
+    assert prompts() == held[:4]
     config.sample.prompts = ["x"]
-    assert prompts_of(config, parts) == ["x"]
+    assert prompts() == ["x"]
     config.sample.prompts = None
     parts.data.held_out = []
-    assert prompts_of(config, parts) == [""]
+    assert prompts() == [""]

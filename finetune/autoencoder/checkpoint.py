@@ -26,7 +26,7 @@ from torch import Tensor
 from finetune import UserError
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
-from finetune.models.components import complete_checkpoints
+from finetune.runs import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 

@@ -8,21 +8,29 @@ data            shards and mixtures, held-out samples, cached states of captions
 from __future__ import annotations
 
 from dataclasses import asdict
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 
-from finetune import UserError, diffusion
+from finetune import UserError, diffusion, tasks
 from finetune.build.averages import profiles
 from finetune.build.checks import check
-from finetune.build.data import captions, fetched_again, left_out, open_data, with_text_states
+from finetune.build.data import (
+    captions,
+    classes,
+    fetched_again,
+    left_out,
+    open_data,
+    with_condition,
+    with_text_states,
+)
 from finetune.checkpoint import Checkpoints, Layout
-from finetune.conditioning import TextConditioner
+from finetune.conditioning import Conditioner, Given
+from finetune.conditioning.text import Text
 from finetune.config import Config, SchedulerConfig
 from finetune.data.loader import Data
 from finetune.distributed import ORDERED, DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
@@ -30,22 +38,24 @@ from finetune.ema import Average
 from finetune.loop import Parts
 from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
-from finetune.models.components import scheduler_config
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, part_of, require_parts
-from finetune.models.text import (
-    build_text_encoder,
-    encode_text,
-    load_text,
-    load_tokenizer,
-    save_tokenizer,
-    tokenize,
-    train_tokenizer,
+from finetune.models.schedulers import scheduler_config
+from finetune.models.sources import has_part
+from finetune.models.text import build_text_encoder, load_text, load_tokenizer, save_tokenizer, train_tokenizer
+from finetune.models.unet import (
+    build_unet,
+    context_width,
+    enable_gradient_checkpointing,
+    load_unet,
+    pad_input,
+    pixel_multiple,
 )
-from finetune.models.unet import build_unet, enable_gradient_checkpointing, load_unet, pixel_multiple
 from finetune.objective import LatentDiffusion, Objective
 from finetune.rng import fold
 from finetune.sampling import check_size
+from finetune.tasks import Task
+from finetune.tasks.text_to_image import caption_conditioner
 
 __all__ = [
     "batch_sizes",
@@ -102,11 +112,11 @@ def batch_sizes(config: Config, world: World) -> tuple[int, int]:
     return micro, share // micro
 
 
-def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.Module, bool]:
-    """Tokenizer, text encoder, and whether it is trained."""
+def _text(config: Config, world: World, run: Path, data: Data) -> Text:
+    """The conditioner of the model's captions."""
     if config.model.pretrained is not None:
         tokenizer, encoder = load_text(config.model.pretrained, config.model.revision)
-        return tokenizer, encoder, config.model.train_text_encoder
+        return caption_conditioner(tokenizer, encoder, trained=config.model.train_text_encoder)
     folder, settings = run / "tokenizer", config.model.text_encoder
 
     def make() -> None:
@@ -126,7 +136,57 @@ def _text(config: Config, world: World, run: Path, data: Data) -> tuple[Any, nn.
         settings.heads,
         seed=fold(config.seed, "text encoder"),
     )
-    return tokenizer, encoder, True
+    return caption_conditioner(tokenizer, encoder, trained=True)
+
+
+def _conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[UNet2DConditionModel, Conditioner]:
+    """U-Net and conditioner, made for each other.
+
+    Raises:
+        UserError: model, task and data contradict each other.
+    """
+    model, task, channels = config.model, config.task, data.encoder.channels
+    unet = load_unet(model.pretrained, revision=model.revision) if model.pretrained is not None else None
+    width = context_width(model.unet if unet is None else unet.config)
+    has_text = width is not None and (
+        model.pretrained is None or has_part(model.pretrained, "text_encoder", model.revision)
+    )
+    given = Given(
+        width=width,
+        latent_channels=channels,
+        downsample=data.encoder.downsample,
+        space=data.space,
+        classes=classes(data),
+        text=(lambda: _text(config, world, run, data)) if has_text or task.name == "text_to_image" else None,
+        embedded_labels=int((model.unet if unet is None else unet.config).get("num_class_embeds") or 0),
+        seed=fold(config.seed, "conditioner"),
+    )
+    conditioner = tasks.make(task.name, task.options, given)
+    made = Task(task.name, asdict(tasks.options(task.name, task.options)), list(given.classes))
+    world.on_main(lambda: None if (run / tasks.TASK_FILE).exists() else made.save(run))
+    wanted = channels + conditioner.channels
+    if unet is None:
+        arguments = {"in_channels": wanted, "out_channels": channels, **model.unet}
+        unet = build_unet(arguments, seed=fold(config.seed, "unet"))
+    elif model.pad_input and unet.config.in_channels < wanted:
+        if config.adapter.kind != "full":
+            raise UserError(
+                "model.pad_input=true gives the U-Net weights that adapter=lora does not train: use adapter=full, "
+                f"or begin with a model that has {wanted} input channels"
+            )
+        pad_input(unet, wanted)
+    if unet.config.in_channels != wanted:
+        takes = f"the U-Net takes {unet.config.in_channels} channels, the shards hold latents of {channels}"
+        if conditioner.channels:
+            takes += f" and task={task.name} adds {conditioner.channels}"
+        if model.pretrained is None:
+            remedy = "leave model.unet.in_channels out, or encode with another autoencoder"
+        elif conditioner.channels and unet.config.in_channels == channels:
+            remedy = "give model.pad_input=true to add them with zero weights, or choose a model that has them"
+        else:
+            remedy = "choose a model for these latents or encode with another autoencoder"
+        raise UserError(f"{takes}: {remedy}")
+    return unet, conditioner
 
 
 def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | None:
@@ -164,40 +224,40 @@ def build(config: Config, world: World, run: Path) -> Parts:
     notices += left_out(data) + fetched_again(data, world.size)
     decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
-    if config.model.pretrained is not None:
-        unet = load_unet(config.model.pretrained, revision=config.model.revision)
-    else:
-        unet = build_unet(config.model.unet, seed=fold(config.seed, "unet"))
-    tokenizer, text_encoder, train_text = _text(config, world, run, data)
-    _check_fit(config, unet, text_encoder, data)
-    if config.data.text_states and not train_text:
-        data = with_text_states(data, tokenizer.model_max_length, text_encoder, notices)
+    unet, conditioner = _conditioned(config, world, run, data)
+    text = next((part for part in conditioner.modules() if isinstance(part, Text)), None)
+    train_text = text is not None and text.trained
+    if config.model.train_text_encoder and text is None:
+        raise UserError("model.train_text_encoder=true: this model has no text encoder; leave it out")
+    _check_fit(config, unet, text, data)
+    data = with_condition(data, conditioner, config, micro_batch * world.size)
+    if text is not None and config.data.text_states and not train_text:
+        data = with_text_states(data, text, notices)
+    if config.sample.prompts is not None and conditioner.asks != ("prompt",):
+        notices.append(f"sample.prompts are not used: task={config.task.name} draws what held-out samples say")
 
     unet.requires_grad_(config.adapter.kind == "full")
-    text_encoder.requires_grad_(train_text and config.adapter.kind == "full")
+    adapted: dict[str, nn.Module] = {"unet": unet, **(text.parts() if text is not None and train_text else {})}
+    if text is not None:
+        text.requires_grad_(train_text and config.adapter.kind == "full")
     if config.adapter.kind == "lora":
         ranks = {part: int(rank) for part, rank in flat(config.adapter.ranks).items()}
-        adapted = [unet, text_encoder] if train_text else [unet]
-        require_parts("adapter.ranks", ranks, [name for model in adapted for name, _ in model.named_modules()])
-        for part, targets, name in (
-            (unet, config.adapter.targets, "unet"),
-            (text_encoder, TEXT_TARGETS, "text_encoder"),
-        ):
-            if part is unet or train_text:
-                add_lora(
-                    part,
-                    config.adapter.rank,
-                    config.adapter.alpha,
-                    dropout=config.adapter.dropout,
-                    ranks=ranks,
-                    rank_stabilized=config.adapter.rank_stabilized,
-                    target_modules=targets,
-                    seed=fold(config.seed, f"{name} lora"),
-                )
+        every = [name for model in adapted.values() for name, _ in model.named_modules()]
+        require_parts("adapter.ranks", ranks, every)
+        for name, part in adapted.items():
+            add_lora(
+                part,
+                config.adapter.rank,
+                config.adapter.alpha,
+                dropout=config.adapter.dropout,
+                ranks=ranks,
+                rank_stabilized=config.adapter.rank_stabilized,
+                target_modules=config.adapter.targets if part is unet else TEXT_TARGETS,
+                seed=fold(config.seed, f"{name} lora"),
+            )
     if config.model.gradient_checkpointing:
-        enable_gradient_checkpointing(unet)
-        if train_text:
-            enable_gradient_checkpointing(text_encoder)
+        for part in adapted.values():
+            enable_gradient_checkpointing(part)
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
@@ -210,13 +270,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     schedule = config.model.scheduler
     model = LatentDiffusion(
         unet,
-        TextConditioner(
-            partial(tokenize, tokenizer),
-            partial(encode_text, text_encoder, pad_id=tokenizer.pad_token_id),
-            text_encoder,
-            trained=train_text,
-            empty_states_LD=data.empty_text,
-        ),
+        conditioner,
         schedule=noise_schedule(schedule, config.objective.prediction).to(world.device),
         space=data.space,
         objective=Objective(**asdict(config.objective)),
@@ -227,12 +281,12 @@ def build(config: Config, world: World, run: Path) -> Parts:
     strategy = _strategy(config, world, model, micro_batch, accumulation)
     weights = [shard.master for shard in strategy.shards]
     averages = [Average.starting_at(weights, profile, name) for name, profile in profiles(config.ema).items()]
-    layout = Layout(
-        {"unet": unet, "text_encoder": text_encoder},
-        lora_alphas("unet", unet) | lora_alphas("text_encoder", text_encoder)
-        if config.adapter.kind == "lora"
-        else None,
-    )
+    alphas = None
+    if config.adapter.kind == "lora":
+        alphas = {
+            module: alpha for name, part in adapted.items() for module, alpha in lora_alphas(name, part).items()
+        }
+    layout = Layout({"unet": unet, **conditioner.parts()}, alphas)
     memory_gib = config.checkpoint.memory_gib
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     checkpoints = Checkpoints(run, layout, config.checkpoint.keep, memory_bytes)
@@ -250,17 +304,18 @@ def build(config: Config, world: World, run: Path) -> Parts:
     )
 
 
-def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None:
+def _check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, data: Data) -> None:
     encoder = data.encoder
-    if unet.config.in_channels != encoder.channels:
+    if unet.config.out_channels != encoder.channels:
         raise UserError(
-            f"the U-Net takes {unet.config.in_channels} channels, the shards hold latents of {encoder.channels}: "
+            f"the U-Net makes {unet.config.out_channels} channels, the shards hold latents of {encoder.channels}: "
             "choose a model for these latents or encode with another autoencoder"
         )
-    if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
+    width = context_width(unet.config)
+    if text is not None and width != text.width:
         raise UserError(
-            f"the U-Net's cross_attention_dim is {unet.config.cross_attention_dim}, the text encoder's hidden_size "
-            f"{text_encoder.config.hidden_size}: they must be equal"
+            f"the U-Net's cross_attention_dim is {width}, the text encoder's hidden_size {text.width}: they must "
+            "be equal"
         )
     multiple = pixel_multiple(unet, encoder.downsample)
     if config.sample.every:
@@ -277,11 +332,9 @@ def _check_fit(config: Config, unet: Any, text_encoder: Any, data: Data) -> None
 def _strategy(
     config: Config, world: World, model: LatentDiffusion, micro_batch: int, accumulation: int
 ) -> Strategy:
-    parameters: dict[str, dict[str, nn.Parameter]] = {
-        "unet": {f"unet.{n}": p for n, p in model.unet.named_parameters() if p.requires_grad},
-        "text_encoder": {
-            f"text_encoder.{n}": p for n, p in model.conditioner.encoder.named_parameters() if p.requires_grad
-        },
+    parameters = {
+        name: {f"{name}.{key}": p for key, p in part.named_parameters() if p.requires_grad}
+        for name, part in {"unet": model.unet, **model.conditioner.parts()}.items()
     }
     groups = _groups(config, parameters)
     names = ("kind", "beta1", "beta2", "eps", "weight_decay", "d0", "d_coef")
@@ -310,7 +363,8 @@ def _groups(config: Config, parameters: dict[str, dict[str, nn.Parameter]]) -> l
     require_parts("optim.lr_ratios", own, [name for named in parameters.values() for name in named])
     groups: list[ParamGroup] = []
     for component, named in parameters.items():
-        usual = text_lr / config.optim.lr if component == "text_encoder" and text_lr is not None else 1.0
+        is_text = component.startswith("text_encoder")
+        usual = text_lr / config.optim.lr if is_text and text_lr is not None else 1.0
         by_ratio: dict[float, dict[str, nn.Parameter]] = {}
         for name, parameter in named.items():
             by_ratio.setdefault(own.get(part_of(name, own) or "", usual), {})[name] = parameter
@@ -347,6 +401,8 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         **{f"model.unet.{name}": value for name, value in config.model.unet.items()},
         **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
         "model.train_text_encoder": config.model.train_text_encoder,
+        "task.name": config.task.name,
+        **{f"task.options.{name}": value for name, value in config.task.options.items()},
         **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
         **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
     }

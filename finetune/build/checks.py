@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from finetune import UserError, diffusion, distributed, lr, tracking
+from finetune import UserError, diffusion, distributed, lr, tasks, tracking
 from finetune.build.averages import check_averages
 from finetune.config import Config, require, require_choice
 from finetune.models.parts import flat
@@ -30,7 +30,7 @@ def check(config: Config) -> None:
     require_choice(
         {
             "adapter.kind": (config.adapter.kind, ("full", "lora")),
-            "task.name": (config.task.name, ("text_to_image",)),
+            "task.name": (config.task.name, tasks.names()),
             "objective.prediction": (objective.prediction, diffusion.PREDICTIONS),
             "objective.weighting": (objective.weighting, diffusion.WEIGHTINGS),
             "objective.loss": (objective.loss, diffusion.LOSSES),
@@ -102,8 +102,9 @@ def check(config: Config) -> None:
     check_averages(config.ema)
     _check_objective(config)
     _check_optimizer(config)
-    if not 0 <= config.task.caption_dropout <= 1:
-        raise UserError(f"task.caption_dropout={config.task.caption_dropout} is a probability: 0 to 1")
+    tasks.options(config.task.name, config.task.options)
+    if not 0 <= config.task.dropout <= 1:
+        raise UserError(f"task.dropout={config.task.dropout} is a probability: 0 to 1")
     if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
         raise UserError(
             "sample.prompts is empty: give prompts, leave it out for held-out captions, or sample.every=0"

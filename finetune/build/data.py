@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from torch import nn
 
 from finetune import UserError
+from finetune.batch import Batch, Sample
+from finetune.conditioning import Conditioner
+from finetune.conditioning.text import Text
 from finetune.config import Config
-from finetune.data.loader import Data, Samples, captions_of, hold_out, read_batch
+from finetune.data.loader import MASK, Data, Samples, Wanted, hold_out, read_batch
 from finetune.data.order import Order, Source
 from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
 from finetune.latents import LatentSpace
@@ -27,11 +29,11 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     """
     named = _sources(config)
     cache = None
-    if any(is_remote(root) for root, _ in named.values()):
+    if any(is_remote(each.root) for each in named.values()):
         gib = config.data.cache_gib
         cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30))
     most = most_open(len(named))
-    opened = {name: _open_latents(root, cache, most) for name, (root, _) in named.items()}
+    opened = {name: _open_latents(each.root, cache, most) for name, each in named.items()}
     first, *others = opened
     for name in others:
         _check_same_encoder(first, opened[first], name, opened[name])
@@ -43,32 +45,107 @@ def open_data(config: Config, held_out_batch: int) -> Data:
         mine, held = held[: len(buckets)], held[len(buckets) :]
         sources.append(Samples(shards, buckets, mine, first_id=sum(len(each.shards) for each in sources)))
     order = Order(
-        [Source(each.sizes, weight) for each, (_, weight) in zip(sources, named.values(), strict=True)],
+        [Source(each.sizes, given.weight) for each, given in zip(sources, named.values(), strict=True)],
         seed=fold(config.seed, "order"),
         global_batch=config.train.global_batch,
         shuffle=config.data.shuffle,
         lanes=config.data.lanes,
         window=config.data.shuffle_window,
     )
-    held_out = [
-        read_batch(sources, np.full(len(piece), number), piece, bucket, piece.astype(np.int64), seed=0)
-        for number, each in enumerate(sources)
-        for index, bucket in enumerate(buckets)
-        for ids in [each.held_out_ids(index)]
-        for piece in np.split(ids, range(held_out_batch, len(ids), held_out_batch))
-        if len(piece)
-    ]
     encoder = opened[first].manifest.encoder
     assert encoder is not None
-    return Data(sources, buckets, order, held_out, LatentSpace(encoder.scale, encoder.shift))
+    wanted = Wanted(
+        loss_masks=config.data.loss_masks, loss_weights=tuple(each.loss_weight for each in named.values())
+    )
+    data = Data(sources, buckets, order, [], LatentSpace(encoder.scale, encoder.shift), wanted)
+    if config.data.loss_masks:
+        _require_members(data, (MASK,), "data.loss_masks=true")
+    return replace(data, held_out=_held_out(data, held_out_batch))
 
 
-def _sources(config: Config) -> dict[str, tuple[str, float]]:
-    """(folder or URL of the shards, weight) of each source, by name."""
+def _held_out(data: Data, size: int) -> list[Batch]:
+    """The samples held out, in batches of `size`; their ids are their clock."""
+    return [
+        read_batch(
+            data.sources,
+            np.full(len(piece), number),
+            piece,
+            bucket,
+            piece.astype(np.int64),
+            seed=0,
+            wanted=replace(data.wanted, text_states=False, loss_masks=False, loss_weights=()),
+        )
+        for number, each in enumerate(data.sources)
+        for index, bucket in enumerate(data.buckets)
+        for ids in [each.held_out_ids(index)]
+        for piece in np.split(ids, range(size, len(ids), size))
+        if len(piece)
+    ]
+
+
+def with_condition(data: Data, conditioner: Conditioner, config: Config, held_out_batch: int) -> Data:
+    """The same data, whose batches bring what the conditioner reads.
+
+    Raises:
+        UserError: the shards do not have it.
+    """
+    if not conditioner.reads:
+        return data
+    _require_members(data, conditioner.members, f"task={config.task.name}")
+    wanted = replace(data.wanted, read=conditioner.read, members=conditioner.members)
+    made = replace(data, wanted=wanted)
+    for source in data.sources:  # the first sample of each says whether the rest is worth opening
+        record = source.shards.read(0)
+        members = {name: record[name] for name in conditioner.members if name in record}
+        bucket = source.shards.bucket_of(0) or data.buckets[0]
+        try:
+            conditioner.read(Sample(source.shards.read_json(0), bucket, members))
+        except UserError as error:
+            raise UserError(f"{source.shards.root}: {error}") from None
+    return replace(made, held_out=_held_out(made, held_out_batch))
+
+
+def _require_members(data: Data, members: Sequence[str], who: str) -> None:
+    for source in data.sources:
+        for name in members:
+            if name not in source.shards.manifest.members:
+                raise UserError(
+                    f"{who} needs {name} of each sample and {source.shards.root} has none: make the shards again "
+                    "with it (`data-tools ingest --help`, `data-tools encode --help`)"
+                )
+
+
+def classes(data: Data) -> list[str]:
+    """Names of the labels in the shards; empty where these name none.
+
+    Raises:
+        UserError: sources name them differently.
+    """
+    found: list[list[str]] = [source.shards.classes() for source in data.sources]
+    for source, names in zip(data.sources, found, strict=True):
+        if names != found[0]:
+            raise UserError(
+                f"{data.sources[0].shards.root} and {source.shards.root} name their classes differently: the "
+                "labels of one would mean other things in the other"
+            )
+    return found[0]
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A source as configured: where, how often, and how much a sample's loss counts."""
+
+    root: str
+    weight: float = 1.0
+    loss_weight: float = 1.0
+
+
+def _sources(config: Config) -> dict[str, _Given]:
+    """The sources by name."""
     if config.data.shards is not None:
         if config.data.sources:
             raise UserError("data.shards and data.sources are both given: put the first among data.sources")
-        return {"data.shards": (config.data.shards, 1.0)}
+        return {"data.shards": _Given(config.data.shards)}
     if not config.data.sources:
         raise UserError("no data: give data.shards=FOLDER, or several as data.sources.NAME.shards=FOLDER")
     sources = {}
@@ -76,12 +153,15 @@ def _sources(config: Config) -> dict[str, tuple[str, float]]:
         key = f"data.sources.{name}"
         if not isinstance(given, dict) or not isinstance(given.get("shards"), str):
             raise UserError(f"no value for {key}.shards: give {key}.shards=FOLDER")
-        if unknown := given.keys() - {"shards", "weight"}:
-            raise UserError(f"unknown key {key}.{min(unknown)}: a source has shards and weight")
-        weight = given.get("weight", 1.0)
-        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            raise UserError(f"{key}.weight={weight} must be a number greater than 0; leave out what is not wanted")
-        sources[name] = (given["shards"], float(weight))
+        if unknown := given.keys() - {"shards", "weight", "loss_weight"}:
+            raise UserError(f"unknown key {key}.{min(unknown)}: a source has shards, weight and loss_weight")
+        weights = [given.get(each, 1.0) for each in ("weight", "loss_weight")]
+        for each, weight in zip(("weight", "loss_weight"), weights, strict=True):
+            if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+                raise UserError(
+                    f"{key}.{each}={weight} must be a number greater than 0; leave out what is not wanted"
+                )
+        sources[name] = _Given(given["shards"], *map(float, weights))
     return sources
 
 
@@ -111,17 +191,17 @@ def captions(data: Data) -> Iterator[str]:
     """All captions, source by source in the order of the manifests."""
     for source in data.sources:
         for sample_id in range(len(source.shards)):
-            yield from captions_of(source.shards.read_json(sample_id))
+            yield from Sample(source.shards.read_json(sample_id), (0, 0)).captions
 
 
-def with_text_states(data: Data, length: int, encoder: nn.Module, notices: list[str]) -> Data:
-    """The same data, whose batches bring the states of their captions where all sources have those of `encoder`."""
+def with_text_states(data: Data, text: Text, notices: list[str]) -> Data:
+    """The same data, whose batches bring the states of their captions where all sources have those of `text`."""
     infos = [source.shards.manifest.text for source in data.sources]
     if not any(infos):
         return data
-    sha256 = text_encoder_sha256(encoder)  # type: ignore[arg-type]
+    sha256 = text_encoder_sha256(text.encoder)  # type: ignore[arg-type]
     for source, info in zip(data.sources, infos, strict=True):
-        if info is None or info.sha256 != sha256 or info.length != length:
+        if info is None or info.sha256 != sha256 or info.length != text.tokenizer.model_max_length:
             what = "has none" if info is None else f"has those of {info.source}"
             notices.append(
                 f"cached states of captions are not used: {source.shards.root} {what}, "
@@ -137,7 +217,8 @@ def with_text_states(data: Data, length: int, encoder: nn.Module, notices: list[
             f"{shards.root}/{EMPTY_TEXT} is no float16 array {[info.length, info.width]}; encode again, "
             "or give data.text_states=false"
         )
-    return replace(data, text_states=True, empty_text=torch.from_numpy(empty_LD))
+    text.empty_states_LD = torch.from_numpy(empty_LD)
+    return replace(data, wanted=replace(data.wanted, text_states=True))
 
 
 def left_out(data: Data) -> list[str]:

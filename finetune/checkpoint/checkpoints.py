@@ -28,7 +28,7 @@ from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
 from finetune.distributed import Strategy, Wanted
 from finetune.ema import Average, Power
-from finetune.models.components import complete_checkpoints
+from finetune.runs import complete_checkpoints
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
 _STALLED_SECONDS = 300.0  # a disk that has taken nothing for so long is given up
@@ -146,7 +146,7 @@ class Checkpoints:
         metadata: dict[str, dict[str, str]] = {}
         for file in {tensor.file for tensor in tensors}:
             shapes = {tensor.key: tensor.shape for tensor in tensors if tensor.file == file}
-            metadata[file] = {"format": "pt"} if file.startswith("optimizer/") else layout.metadata(shapes)
+            metadata[file] = {"format": "pt"} if file.startswith("optimizer/") else layout.metadata(file, shapes)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world.size > 1 else 1
         limit = min(world.gather(self.memory_bytes or free_host_memory() // 2 // local_ranks))
         metadata = world.broadcast(metadata)  # one text of each header

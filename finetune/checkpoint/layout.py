@@ -12,15 +12,17 @@ from torch import nn
 
 from finetune.models.adapters import LORA_FILE, lora_key, lora_metadata
 
-_WEIGHTS = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+_UNET_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Layout:
     """How trained parameters are named in files.
 
-    `components` maps `unet` and `text_encoder` to the modules whose configuration stands beside their weights;
-    `lora_alphas` is None for full fine-tuning, else alpha by adapted module, or one for all.
+    `components` maps `unet`, `text_encoder` and what else a task has to modules, whose configuration stands beside
+    their weights if they have one; `lora_alphas` is None for full fine-tuning, else alpha by adapted module, or one
+    for all.
     """
 
     components: Mapping[str, nn.Module]
@@ -28,16 +30,21 @@ class Layout:
 
     def locate(self, name: str) -> tuple[str, str]:
         """(file, key) of a parameter, as `unet.conv_in.weight`, inside `weights/` or `ema/`."""
-        if self.lora_alphas is not None:
-            return LORA_FILE, lora_key(name)
         component, _, key = name.partition(".")
+        if self.lora_alphas is not None and not self._is_own(component):
+            return LORA_FILE, lora_key(name)
         if component == "text_encoder" and not key.startswith("text_model."):
             key = f"text_model.{key}"  # the names of transformers 4, which 5 reads as well
-        return f"{component}/{_WEIGHTS[component]}", key
+        return f"{component}/{_UNET_WEIGHTS if component == 'unet' else _WEIGHTS}", key
 
-    def metadata(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    @staticmethod
+    def _is_own(component: str) -> bool:
+        """Whether a component is the task's own, which is trained as a whole beside an adapter too."""
+        return component != "unet" and not component.startswith("text_encoder")
+
+    def metadata(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """What stands in the header of a file of weights that holds tensors of these shapes by key."""
-        if self.lora_alphas is None:
+        if self.lora_alphas is None or file != LORA_FILE:
             return {"format": "pt"}
         return lora_metadata(
             {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}, self.lora_alphas
@@ -55,6 +62,6 @@ class Layout:
 def _write_config(module: Any, folder: Path) -> None:
     if hasattr(module, "save_config"):  # diffusers
         module.save_config(folder)
-    else:
+    elif hasattr(module, "config"):  # transformers; a task's own parts are told by `task.json`
         module.config.architectures = [type(module).__name__]
         module.config.save_pretrained(folder)

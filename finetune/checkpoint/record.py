@@ -14,7 +14,7 @@ from typing import Any
 
 from finetune import UserError
 from finetune.checkpoint.writing import sum_of_words
-from finetune.models.components import complete_checkpoints
+from finetune.runs import complete_checkpoints
 
 FORMAT = 1
 TEMPORARY = ".tmp-"

@@ -1,9 +1,9 @@
 """What the U-Net is told of a sample, beside its noised latents and the time: one small interface for all tasks.
 
 A condition travels in three steps. A reader's thread turns a sample of the shards into arrays (`read`); the step
-makes tensors of them, with some samples' conditions left out for guidance (`inputs`); and the conditioner, inside the
-module that a strategy wraps, makes what the U-Net takes (`forward`). Sampling goes the same way: what a user asks
-for becomes a `Sample` as shards hold it.
+makes tensors of them, with some samples' conditions left out for guidance (`inputs`); and the conditioner, inside
+the module that a strategy wraps, makes what the U-Net takes (`forward`). Sampling goes the same way: what a user
+asks for becomes a `Sample` as shards hold it.
 
 text            captions, by one encoder or two
 `finetune.tasks` has one file for each task, which puts conditioners together
@@ -11,18 +11,33 @@ text            captions, by one encoder or two
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
-from finetune import UserError, first_line, rng
-from finetune.batch import Batch, Sample
+from finetune import rng
+from finetune.batch import Batch, Sample, array, member, picture, stack
+from finetune.latents import LatentSpace
+
+__all__ = [
+    "Condition",
+    "Conditioner",
+    "Given",
+    "Joint",
+    "array",
+    "batch_of",
+    "call_unet",
+    "draw",
+    "dropped",
+    "member",
+    "picture",
+    "stack",
+    "to_device",
+]
 
 Condition = dict[str, Tensor]
 """What the U-Net is given, by these names, all of them optional:
@@ -131,17 +146,21 @@ class Given:
 
     Attributes:
         width: features of the U-Net's cross-attention, None where it attends to nothing.
-        latent_channels: of the autoencoder; downsample: pixels per latent cell along each side.
+        latent_channels: of the autoencoder; downsample: pixels per latent cell along each side; space: scale and
+            shift of its latents.
         classes: names of the labels in the shards, in their order; empty where these don't say.
         text: makes the conditioner of captions; None where the model has no text encoder.
+        embedded_labels: rows of the U-Net's class embedding, 0 where it has none.
         seed: of weights that are made anew.
     """
 
     width: int | None
     latent_channels: int
     downsample: int
+    space: LatentSpace
     classes: Sequence[str] = ()
     text: Callable[[], Conditioner] | None = None
+    embedded_labels: int = 0
     seed: int = 0
 
 
@@ -202,48 +221,5 @@ def batch_of(conditioner: Conditioner, samples: Sequence[Sample]) -> Batch:
     )
 
 
-def stack(each: Sequence[Mapping[str, np.ndarray]]) -> dict[str, Tensor]:
-    """What was read of several samples, [B, ...] by name."""
-    return {name: torch.from_numpy(np.stack([one[name] for one in each])) for name in each[0]}
-
-
 def to_device(inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
-
-
-def member(sample: Sample, name: str, remedy: str) -> bytes:
-    """A member's bytes.
-
-    Raises:
-        UserError: the sample has none; the line ends in `remedy`.
-    """
-    if name not in sample.members:
-        raise UserError(f"a sample has no {name}: {remedy}")
-    return sample.members[name]
-
-
-def picture(data: bytes, mode: str, name: str) -> np.ndarray:
-    """A member's pixels: uint8 [H, W] for mode `L`, [H, W, 3] for `RGB`.
-
-    Raises:
-        UserError: it is no picture of this mode.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if mode == "L" and image.mode not in ("L", "P"):
-                raise UserError(f"{name} has the mode {image.mode}: one label a pixel, 8-bit gray, is needed")
-            return np.array(image if mode == "L" else image.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from error
-
-
-def array(data: bytes, name: str) -> np.ndarray:
-    """A member's array.
-
-    Raises:
-        UserError: it is no array.
-    """
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{name} cannot be read as an array: {first_line(error)}") from error

@@ -18,6 +18,7 @@ class Text(Conditioner):
     Args:
         tokenizer: a `CLIPTokenizer`, kept for export; `tokenize`: captions to its ids, int64 [B, L].
         encoder: a `CLIPTextModel`; `encode`: ids to context [B, L, D] by it.
+        width: features D of the context.
         trained: False freezes the encoder and runs it without a graph, in eval mode.
     """
 
@@ -30,12 +31,13 @@ class Text(Conditioner):
         encoder: nn.Module,
         encode: Callable[[Tensor], Tensor],
         *,
+        width: int,
         trained: bool = False,
     ) -> None:
         super().__init__()
         self.tokenizer, self.tokenize = tokenizer, tokenize
         self.encoder, self.encode = encoder, encode
-        self.trained = trained
+        self.width, self.trained = width, trained
         self.empty_states_LD: Tensor | None = None  # the empty caption's, where batches bring the states of theirs
 
     def train(self, mode: bool = True) -> Self:

@@ -13,16 +13,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from finetune import rng
-from finetune.batch import Batch
+from finetune import UserError, rng
+from finetune.batch import Batch, Sample, picture, stack
 from finetune.data.order import Order, permute
 from finetune.data.shards import TEXT, Bucket, EncoderInfo, ShardSet
 from finetune.latents import LatentSpace
@@ -32,12 +32,8 @@ _LOOK_AHEAD_STEPS = (64, 2048)  # at least and at most: a step costs Python's ti
 _LOOK_EVERY_STEPS = 32
 _KEPT_BUFFERS = 16
 _CLOSE_S = 5.0
+MASK = "mask.png"
 _DRAWS = 4096  # drawn at a time: one call for each batch would cost more than reading it
-
-
-def captions_of(record: dict) -> list[str]:
-    """A record's captions; the empty one where it has none."""
-    return record.get("captions") or [record.get("caption") or ""]
 
 
 def _caption_draws(seed: int, clock: np.ndarray) -> list[float]:
@@ -145,6 +141,25 @@ class Samples:
         return self.first_id + positions + self._shifts[bucket][shards]
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is read of each sample beside its moments and captions.
+
+    Attributes:
+        read: a sample's condition as arrays (see `Conditioner.read`), called by the readers; members: what it needs
+            beside the record.
+        text_states: the drawn captions' states.
+        loss_masks: `mask.png`, where the loss counts.
+        loss_weights: how much a sample counts, by source.
+    """
+
+    read: Callable[[Sample], dict[str, np.ndarray]] | None = None
+    members: tuple[str, ...] = ()
+    text_states: bool = False
+    loss_masks: bool = False
+    loss_weights: tuple[float, ...] = ()
+
+
 def read_batch(
     sources: Sequence[Samples],
     chosen: np.ndarray,
@@ -153,19 +168,20 @@ def read_batch(
     clock: np.ndarray,
     seed: int,
     *,
-    text_states: bool = False,
+    wanted: Wanted = Wanted(),
     pin: bool = False,
 ) -> Batch:
     """Read samples into one batch (see `Batch`).
 
     Args:
         chosen: [B] each sample's source; sample_ids: [B]; clock: [B].
-        seed: of the captions drawn.
-        text_states: read the drawn captions' states as well.
+        seed: of the captions drawn, and of what the condition draws.
+        wanted: what is read beside moments and captions.
         pin: in page-locked memory.
 
     Raises:
         ShardError: naming what can't be read.
+        UserError: a sample does not have what the condition needs.
     """
     manifest = sources[0].shards.manifest
     encoder = manifest.encoder
@@ -177,37 +193,78 @@ def read_batch(
     records: list[dict[str, Any]] = [{}] * count
     for source in np.unique(chosen).tolist():
         places = np.flatnonzero(chosen == source)
-        samples = sources[source]
-        read = samples.shards.read_samples(sample_ids[places] - samples.first_id, out, places)
+        first_id = sources[source].first_id
+        read = sources[source].shards.read_samples(sample_ids[places] - first_id, out, places)
         for place, record in zip(places.tolist(), read, strict=True):
             records[place] = record
     clock_B = torch.from_numpy(clock)
     draws = _caption_draws(seed, clock)
-    captions = [captions_of(record) for record in records]
+    samples = [Sample(record, bucket, clock=int(clock[place]), seed=seed) for place, record in enumerate(records)]
+    captions = [sample.captions for sample in samples]
     drawn = [int(draw * len(several)) for draw, several in zip(draws, captions, strict=True)]
     states = None
-    if text_states:
+    if wanted.text_states:
         assert manifest.text is not None
         states = torch.empty(
             (count, manifest.text.length, manifest.text.width), dtype=torch.float16, pin_memory=pin
         )
         for place in range(count):
-            samples = sources[chosen[place]]
-            samples.shards.read_row(
-                int(sample_ids[place] - samples.first_id),
+            source_samples = sources[chosen[place]]
+            source_samples.shards.read_row(
+                int(sample_ids[place] - source_samples.first_id),
                 TEXT,
                 drawn[place],
                 len(captions[place]),
                 states[place].numpy(),
             )
+
+    def member(place: int, name: str) -> bytes:
+        source_samples = sources[chosen[place]]
+        return source_samples.shards.read_member(int(sample_ids[place] - source_samples.first_id), name)
+
+    def pinned(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.pin_memory() if pin else tensor
+
+    condition = {}
+    if wanted.read is not None:
+        full = [
+            replace(sample, members={name: member(place, name) for name in wanted.members})
+            for place, sample in enumerate(samples)
+        ]
+        condition = stack([wanted.read(sample) for sample in full])
+    loss_weight = None
+    if any(weight != 1 for weight in wanted.loss_weights):
+        loss_weight = pinned(torch.tensor(wanted.loss_weights, dtype=torch.float32)[torch.from_numpy(chosen)])
+    loss_mask = None
+    if wanted.loss_masks:
+        masks = [shrink(picture(member(place, MASK), "L", MASK), shape[2:]) for place in range(count)]
+        loss_mask = pinned(torch.from_numpy(np.stack(masks)[:, None]))
     return Batch(
         moments,
         [str(several[index]) for several, index in zip(captions, drawn, strict=True)],
-        clock_B.pin_memory() if pin else clock_B,
+        pinned(clock_B),
         torch.from_numpy(sample_ids),
         bucket,
         states,
+        {name: pinned(tensor) for name, tensor in condition.items()},
+        loss_weight,
+        loss_mask,
     )
+
+
+def shrink(mask_HW: np.ndarray, cells: tuple[int, ...]) -> np.ndarray:
+    """A loss mask (uint8) as the share of each latent cell that counts: float32 [h, w] in [0, 1].
+
+    Raises:
+        UserError: its size is no multiple of the latents'.
+    """
+    height, width = mask_HW.shape
+    if height % cells[0] or width % cells[1]:
+        raise UserError(
+            f"{MASK} of {height}x{width} px does not fit latents of {cells[0]}x{cells[1]}: encode again"
+        )
+    blocks = mask_HW.reshape(cells[0], height // cells[0], cells[1], width // cells[1])
+    return blocks.mean(axis=(1, 3), dtype=np.float32) / np.float32(255)
 
 
 class _Shelf:
@@ -303,7 +360,7 @@ class Loader:
             self.data.buckets[chosen.bucket],
             clock,
             self.seed,
-            text_states=self.data.text_states,
+            wanted=self.data.wanted,
             pin=self.pin,
         )
 
@@ -386,8 +443,7 @@ class Loader:
 class Data:
     """Training order and held-out batches over one or several sets of latent shards.
 
-    `buckets` ((height, width) in pixels) are numbered alike in `order` and in every source. `text_states`: batches
-    carry the states of their captions, and `empty_text` [L, D] float16 is the empty caption's.
+    `buckets` ((height, width) in pixels) are numbered alike in `order` and in every source.
     """
 
     sources: list[Samples]
@@ -395,8 +451,7 @@ class Data:
     order: Order
     held_out: list[Batch]
     space: LatentSpace
-    text_states: bool = False
-    empty_text: torch.Tensor | None = None
+    wanted: Wanted = Wanted()
 
     @property
     def largest_bucket(self) -> Bucket:

@@ -135,7 +135,7 @@ class Strategy(ABC):
         """Carry changed masters into the weights that forward passes use. Collective."""
 
     @abstractmethod
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         """A forward pass without gradients. Collective under ZeRO-3: all ranks call with equal shapes."""
 
     @abstractmethod
@@ -475,7 +475,7 @@ class DataParallel(Strategy):
         """Masters are the weights: nothing to do."""
 
     @torch.no_grad()
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         with self._autocast():
             return self.module(*args)
 

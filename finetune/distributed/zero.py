@@ -187,7 +187,7 @@ class ZeRO(Strategy):
             self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @torch.no_grad()
-    def __call__(self, *args: Any) -> Tensor:
+    def __call__(self, *args: Any) -> Any:
         return self.engine(*args)
 
     def scaler_state(self) -> dict[str, float]:

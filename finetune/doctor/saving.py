@@ -16,7 +16,7 @@ from finetune.doctor.steps import STEPS, at_start, loop_config, make_steps
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
 from finetune.doctor.weights import Weights, checksum, weights_of
 from finetune.loop import Parts
-from finetune.models.components import complete_checkpoints
+from finetune.runs import complete_checkpoints
 
 _LOSS_RTOL = 1e-3  # of a repeated step on a GPU, whose kernels may add in another order
 

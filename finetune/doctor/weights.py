@@ -90,10 +90,11 @@ def weights_of(parts: Parts) -> Weights:
 
 def parameters_of(strategy: Strategy) -> dict[str, Any]:
     """All parameters by the names that shards have."""
-    own = "conditioner.encoder."
+    model: Any = strategy.module
     return {
-        f"text_encoder.{name.removeprefix(own)}" if name.startswith(own) else name: parameter
-        for name, parameter in strategy.module.named_parameters()
+        f"{name}.{key}": parameter
+        for name, part in {"unet": model.unet, **model.conditioner.parts()}.items()
+        for key, parameter in part.named_parameters()
     }
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from finetune import UserError
 from finetune.export.folder import whole_file, whole_folder
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
-from finetune.models.components import Weights, find_checkpoint, is_run
+from finetune.runs import Weights, find_checkpoint, is_run
 
 
 def export_lora(

@@ -8,9 +8,10 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from finetune import UserError
+from finetune.components import load_components
 from finetune.export.folder import whole_folder
-from finetune.models.components import Weights, load_components
 from finetune.models.text import save_text_encoder, save_tokenizer
+from finetune.runs import Weights
 from finetune.sampling import make_scheduler
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import UserError
+from finetune.components import Components, load_components
 from finetune.export.folder import whole_file
 from finetune.models import ldm_keys
-from finetune.models.components import Components, Weights, load_components
+from finetune.runs import Weights
 
 SCALE = 0.18215  # what readers take latents of Stable Diffusion 1.x and 2.x to be multiplied by
 

@@ -92,6 +92,15 @@ def download(
         ) from error
 
 
+def has_part(source: str | Path, part: str, revision: str | None = None) -> bool:
+    """Whether a model has `part` in a subfolder.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    return (fetch(source, part, revision) / part / "config.json").is_file()
+
+
 @functools.cache
 def _on_the_hub(name: str, revision: str | None) -> bool:
     """Whether the hub can be reached and has the model: asked once, since the libraries retry for minutes."""

@@ -75,6 +75,36 @@ def enable_gradient_checkpointing(module: Any) -> None:
         module.enable_gradient_checkpointing()
 
 
+def context_width(config: Mapping[str, Any]) -> int | None:
+    """Features that a U-Net of this configuration attends to; None where no level attends to a context.
+
+    Raises:
+        UserError: its levels attend to contexts of several widths, which nothing here makes.
+    """
+    given = config.get("cross_attention_dim", 1280)  # diffusers' default
+    widths = set(given) if isinstance(given, list | tuple) else {given}
+    widths -= {None}
+    if len(widths) > 1:
+        raise UserError(f"the U-Net's levels attend to several widths {sorted(widths)}: they must be one")
+    return widths.pop() if widths else None
+
+
+def pad_input(unet: UNet2DConditionModel, in_channels: int) -> None:
+    """Widen the first convolution to more input channels, whose weights are zero: the U-Net computes what it did.
+
+    As Stable Diffusion's inpainting model was begun (Rombach et al. 2022, section 4.5).
+    """
+    old = unet.conv_in
+    new = torch.nn.Conv2d(in_channels, old.out_channels, old.kernel_size, padding=old.padding).to(old.weight)  # type: ignore[arg-type]
+    with torch.no_grad():
+        new.weight.zero_()
+        new.weight[:, : old.in_channels] = old.weight
+        assert new.bias is not None and old.bias is not None
+        new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=in_channels)
+
+
 def pixel_multiple(unet: UNet2DConditionModel, downsample: int) -> int:
     """Heights and widths in pixels must be multiples of this: both downsamplings together."""
     return downsample * 2 ** (len(unet.config.block_out_channels) - 1)

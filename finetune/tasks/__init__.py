@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -21,6 +24,37 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import UserError, first_line
 from finetune.conditioning import Conditioner, Given
+from finetune.data.shards import write_atomic
+
+TASK_FILE = "task.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a run or model is conditioned on: a task's name, its settings, the names of its classes."""
+
+    name: str = "text_to_image"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+
+    def save(self, folder: Path) -> None:
+        """Write `task.json`, whole or not at all."""
+        write_atomic(folder / TASK_FILE, (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Task | None:
+        """Of a run's or an exported model's folder; None where there is none.
+
+        Raises:
+            UserError: the file is broken.
+        """
+        path = folder / TASK_FILE
+        if not path.is_file():
+            return None
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from error
 
 
 def names() -> list[str]:

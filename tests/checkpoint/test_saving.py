@@ -369,7 +369,7 @@ def test_free_memory_is_the_smallest_of_what_bounds_it(tmp_path: Path, monkeypat
 
 
 def test_others_read_runs_while_a_save_is_under_way(parts: Parts, gate: Gate) -> None:
-    from finetune.models.components import find_checkpoint
+    from finetune.runs import find_checkpoint
 
     gate.text = "step-00000002"
     parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from finetune import UserError, rng
-from finetune.batch import Batch
-from finetune.data.loader import Data, Loader, Samples, captions_of, hold_out, read_batch
+from finetune.batch import Batch, Sample
+from finetune.data.loader import Data, Loader, Samples, hold_out, read_batch
 from finetune.data.order import Order, Source
 from finetune.data.shards import (
     Cache,
@@ -166,7 +166,7 @@ def test_captions_are_drawn_for_each_visit_by_the_clock_alone(folder: Path) -> N
     ],
 )
 def test_records_with_few_captions(record: dict, said: list[str]) -> None:
-    assert captions_of(record) == said
+    assert Sample(record, (8, 8)).captions == said
 
 
 def test_hold_out_is_small_and_in_proportion() -> None:

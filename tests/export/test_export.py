@@ -15,9 +15,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from finetune import UserError, cli, export, sample
+from finetune.components import load_components
 from finetune.export import folder, pipeline
 from finetune.models.adapters import LORA_FILE
-from finetune.models.components import load_components
 from tests import fakes
 
 PROMPT = ["--prompt", "a red apple", "--prompt", "a blue heart"]

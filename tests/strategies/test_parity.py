@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune import cli
-from finetune.models.components import load_components
+from finetune.components import load_components
 from tests.conftest import metrics
 from tests.strategies.conftest import STEPS, Run
 

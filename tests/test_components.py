@@ -10,15 +10,12 @@ import torch
 import yaml
 
 from finetune import UserError
+from finetune.components import load_components
 from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, save_lora
 from finetune.models.autoencoder import encoder_sha256
-from finetune.models.components import (
-    complete_checkpoints,
-    latest_checkpoint,
-    load_components,
-    scheduler_config,
-)
+from finetune.models.schedulers import scheduler_config
+from finetune.runs import complete_checkpoints, latest_checkpoint
 from tests import fakes
 
 
@@ -163,7 +160,7 @@ def test_mistakes_are_named(run, base, tmp_path):
         load_components(base, weights="ema:short")
     with pytest.raises(UserError, match="step-00000040 has no average ema:short: choose ema or raw"):
         load_components(run, weights="ema:short")
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="holds no U-Net"):
         load_components(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("model: [")

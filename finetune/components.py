@@ -1,49 +1,54 @@
-"""The parts that turn a caption into a picture, gathered from a run folder, a diffusers folder or a hub id.
+"""The parts that turn a condition into a picture, gathered from a run folder, a diffusers folder or a hub id.
 
 A run's checkpoint holds what was trained; the rest comes from where the run's `config.yaml` says: the base
 model (`model.pretrained`), the autoencoder (`model.vae`, else the base model's, else the one that made the
-shards), and `RUN/tokenizer` when the tokenizer was made for the run.
+shards), and `RUN/tokenizer` when the tokenizer was made for the run. What it is conditioned on stands in
+`RUN/task.json`.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune import UserError, first_line
+from finetune import UserError, first_line, tasks
+from finetune.conditioning import Conditioner, Given
+from finetune.conditioning.text import Text
 from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
-from finetune.models.sources import fetch, local_folder
+from finetune.models.schedulers import FLOW_SCHEDULER, sampler_config, scheduler_config
+from finetune.models.sources import fetch, has_part, local_folder
 from finetune.models.text import load_text_encoder, load_tokenizer
-from finetune.models.unet import load_unet
-
-Weights = str  # of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one
-FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # samples models that predict the flow
+from finetune.models.unet import context_width, load_unet
+from finetune.runs import Checkpoint, Weights, find_checkpoint, is_run
+from finetune.tasks.text_to_image import caption_conditioner
 
 
 @dataclass
 class Components:
     """Everything that sampling and export need, in eval mode.
 
-    `scheduler` is what `scheduler_config` returns, from which samplers are built; `latents` maps the U-Net's
-    latents to the decoder's. `lora` is a LoRA run's adapter, already merged into `unet` and `text_encoder`.
+    `conditioner` is what the task makes of a condition; `scheduler` is what `scheduler_config` returns, from which
+    samplers are built; `latents` maps the U-Net's latents to the decoder's. `lora` is a LoRA run's adapter, already
+    merged into the U-Net and the text encoder.
     """
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
+    conditioner: Conditioner
+    task: tasks.Task
     scheduler: dict[str, Any]
     latents: LatentSpace
     source: str
@@ -53,6 +58,21 @@ class Components:
     size: tuple[int, int] | None = None  # height and width in pixels of the run's own sample grids
     lora: Lora | None = None
     notices: tuple[str, ...] = ()  # what the user should be told
+
+    @property
+    def text(self) -> Text | None:
+        """What captions are encoded by; None where the model takes none."""
+        return next((part for part in self.conditioner.modules() if isinstance(part, Text)), None)
+
+    @property
+    def text_encoder(self) -> CLIPTextModel:
+        assert self.text is not None
+        return self.text.encoder  # type: ignore[return-value]
+
+    @property
+    def tokenizer(self) -> CLIPTokenizer:
+        assert self.text is not None
+        return self.text.tokenizer
 
     @property
     def is_flow(self) -> bool:
@@ -72,16 +92,6 @@ class Components:
         cells = self.unet.config.sample_size or 64
         height, width = (cells, cells) if isinstance(cells, int) else cells
         return height * self.downsample, width * self.downsample
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint of a run and the folder of the weights that were chosen in it."""
-
-    folder: Path
-    step: int
-    weights: Path
-    notices: tuple[str, ...] = ()
 
 
 def load_components(
@@ -116,86 +126,17 @@ def load_components(
     else:
         parts = _from_model(folder if folder is not None else str(source), revision)
     if lora is not None:
-        merge_lora({"unet": parts.unet, "text_encoder": parts.text_encoder}, read_lora(lora))
-    _require_text_to_image(parts)
-    for module, wanted in ((parts.unet, dtype), (parts.text_encoder, dtype), (parts.vae, torch.float32)):
+        merge_lora({"unet": parts.unet, **parts.conditioner.parts()}, read_lora(lora))
+    _check_fit(parts)
+    parts.conditioner.to(device).requires_grad_(False).eval()
+    wanted_dtypes = [(parts.unet, dtype), (parts.vae, torch.float32)]
+    if parts.text is not None:
+        wanted_dtypes += [(part, dtype) for part in parts.text.parts().values()]
+    for module, wanted in wanted_dtypes:
         module.to(device).requires_grad_(False).eval()
         if module.dtype != wanted:  # diffusers warns of any cast, one to the same dtype too
             module.to(wanted)
     return parts
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder is a training run's."""
-    return (Path(folder) / "config.yaml").is_file() or (Path(folder) / "checkpoints").is_dir()
-
-
-def complete_checkpoints(run: str | Path) -> dict[int, Path]:
-    """A run's complete checkpoints by rising step: those with a `trainer.json`, which is written last."""
-    found = {}
-    for path in (Path(run) / "checkpoints").glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / "trainer.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
-
-
-def latest_checkpoint(run: str | Path) -> Path:
-    """The folder of a run's last complete checkpoint.
-
-    Raises:
-        UserError: there is none.
-    """
-    return find_checkpoint(Path(run)).folder
-
-
-def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema") -> Checkpoint:
-    """Choose a checkpoint and its weights.
-
-    Raises:
-        UserError: the run has no complete checkpoint, none of this step, or not this average in it.
-    """
-    complete = complete_checkpoints(run)
-    if not complete:
-        raise UserError(
-            f"{run} has no complete checkpoint yet: train until the first one is saved (checkpoint.every)"
-        )
-    if step is not None and step not in complete:
-        raise UserError(
-            f"{run} has no complete checkpoint of step {step}; there are {', '.join(map(str, complete))}"
-        )
-    chosen = step if step is not None else max(complete)
-    folder = complete[chosen]
-    notices: tuple[str, ...] = ()
-    name = "weights" if weights == "raw" else weights.replace(":", "-")
-    if weights == "ema" and not (folder / "ema").is_dir():
-        name, notices = "weights", (f"{folder} has no averaged weights: taking those of the last step",)
-    if name not in ("ema", "weights") and not (folder / name).is_dir():
-        there = [path.name.replace("-", ":", 1) for path in sorted(folder.glob("ema*"))]
-        raise UserError(f"{folder} has no average {weights}: choose {' or '.join([*there, 'raw'])}")
-    if not (folder / name).is_dir():
-        raise UserError(f"{folder} is broken: {name}/ is missing; choose another checkpoint")
-    return Checkpoint(folder, chosen, folder / name, notices)
-
-
-def scheduler_config(settings: Mapping[str, Any], prediction: str = "epsilon") -> dict[str, Any]:
-    """The configuration of the scheduler that samples what a U-Net predicts, in diffusers' terms.
-
-    A `DDIMScheduler` as Stable Diffusion has it; for `flow` a `FlowMatchEulerDiscreteScheduler`, told by
-    `_class_name`.
-
-    Args:
-        settings: `beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, and any other argument of
-            diffusers' schedulers.
-        prediction: what the U-Net predicts: epsilon, v (v_prediction), x0 (sample) or flow.
-    """
-    if prediction == "flow":
-        kept = {key: settings[key] for key in ("num_train_timesteps", "shift") if key in settings}
-        return {"_class_name": FLOW_SCHEDULER, **kept}
-    fixed = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    names = {"v": "v_prediction", "x0": "sample"}
-    settings = {key: value for key, value in settings.items() if not key.startswith("_") and key != "shift"}
-    return {**fixed, **settings, "prediction_type": names.get(prediction, prediction)}
 
 
 def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
@@ -214,26 +155,34 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
 
     place, unet_revision = origin("unet")
     unet = load_unet(place, revision=unet_revision)
-    text_encoder = load_text_encoder(*origin("text_encoder"))
-    if (run / "tokenizer").is_dir():
-        tokenizer = load_tokenizer(run / "tokenizer")
-    elif base is not None:
-        tokenizer = load_tokenizer(base, revision)
-    else:
-        raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
-    if lora is not None:
-        merge_lora({"unet": unet, "text_encoder": text_encoder}, lora)
+
+    def text() -> Conditioner:
+        encoder = load_text_encoder(*origin("text_encoder"))
+        if (run / "tokenizer").is_dir():
+            return caption_conditioner(load_tokenizer(run / "tokenizer"), encoder)
+        if base is None:
+            raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
+        return caption_conditioner(load_tokenizer(base, revision), encoder)
+
+    has_text = (run / "tokenizer").is_dir() or (base is not None and has_part(base, "text_encoder", revision))
     shards = _section(config, "data").get("shards")
     manifest = _manifest(shards)
     trained_in = _trainer(checkpoint.folder).get("latents") or {}
     vae, latents = _autoencoder(model.get("vae"), base, revision, shards, manifest, trained_in)
     settings = _section(config, "sample")
     prediction = str(_section(config, "objective").get("prediction", "epsilon"))
+    task = tasks.Task.load(run) or tasks.Task()
+    conditioner = _conditioner(task, unet, vae, latents, text if has_text else None)
+    for name, part in conditioner.parts().items():
+        if not name.startswith("text_encoder"):
+            _load_part(part, checkpoint.weights / name)
+    if lora is not None:
+        merge_lora({"unet": unet, **conditioner.parts()}, lora)
     return Components(
         unet=unet,
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
+        conditioner=conditioner,
+        task=task,
         scheduler=scheduler_config(_section(model, "scheduler"), prediction),
         latents=latents,
         source=str(run),
@@ -247,34 +196,35 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
 
 
 def _from_model(source: str | Path, revision: str | None) -> Components:
-    tokenizer = load_tokenizer(source, revision)
-    text_encoder = load_text_encoder(source, revision)
+    unet = load_unet(source, revision=revision)
     vae = load_autoencoder(source, revision=revision)
+    space = _space(vae)
+    folder = local_folder(source)
+    task = (tasks.Task.load(folder) if folder is not None else None) or _task_of(unet, vae)
+
+    def text() -> Conditioner:
+        return caption_conditioner(load_tokenizer(source, revision), load_text_encoder(source, revision))
+
+    # What has no part of a name and no task of its own is told so by what can't be loaded.
+    has_text = task.name == "text_to_image" or has_part(source, "text_encoder", revision)
+    conditioner = _conditioner(task, unet, vae, space, text if has_text else None)
+    for name, part in conditioner.parts().items():
+        if not name.startswith("text_encoder"):
+            _load_part(part, Path(source) / name)
     path = fetch(source, "scheduler", revision) / "scheduler" / "scheduler_config.json"
     try:
         scheduler = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no scheduler that can be read: {path}") from error
     return Components(
-        unet=load_unet(source, revision=revision),
+        unet=unet,
         vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        scheduler=_sampler_config(scheduler),
-        latents=_space(vae),
+        conditioner=conditioner,
+        task=task,
+        scheduler=sampler_config(scheduler),
+        latents=space,
         source=str(source),
     )
-
-
-def _sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's."""
-    if config.get("_class_name") == FLOW_SCHEDULER:
-        return scheduler_config(config, "flow")
-    known = set(DDIMScheduler._get_init_keys(DDIMScheduler))
-    kept = {key: value for key, value in config.items() if key in known}
-    # StableDiffusionPipeline sets these two in whatever it loads.
-    kept |= {"steps_offset": 1, "clip_sample": False}
-    return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
 
 
 def _manifest(shards: Any) -> Manifest | None:
@@ -355,25 +305,70 @@ def _read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def _require_text_to_image(parts: Components) -> None:
-    """Refuse parts that do not fit, and U-Nets that must be told more than a caption."""
+def _conditioner(
+    task: tasks.Task,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    space: LatentSpace,
+    text: Callable[[], Conditioner] | None,
+) -> Conditioner:
+    width = context_width(unet.config)
+    given = Given(
+        width=width,
+        latent_channels=int(vae.config["latent_channels"]),
+        downsample=downsample_factor(vae),
+        space=space,
+        classes=task.classes,
+        text=text if width is not None else None,
+        embedded_labels=int(unet.config.get("num_class_embeds") or 0),
+    )
+    return tasks.make(task.name, task.options, given)
+
+
+def _task_of(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tasks.Task:
+    """What a model that is no run is conditioned on, as its U-Net's input tells."""
+    config, latents = unet.config, int(vae.config["latent_channels"])
+    more = int(config["in_channels"]) - int(config["out_channels"])
+    if more == latents + 1:
+        return tasks.Task("inpainting")
+    if more == 3 and config.get("num_class_embeds"):
+        return tasks.Task("super_resolution", {"noise_levels": 350})
+    return tasks.Task("text_to_image" if context_width(unet.config) is not None else "unconditional")
+
+
+def _load_part(part: torch.nn.Module, folder: Path) -> None:
+    """Load what a task's own part learnt.
+
+    Raises:
+        UserError: it is not there, or of another shape than the task's settings say.
+    """
+    path = folder / "model.safetensors"
+    try:
+        part.load_state_dict(load_file(path))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: choose another checkpoint") from None
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit the task: {first_line(error)}") from error
+
+
+def _check_fit(parts: Components) -> None:
+    """Refuse parts that do not fit, and U-Nets that must be told more than the task tells them."""
     unet, vae = parts.unet.config, parts.vae.config
-    needs = [name for name in ("class_embed_type", "addition_embed_type", "encoder_hid_dim") if unet.get(name)]
-    if needs or unet["in_channels"] != unet["out_channels"]:
-        more = needs[0] if needs else f"{unet['in_channels']} input channels"
+    if unet["out_channels"] != vae["latent_channels"]:
         raise UserError(
-            f"{parts.source} needs more than a caption ({more}): only text-to-image models can be sampled"
-        )
-    if unet["in_channels"] != vae["latent_channels"]:
-        raise UserError(
-            f"{parts.source}: the U-Net has {unet['in_channels']} channels and the autoencoder "
+            f"{parts.source}: the U-Net has {unet['out_channels']} channels and the autoencoder "
             f"{vae['latent_channels']}; set model.vae to the one that made the latents"
         )
-    width = parts.text_encoder.config.hidden_size
-    if unet["cross_attention_dim"] != width:
+    wanted = vae["latent_channels"] + parts.conditioner.channels
+    if unet["in_channels"] != wanted:
         raise UserError(
-            f"{parts.source}: the U-Net attends to {unet['cross_attention_dim']} features, the text encoder "
-            f"has {width}"
+            f"{parts.source}: the U-Net takes {unet['in_channels']} input channels, task={parts.task.name} makes "
+            f"{wanted}: it was trained for another task"
+        )
+    if parts.text is not None and context_width(unet) != parts.text.width:
+        raise UserError(
+            f"{parts.source}: the U-Net attends to {context_width(unet)} features, the text encoder "
+            f"has {parts.text.width}"
         )
 
 

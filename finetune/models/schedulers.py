@@ -1,0 +1,41 @@
+"""Configurations of samplers, in diffusers' terms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DDIMScheduler
+
+FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # samples models that predict the flow
+
+
+def scheduler_config(settings: Mapping[str, Any], prediction: str = "epsilon") -> dict[str, Any]:
+    """The configuration of the scheduler that samples what a U-Net predicts, in diffusers' terms.
+
+    A `DDIMScheduler` as Stable Diffusion has it; for `flow` a `FlowMatchEulerDiscreteScheduler`, told by
+    `_class_name`.
+
+    Args:
+        settings: `beta_start`, `beta_end`, `beta_schedule`, `num_train_timesteps`, and any other argument of
+            diffusers' schedulers.
+        prediction: what the U-Net predicts: epsilon, v (v_prediction), x0 (sample) or flow.
+    """
+    if prediction == "flow":
+        kept = {key: settings[key] for key in ("num_train_timesteps", "shift") if key in settings}
+        return {"_class_name": FLOW_SCHEDULER, **kept}
+    fixed = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    names = {"v": "v_prediction", "x0": "sample"}
+    settings = {key: value for key, value in settings.items() if not key.startswith("_") and key != "shift"}
+    return {**fixed, **settings, "prediction_type": names.get(prediction, prediction)}
+
+
+def sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's."""
+    if config.get("_class_name") == FLOW_SCHEDULER:
+        return scheduler_config(config, "flow")
+    known = set(DDIMScheduler._get_init_keys(DDIMScheduler))
+    kept = {key: value for key, value in config.items() if key in known}
+    # StableDiffusionPipeline sets these two in whatever it loads.
+    kept |= {"steps_offset": 1, "clip_sample": False}
+    return scheduler_config(kept, kept.get("prediction_type", "epsilon"))

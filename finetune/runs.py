@@ -1,0 +1,74 @@
+"""Run folders: which checkpoints are whole, and which weights of them are taken."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune import UserError
+
+Weights = str  # of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint of a run and the folder of the weights that were chosen in it."""
+
+    folder: Path
+    step: int
+    weights: Path
+    notices: tuple[str, ...] = ()
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder is a training run's."""
+    return (Path(folder) / "config.yaml").is_file() or (Path(folder) / "checkpoints").is_dir()
+
+
+def complete_checkpoints(run: str | Path) -> dict[int, Path]:
+    """A run's complete checkpoints by rising step: those with a `trainer.json`, which is written last."""
+    found = {}
+    for path in (Path(run) / "checkpoints").glob("step-*"):
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and (path / "trainer.json").is_file():
+            found[int(match[1])] = path
+    return dict(sorted(found.items()))
+
+
+def latest_checkpoint(run: str | Path) -> Path:
+    """The folder of a run's last complete checkpoint.
+
+    Raises:
+        UserError: there is none.
+    """
+    return find_checkpoint(Path(run)).folder
+
+
+def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema") -> Checkpoint:
+    """Choose a checkpoint and its weights.
+
+    Raises:
+        UserError: the run has no complete checkpoint, or none of this step, or not this average in it.
+    """
+    complete = complete_checkpoints(run)
+    if not complete:
+        raise UserError(
+            f"{run} has no complete checkpoint yet: train until the first one is saved (checkpoint.every)"
+        )
+    if step is not None and step not in complete:
+        raise UserError(
+            f"{run} has no complete checkpoint of step {step}; there are {', '.join(map(str, complete))}"
+        )
+    chosen = step if step is not None else max(complete)
+    folder = complete[chosen]
+    notices: tuple[str, ...] = ()
+    name = "weights" if weights == "raw" else weights.replace(":", "-")
+    if weights == "ema" and not (folder / "ema").is_dir():
+        name, notices = "weights", (f"{folder} has no averaged weights: taking those of the last step",)
+    if name not in ("ema", "weights") and not (folder / name).is_dir():
+        there = [path.name.replace("-", ":", 1) for path in sorted(folder.glob("ema*"))]
+        raise UserError(f"{folder} has no average {weights}: choose {' or '.join([*there, 'raw'])}")
+    if not (folder / name).is_dir():
+        raise UserError(f"{folder} is broken: {name}/ is missing; choose another checkpoint")
+    return Checkpoint(folder, chosen, folder / name, notices)
