@@ -44,7 +44,7 @@ class Layout:
 
     def metadata(self, file: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:
         """What stands in the header of a file of weights that holds tensors of these shapes by key."""
-        if self.lora_alphas is None or file != LORA_FILE:
+        if self.lora_alphas is None or Path(file).name != LORA_FILE:
             return {"format": "pt"}
         return lora_metadata(
             {key: torch.empty(tuple(shape), device="meta") for key, shape in shapes.items()}, self.lora_alphas
