@@ -125,6 +125,30 @@ def test_offset_noise_and_input_perturbation() -> None:
         torch.testing.assert_close(found, wanted, rtol=2e-5, atol=1e-6)
 
 
+def test_samples_count_by_their_weight_and_where_their_mask_says() -> None:
+    model = model_of()
+    moments, told, clock = batch()
+    z, noise = draws(moments, clock)
+    t = rng.integers(SEED, "timestep", clock, 1000)
+    noised = DDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear").add_noise(z, noise, t)
+    error = (0.5 * noised + (t / 1000).view(-1, 1, 1, 1) - noise).square()
+    weight = torch.linspace(0.1, 2, BATCH)
+    mask = torch.zeros(BATCH, 1, 8, 8)
+    mask[:, :, :3] = 1.0
+    mask[:, :, 3] = 0.5
+    masked = (4 * 8 * (error[:, :, :3].mean(dim=(1, 2, 3)) * 3 + error[:, :, 3].mean(dim=(1, 2)) / 2)) / (
+        4 * 8 * 3.5
+    )
+    settings = {"rtol": 2e-5, "atol": 1e-6}
+    torch.testing.assert_close(
+        model("loss", moments, told, clock, weight), weight * error.mean(dim=(1, 2, 3)), **settings
+    )
+    torch.testing.assert_close(model("loss", moments, told, clock, None, mask), masked, **settings)
+    torch.testing.assert_close(model("loss", moments, told, clock, weight, mask), weight * masked, **settings)
+    nothing = model("loss", moments, told, clock, None, torch.zeros(BATCH, 1, 8, 8))
+    assert torch.equal(nothing, torch.zeros(BATCH))
+
+
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_stratified_timesteps_are_spread_over_the_step_however_it_is_cut(distribution: str) -> None:
     model = model_of("objective.stratified=true", f"objective.timesteps={distribution}")

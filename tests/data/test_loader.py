@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -14,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from finetune import UserError, rng
 from finetune.batch import Batch, Sample
-from finetune.data.loader import Data, Loader, Samples, hold_out, read_batch
+from finetune.conditioning import draw
+from finetune.data.loader import Data, Loader, Samples, Wanted, hold_out, read_batch, shrink
 from finetune.data.order import Order, Source
 from finetune.data.shards import (
     Cache,
@@ -454,3 +457,81 @@ def test_memory_is_used_again_only_when_no_view_is_left(folder: Path) -> None:
     assert len(again) < 40
     batches.close()
     loader.close()
+
+
+# --- what a batch brings beside moments and captions ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve samples of 16 px with a class; sample i has a mask whose left i columns count."""
+    root = tmp_path_factory.mktemp("labelled") / "latents"
+    members = ["latent.npy", "json", "mask.png"]
+    with ShardWriter(root, "latents", members=members, max_samples=5) as writer:
+        for index in range(12):
+            mask = np.zeros((16, 16), np.uint8)
+            mask[:, :index] = 255
+            buffer = io.BytesIO()
+            Image.fromarray(mask).save(buffer, format="PNG")
+            sample = {
+                "latent.npy": latent_bytes(np.full((4, 2, 2), index, np.float16)),
+                "json": json_bytes({"class": index * 10}),
+                "mask.png": buffer.getvalue(),
+            }
+            writer.write(f"{index:04d}", sample, bucket=(16, 16))
+        writer.finish(encoder=ENCODER)
+    return root
+
+
+def test_a_condition_is_read_of_each_sample_by_its_own_draws(labelled: Path) -> None:
+    """The same in any micro-batch of any rank, read by several threads."""
+
+    def read(sample: Sample) -> dict[str, np.ndarray]:
+        assert sample.bucket == (16, 16) and len(sample.members["mask.png"]) > 50
+        return {"class": np.int64(sample.record["class"]), "drawn": np.float32(draw(sample, "x"))}
+
+    data = replace(data_of(labelled, global_batch=4), wanted=Wanted(read=read, members=("mask.png",)))
+    whole = take(data.loader(seed=3, micro_batch=4), 6)
+    for batch in whole:
+        assert batch.condition["class"].tolist() == (batch.moments[:, 0, 0, 0].long() * 10).tolist()
+        wanted = rng.uniform(3, "x", batch.clock)
+        torch.testing.assert_close(batch.condition["drawn"], wanted, rtol=0, atol=0)
+    halves = take(data.loader(seed=3, rank=1, world_size=2, micro_batch=1, readers=2), 12)
+    assert [int(each.condition["class"]) for each in halves] == [
+        int(batch.condition["class"][place]) for batch in whole for place in (2, 3)
+    ]
+
+
+def test_a_mask_counts_by_the_share_of_each_cell(labelled: Path) -> None:
+    data = replace(data_of(labelled, global_batch=4), wanted=Wanted(loss_masks=True))
+    for batch in take(data.loader(seed=0, micro_batch=4), 3):
+        columns = batch.moments[:, 0, 0, 0].float()
+        assert batch.loss_mask is not None and batch.loss_mask.shape == (4, 1, 2, 2)
+        left, right = (columns / 8).clamp(max=1), ((columns - 8) / 8).clamp(min=0)
+        wanted = torch.stack([left, right], dim=1)[:, None, None].expand(4, 1, 2, 2)
+        torch.testing.assert_close(batch.loss_mask, wanted, rtol=0, atol=1e-6)
+    with pytest.raises(UserError, match=r"mask.png of 16x16 px does not fit latents of 3x2"):
+        shrink(np.zeros((16, 16), np.uint8), (3, 2))
+
+
+def test_each_source_has_its_loss_weight(labelled: Path) -> None:
+    data = data_of(labelled, labelled, global_batch=4)
+    weighted = replace(data, wanted=Wanted(loss_weights=(1.0, 0.25)))
+    seen = set()
+    for batch, plain in zip(
+        take(weighted.loader(seed=0, micro_batch=4), 6), take(data.loader(seed=0, micro_batch=4), 6), strict=True
+    ):
+        assert plain.loss_weight is None and batch.loss_weight is not None
+        wanted = torch.where(batch.sample_ids < 12, 1.0, 0.25)
+        assert torch.equal(batch.loss_weight, wanted)
+        seen |= set(batch.loss_weight.tolist())
+    assert seen == {1.0, 0.25}
+
+
+def test_what_a_condition_lacks_ends_the_loader_with_its_line(labelled: Path) -> None:
+    def read(sample: Sample) -> dict[str, np.ndarray]:
+        raise UserError("a sample has no boxes")
+
+    data = replace(data_of(labelled, global_batch=4), wanted=Wanted(read=read))
+    with pytest.raises(UserError, match="has no boxes"):
+        take(data.loader(seed=0, micro_batch=4), 1)
