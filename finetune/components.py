@@ -28,12 +28,17 @@ from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
-from finetune.models.schedulers import FLOW_SCHEDULER, sampler_config, scheduler_config
-from finetune.models.sources import fetch, has_part, local_folder
-from finetune.models.text import load_text_encoder, load_tokenizer
+from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_config, scheduler_config
+from finetune.models.sources import has_part, local_folder
+from finetune.models.text import (
+    load_text_encoder,
+    load_text_encoder_2,
+    load_tokenizer,
+    zeroes_null_caption,
+)
 from finetune.models.unet import context_width, load_unet
 from finetune.runs import Checkpoint, Weights, find_checkpoint, is_run
-from finetune.tasks.text_to_image import caption_conditioner
+from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
 
 @dataclass
@@ -162,7 +167,16 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
             return caption_conditioner(load_tokenizer(run / "tokenizer"), encoder)
         if base is None:
             raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
-        return caption_conditioner(load_tokenizer(base, revision), encoder)
+        tokenizer = load_tokenizer(base, revision, words=model.get("tokenizer"))
+        if not has_part(base, "text_encoder_2", revision):
+            return caption_conditioner(tokenizer, encoder)
+        return caption_conditioner_xl(
+            tokenizer,
+            encoder,
+            load_tokenizer(base, revision, "tokenizer_2", words=model.get("tokenizer")),
+            load_text_encoder_2(*origin("text_encoder_2")),
+            zero_null=zeroes_null_caption(base, revision),
+        )
 
     has_text = (run / "tokenizer").is_dir() or (base is not None and has_part(base, "text_encoder", revision))
     shards = _section(config, "data").get("shards")
@@ -203,7 +217,7 @@ def _from_model(source: str | Path, revision: str | None) -> Components:
     task = (tasks.Task.load(folder) if folder is not None else None) or _task_of(unet, vae)
 
     def text() -> Conditioner:
-        return caption_conditioner(load_tokenizer(source, revision), load_text_encoder(source, revision))
+        return load_captions(source, revision)
 
     # What has no part of a name and no task of its own is told so by what can't be loaded.
     has_text = task.name == "text_to_image" or has_part(source, "text_encoder", revision)
@@ -211,17 +225,12 @@ def _from_model(source: str | Path, revision: str | None) -> Components:
     for name, part in conditioner.parts().items():
         if not name.startswith("text_encoder"):
             _load_part(part, Path(source) / name)
-    path = fetch(source, "scheduler", revision) / "scheduler" / "scheduler_config.json"
-    try:
-        scheduler = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{source} has no scheduler that can be read: {path}") from error
     return Components(
         unet=unet,
         vae=vae,
         conditioner=conditioner,
         task=task,
-        scheduler=sampler_config(scheduler),
+        scheduler=sampler_config(load_scheduler(source, revision)),
         latents=space,
         source=str(source),
     )

@@ -64,10 +64,14 @@ class TextEncoderConfig:
 
 @dataclass
 class ModelConfig:
-    """`pretrained` names a diffusers directory or hub id; without it `unet` and `text_encoder` are built anew."""
+    """`pretrained` names a model: a diffusers directory, a hub id, or a single file (.safetensors, .ckpt).
+
+    Without it `unet` and `text_encoder` are built anew.
+    """
 
     pretrained: str | None = None
     revision: str | None = None
+    tokenizer: str | None = None  # a folder with vocab.json and merges.txt; null: the pretrained model's, or CLIP's
     vae: str | None = (
         None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
     )

@@ -42,7 +42,7 @@ from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, part_of, require_parts
 from finetune.models.schedulers import scheduler_config
 from finetune.models.sources import has_part
-from finetune.models.text import build_text_encoder, load_text, load_tokenizer, save_tokenizer, train_tokenizer
+from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from finetune.models.unet import (
     build_unet,
     context_width,
@@ -55,7 +55,7 @@ from finetune.objective import LatentDiffusion, Objective
 from finetune.rng import fold
 from finetune.sampling import check_size
 from finetune.tasks import Task
-from finetune.tasks.text_to_image import caption_conditioner
+from finetune.tasks.text_to_image import caption_conditioner, load_captions
 
 __all__ = [
     "batch_sizes",
@@ -115,8 +115,12 @@ def batch_sizes(config: Config, world: World) -> tuple[int, int]:
 def _text(config: Config, world: World, run: Path, data: Data) -> Text:
     """The conditioner of the model's captions."""
     if config.model.pretrained is not None:
-        tokenizer, encoder = load_text(config.model.pretrained, config.model.revision)
-        return caption_conditioner(tokenizer, encoder, trained=config.model.train_text_encoder)
+        return load_captions(
+            config.model.pretrained,
+            config.model.revision,
+            words=config.model.tokenizer,
+            trained=config.model.train_text_encoder,
+        )
     folder, settings = run / "tokenizer", config.model.text_encoder
 
     def make() -> None:
@@ -255,6 +259,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
                 target_modules=config.adapter.targets if part is unet else TEXT_TARGETS,
                 seed=fold(config.seed, f"{name} lora"),
             )
+    for unused in text.unused() if text is not None else []:
+        unused.requires_grad_(False)
     if config.model.gradient_checkpointing:
         for part in adapted.values():
             enable_gradient_checkpointing(part)
@@ -398,6 +404,7 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         "optim.kind": config.optim.kind,
         **{f"adapter.{name}": value for name, value in adapter.items()},
         "model.pretrained": config.model.pretrained,
+        "model.tokenizer": config.model.tokenizer,
         **{f"model.unet.{name}": value for name, value in config.model.unet.items()},
         **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
         "model.train_text_encoder": config.model.train_text_encoder,

@@ -199,6 +199,12 @@ def with_text_states(data: Data, text: Text, notices: list[str]) -> Data:
     infos = [source.shards.manifest.text for source in data.sources]
     if not any(infos):
         return data
+    if not text.cacheable:
+        notices.append(
+            "cached states of captions are not used: they are of one text encoder, this model has two; captions "
+            "are encoded at each visit"
+        )
+        return data
     sha256 = text_encoder_sha256(text.encoder)  # type: ignore[arg-type]
     for source, info in zip(data.sources, infos, strict=True):
         if info is None or info.sha256 != sha256 or info.length != text.tokenizer.model_max_length:

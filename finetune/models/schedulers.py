@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import DDIMScheduler
+
+from finetune import UserError
+from finetune.models.single_file import open_file
+from finetune.models.sources import fetch, fetch_file
 
 FLOW_SCHEDULER = "FlowMatchEulerDiscreteScheduler"  # samples models that predict the flow
 
@@ -39,3 +45,19 @@ def sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     # StableDiffusionPipeline sets these two in whatever it loads.
     kept |= {"steps_offset": 1, "clip_sample": False}
     return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
+
+
+def load_scheduler(source: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The configuration of a model's own scheduler, whichever it is; of a single file, see `SingleFile.scheduler`.
+
+    Raises:
+        UserError: there is none that can be read.
+    """
+    if (file := fetch_file(source, revision)) is not None:
+        return open_file(file).scheduler()
+    path = fetch(source, "scheduler", revision) / "scheduler" / "scheduler_config.json"
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} has no scheduler that can be read: {path}") from error
+    return dict(read)

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from torch import Tensor
 
 from finetune import UserError, first_line
+from finetune.models.single_file import open_file
 
 FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
 _PROBE_SECONDS = 5.0
@@ -93,11 +94,13 @@ def download(
 
 
 def has_part(source: str | Path, part: str, revision: str | None = None) -> bool:
-    """Whether a model has `part` in a subfolder.
+    """Whether a model has `part` in a subfolder, or in its single file.
 
     Raises:
         UserError: there is no such model.
     """
+    if (file := fetch_file(source, revision)) is not None:
+        return open_file(file).has(part)
     return (fetch(source, part, revision) / part / "config.json").is_file()
 
 

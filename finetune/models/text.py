@@ -25,7 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
 from finetune.models.single_file import open_file
-from finetune.models.sources import download, fetch, fetch_file, relative_source, weights_sha256
+from finetune.models.sources import download, fetch, fetch_file, local_folder, relative_source, weights_sha256
 
 CLIP = "openai/clip-vit-large-patch14"
 _TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
@@ -68,11 +68,7 @@ def load_text_2(
     words: str | Path | None = None,
 ) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
     """Load the second tokenizer and text encoder of a Stable Diffusion XL model, as `load_text`."""
-    if (file := fetch_file(source, revision)) is not None:
-        encoder = open_file(file).text_encoder_2(dtype)
-    else:
-        folder = _locate(source, "text_encoder_2", ("config.json",), revision)
-        encoder = _load(CLIPTextModelWithProjection, folder, dtype)
+    encoder = load_text_encoder_2(source, revision, dtype)
     return _fitting(load_tokenizer(source, revision, "tokenizer_2", words=words), encoder, source), encoder
 
 
@@ -126,6 +122,32 @@ def load_text_encoder(
     if (file := fetch_file(source, revision)) is not None:
         return open_file(file).text_encoder(dtype)
     return _load(CLIPTextModel, _locate(source, "text_encoder", ("config.json",), revision), dtype)
+
+
+def load_text_encoder_2(
+    source: str | Path, revision: str | None = None, dtype: torch.dtype = torch.float32
+) -> CLIPTextModelWithProjection:
+    """Load XL's second text encoder, as `load_text_encoder`."""
+    if (file := fetch_file(source, revision)) is not None:
+        return open_file(file).text_encoder_2(dtype)
+    folder = _locate(source, "text_encoder_2", ("config.json",), revision)
+    return _load(CLIPTextModelWithProjection, folder, dtype)
+
+
+def zeroes_null_caption(source: str | Path, revision: str | None = None) -> bool:
+    """Whether an XL model takes zeros for the caption that is left out, not the empty caption's states.
+
+    `force_zeros_for_empty_prompt` of its `model_index.json`; true, as of the base model, where that says nothing.
+    """
+    if fetch_file(source, revision) is not None:
+        return True
+    folder = local_folder(source) or download(str(source), ["model_index.json"], revision)
+    try:
+        return bool(json.loads((folder / "model_index.json").read_text()).get("force_zeros_for_empty_prompt", True))
+    except FileNotFoundError:
+        return True
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'model_index.json'} cannot be read: {first_line(error)}") from error
 
 
 def _fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIPTokenizer:
