@@ -88,14 +88,18 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def latents(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 pictures of 32 px, encoded with the pipeline's autoencoder into shards of 40."""
+    return write_latents(tmp_path_factory.mktemp("data") / "latents", pipeline)
+
+
+def write_latents(folder: Path, source: Path) -> Path:
+    """96 pictures of 32 px as latents of `source`'s autoencoder, in shards of 40."""
     import torch
 
     from finetune.data.shards import LatentStats, ShardWriter, json_bytes, latent_bytes
     from finetune.latents import LatentSpace, RunningMoments
     from finetune.models.autoencoder import encode_moments, encoder_info, load_autoencoder
 
-    folder = tmp_path_factory.mktemp("data") / "latents"
-    vae = load_autoencoder(str(pipeline))
+    vae = load_autoencoder(str(source))
     generator = torch.Generator().manual_seed(0)
     statistics = RunningMoments()
     with ShardWriter(folder, "latents", members=["latent.npy", "json"], max_samples=40) as writer:
@@ -107,7 +111,7 @@ def latents(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             captions = [CAPTIONS[index % len(CAPTIONS)], f"{CAPTIONS[index % len(CAPTIONS)]} on a table"]
             members = {"latent.npy": latent_bytes(moments), "json": json_bytes({"captions": captions})}
             writer.write(f"{index:05d}", members, bucket=(32, 32))
-        info = encoder_info(vae, str(pipeline), folder)
+        info = encoder_info(vae, str(source), folder)
         summary = statistics.summary(LatentSpace(info.scale, info.shift))
         writer.finish(encoder=info, latents=LatentStats(*summary))
     return folder

@@ -18,7 +18,7 @@ _EXAMPLES = """examples:
   finetune export runs/style --format kohya --out loras/style.safetensors
   finetune export runs/first --format single-file --dtype float16 --out models/first.safetensors
 
-  diffusers   a folder for StableDiffusionPipeline.from_pretrained; an adapter is merged into the weights
+  diffusers   a folder for DiffusionPipeline.from_pretrained; an adapter is merged into the weights
   lora        a folder for load_lora_weights, from a run with adapter=lora
   kohya       one .safetensors with the adapter as kohya's scripts name it, for WebUI and ComfyUI
   single-file one .safetensors with the keys of the first Stable Diffusion files, which most tools open

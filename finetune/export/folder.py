@@ -13,7 +13,11 @@ from safetensors import SafetensorError
 
 from finetune import UserError
 
-_EXPORTS = ("model_index.json", "pytorch_lora_weights.safetensors")  # what tells an export from other folders
+_EXPORTS = (
+    "model_index.json",
+    "task.json",
+    "pytorch_lora_weights.safetensors",
+)  # what tells an export from other folders
 
 
 def check_out(out: str | Path, *, overwrite: bool) -> Path:

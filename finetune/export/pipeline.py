@@ -1,18 +1,38 @@
-"""A folder that diffusers' `StableDiffusionPipeline.from_pretrained` loads."""
+"""A folder in the diffusers layout, which diffusers' pipelines load where they know the task."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
+    StableDiffusionXLInpaintPipeline,
+    StableDiffusionXLPipeline,
+)
+from safetensors.torch import save_file
 
 from finetune import UserError
-from finetune.components import load_components
+from finetune.components import Components, load_components
+from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_folder
 from finetune.models.text import save_text_encoder, save_tokenizer
 from finetune.runs import Weights
 from finetune.sampling import make_scheduler
+
+# By task, and whether the model has XL's two text encoders.
+PIPELINES: dict[tuple[str, bool], type[DiffusionPipeline]] = {
+    ("text_to_image", False): StableDiffusionPipeline,
+    ("text_to_image", True): StableDiffusionXLPipeline,
+    ("inpainting", False): StableDiffusionInpaintPipeline,
+    ("inpainting", True): StableDiffusionXLInpaintPipeline,
+    ("super_resolution", False): StableDiffusionUpscalePipeline,
+}
 
 
 def export_pipeline(
@@ -24,44 +44,84 @@ def export_pipeline(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> tuple[str, ...]:
-    """Write a run or model as a Stable Diffusion pipeline; a LoRA is merged into the weights it adapts.
+    """Write a run or model in the diffusers layout; a LoRA is merged into the weights it adapts.
+
+    What no pipeline of diffusers knows (labels, layouts, label maps, nothing at all) is laid out likewise, with
+    `task.json` beside, for `finetune sample` and `model.pretrained`.
 
     Returns:
         What the user should be told.
 
     Raises:
-        UserError: the source cannot be loaded, its latents are shifted, which the pipeline does not undo, or it
-            predicts the flow, which the pipeline cannot sample.
+        UserError: the source cannot be loaded, its latents are shifted, which pipelines do not undo, or it
+            predicts the flow, which they cannot sample.
     """
     parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision)
+    text = parts.text
+    xl = isinstance(text, TextXL)
+    kind = PIPELINES.get((parts.task.name, xl))
+    if text is None or (kind is StableDiffusionUpscalePipeline and not parts.unet.config["num_class_embeds"]):
+        kind = None
+    name = kind.__name__ if kind is not None else "the diffusers layout"
     if parts.latents.shift:
         raise UserError(
-            f"the autoencoder of {source} shifts latents by {parts.latents.shift}, which "
-            "StableDiffusionPipeline ignores: its pictures would be wrong"
+            f"the autoencoder of {source} shifts latents by {parts.latents.shift}, which {name} ignores: its "
+            "pictures would be wrong"
         )
-    if parts.is_flow:
+    if parts.is_flow and kind is not None:
         raise UserError(
-            f"{source} predicts the flow, which StableDiffusionPipeline cannot sample: draw from it with "
-            "`finetune sample`"
+            f"{source} predicts the flow, which {name} cannot sample: draw from it with `finetune sample`"
         )
     # The pipeline divides by what the VAE's configuration says; the run was trained with what its shards say.
     parts.vae.register_to_config(scaling_factor=parts.latents.scale)
     # Without height and width, the pipeline draws at this size.
     height, width = (pixels // parts.downsample for pixels in parts.default_size)
     parts.unet.register_to_config(sample_size=height if height == width else (height, width))
-    pipeline = StableDiffusionPipeline(
-        vae=parts.vae.to(dtype),
-        text_encoder=parts.text_encoder,
-        tokenizer=parts.tokenizer,
-        unet=parts.unet,
-        scheduler=make_scheduler(None, parts.scheduler),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts.vae.to(dtype)
+    scheduler = make_scheduler(None, parts.scheduler)
     with whole_folder(out) as folder:
-        pipeline.save_pretrained(folder)
-        # Written anew in the form that older readers know too.
-        save_text_encoder(parts.text_encoder, folder / "text_encoder")
-        save_tokenizer(parts.tokenizer, folder / "tokenizer")
-    return parts.notices
+        if kind is not None:
+            kind(**_arguments(parts, kind), scheduler=scheduler).save_pretrained(folder)
+        else:
+            for part, module in (("unet", parts.unet), ("vae", parts.vae), ("scheduler", scheduler)):
+                module.save_pretrained(folder / part)
+        for part, module in parts.conditioner.parts().items():
+            if part.startswith("text_encoder"):  # written anew in the form that older readers know too
+                save_text_encoder(module, folder / part)  # type: ignore[arg-type]
+            else:
+                (folder / part).mkdir()
+                tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+                save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
+        if text is not None:
+            save_tokenizer(text.tokenizer, folder / "tokenizer")
+        if isinstance(text, TextXL):
+            save_tokenizer(text.tokenizer_2, folder / "tokenizer_2")
+        if kind is None:
+            parts.task.save(folder)
+    if kind is not None:
+        return parts.notices
+    return (
+        *parts.notices,
+        f"no pipeline of diffusers knows task={parts.task.name}: draw with `finetune sample {out}`",
+    )
+
+
+def _arguments(parts: Components, kind: type[DiffusionPipeline]) -> dict[str, Any]:
+    """What a pipeline is made of, but for its scheduler."""
+    text = parts.text
+    assert text is not None
+    made: dict[str, Any] = {"vae": parts.vae, "unet": parts.unet, "tokenizer": text.tokenizer, **text.parts()}
+    if isinstance(text, TextXL):
+        return made | {
+            "tokenizer_2": text.tokenizer_2,
+            "force_zeros_for_empty_prompt": text.zero_null,
+            "add_watermarker": False,
+        }
+    made |= {"safety_checker": None, "feature_extractor": None}
+    if kind is not StableDiffusionUpscalePipeline:
+        return made | {"requires_safety_checker": False}
+    betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+    return made | {
+        "low_res_scheduler": DDPMScheduler(**betas),
+        "max_noise_level": int(parts.task.options.get("noise_levels") or 350),
+    }

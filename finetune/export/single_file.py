@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ from torch import Tensor
 
 from finetune import UserError
 from finetune.components import Components, load_components
+from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_file
 from finetune.models import ldm_keys
+from finetune.models.single_file import CONFIG, SCALES
 from finetune.runs import Weights
 
-SCALE = 0.18215  # what readers take latents of Stable Diffusion 1.x and 2.x to be multiplied by
+_CLIP_WORDS = 49408
+_ARCHITECTURES = {
+    "sd1": "stable-diffusion-v1",
+    "xl": "stable-diffusion-xl-v1-base",
+    "upscaler": "stable-diffusion-v2",
+}
 
 
 def export_single_file(
@@ -27,9 +35,10 @@ def export_single_file(
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
 ) -> tuple[str, ...]:
-    """Write U-Net, autoencoder and text encoder of a run or model into one file; a LoRA is merged.
+    """Write U-Net, autoencoder and text encoders of a run or model into one file; a LoRA is merged.
 
-    What the file can't say stands in its metadata, in the terms of ModelSpec (github.com/Stability-AI/ModelSpec).
+    What the tensors can't say stands in the file's metadata: in the terms of ModelSpec
+    (github.com/Stability-AI/ModelSpec), and as the parts' configurations, for `SingleFile` to read them by.
 
     Returns:
         What the user should be told.
@@ -42,23 +51,49 @@ def export_single_file(
         raise UserError(
             f"{source} predicts the flow, which no reader of such files expects; use --format diffusers"
         )
-    if parts.latents.shift or abs(parts.latents.scale - SCALE) > 1e-6:
+    text = parts.text
+    if text is None or parts.conditioner.parts().keys() != text.parts().keys():
+        raise UserError(
+            f"{source} is conditioned by task={parts.task.name}, which has no place in a single file: it holds "
+            "U-Net, autoencoder and text encoders; use --format diffusers"
+        )
+    kind = _kind(parts)
+    if parts.latents.shift or abs(parts.latents.scale - SCALES[kind]) > 1e-6:
         raise UserError(
             f"latents of {source} are scaled by {parts.latents.scale:g}, which a single file cannot say: its "
-            f"readers take {SCALE}; use --format diffusers"
+            f"readers take {SCALES[kind]}; use --format diffusers"
         )
-    # Stable Diffusion 2.x has OpenCLIP's encoder, which is the one with the exact GELU.
-    kind = "clip" if parts.text_encoder.config.hidden_act == "quick_gelu" else "openclip"
+    height, width = (pixels // parts.downsample for pixels in parts.default_size)
+    parts.unet.register_to_config(sample_size=height if height == width else (height, width))
     config: Any = parts.unet.config
     tensors = {
         **ldm_keys.unet_to_ldm(_weights(parts.unet), config),
         **ldm_keys.vae_to_ldm(_weights(parts.vae), parts.vae.config),
-        **ldm_keys.text_to_ldm(_weights(parts.text_encoder), kind),
     }
+    encoders = text.parts()
+    names = {"xl": ("xl_clip", "xl_openclip"), "sd1": ("clip",)}.get(kind, ("openclip",))
+    for encoder, name in zip(encoders.values(), names, strict=True):
+        tensors |= ldm_keys.text_to_ldm(_weights(encoder), name)
+    notices = parts.notices
+    words = len(text.tokenizer)
+    if words != _CLIP_WORDS:
+        notices += (
+            f"the file holds no tokenizer and readers take CLIP's, but this model has {words} tokens of its own: "
+            "keep its tokenizer/ for model.tokenizer",
+        )
     with whole_file(out) as file:
         made = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
         save_file(made, file, metadata=_metadata(parts, out, kind))
-    return parts.notices
+    return notices
+
+
+def _kind(parts: Components) -> str:
+    """As `SingleFile.kind`; Stable Diffusion 2.x has OpenCLIP's encoder, which is the one with the exact GELU."""
+    if isinstance(parts.text, TextXL):
+        return "xl"
+    if parts.unet.config["num_class_embeds"]:
+        return "upscaler"
+    return "sd1" if parts.text_encoder.config.hidden_act == "quick_gelu" else "sd2"
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -69,12 +104,27 @@ def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
 def _metadata(parts: Components, out: Path, kind: str) -> dict[str, str]:
     height, width = parts.default_size
     prediction = {"v_prediction": "v", "sample": "x0"}.get(parts.scheduler["prediction_type"], "epsilon")
+    v2 = "stable-diffusion-v2-768-v" if prediction == "v" else "stable-diffusion-v2-512"
+    assert parts.text is not None
+    configs = {
+        "unet": _plain(dict(parts.unet.config)),
+        "vae": _plain({**parts.vae.config, "scaling_factor": parts.latents.scale}),
+        "scheduler": parts.scheduler,
+        **{name: _plain(encoder.config.to_diff_dict()) for name, encoder in parts.text.parts().items()},  # type: ignore
+    }
     return {
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"stable-diffusion-v{1 if kind == 'clip' else 2}",
+        "modelspec.architecture": _ARCHITECTURES.get(kind, v2),
         "modelspec.implementation": "https://github.com/CompVis/stable-diffusion",
         "modelspec.title": out.stem,
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.prediction_type": prediction,
+        CONFIG: json.dumps(configs),
     }
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what says where a model came from and which library wrote it."""
+    left_out = ("architectures", "dtype", "torch_dtype", "transformers_version")
+    return {key: value for key, value in config.items() if not key.startswith("_") and key not in left_out}

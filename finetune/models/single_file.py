@@ -94,13 +94,14 @@ class SingleFile:
         return kind is not None and any(key.startswith(ldm_keys.TEXT[kind]) for key in self.tensors)
 
     @cached_property
-    def written(self) -> dict[str, Any]:
+    def written(self) -> dict[str, dict[str, Any]]:
         """The configurations that a file of ours carries, by part."""
         try:
             found = json.loads(self.metadata.get(CONFIG, "{}"))
         except ValueError as error:
             raise UserError(f"{self.path} is damaged: its {CONFIG} is no JSON") from error
-        return found if isinstance(found, dict) else {}
+        found = found if isinstance(found, dict) else {}
+        return {part: config for part, config in found.items() if isinstance(config, dict)}
 
     @cached_property
     def sidecar(self) -> dict[str, Any]:

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from finetune import UserError, cli, export, sample
 from finetune.components import load_components
+from finetune.conditioning.text import TextXL
 from finetune.export import folder, pipeline
 from finetune.models.adapters import LORA_FILE
+from finetune.models.unet import build_unet
+from finetune.tasks import Task
 from tests import fakes
 
 PROMPT = ["--prompt", "a red apple", "--prompt", "a blue heart"]
@@ -233,3 +236,44 @@ def test_a_full_disk_is_an_error_of_the_system(tmp_path):
         fill()
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_xl_is_a_pipeline_of_xl(tmp_path):
+    """With both text encoders and tokenizers, and what it takes for an empty caption."""
+    model = fakes.tiny_sdxl(tmp_path / "xl", force_zeros=False)
+    out = tmp_path / "out"
+    export.main([str(model), "--format", "diffusers", "--out", str(out)])
+    pipe = DiffusionPipeline.from_pretrained(out)
+    assert type(pipe) is StableDiffusionXLPipeline and not pipe.config.force_zeros_for_empty_prompt
+    before = StableDiffusionXLPipeline.from_pretrained(model)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        state, wanted = getattr(pipe, name).state_dict(), getattr(before, name).state_dict()
+        assert state.keys() == wanted.keys() and all(torch.equal(state[key], wanted[key]) for key in wanted), name
+    assert (pipe.tokenizer.pad_token, pipe.tokenizer_2.pad_token) == ("<|endoftext|>", "!")
+    # What is exported can be exported, drawn from and trained on.
+    assert isinstance(load_components(out).conditioner, TextXL)
+    before.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    np.testing.assert_array_equal(drawn(pipe), drawn(before))
+
+
+def test_a_model_that_no_pipeline_knows_is_laid_out_for_sample(tmp_path):
+    settings = {
+        "down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+        "cross_attention_dim": [None, None],
+    }  # fmt: skip
+    run = fakes.full_run(tmp_path / "run")
+    Task("unconditional").save(run)
+    for place in run.glob("checkpoints/*/*/unet"):
+        build_unet(fakes.UNET | settings, seed=5).save_pretrained(place)
+    out, picture = tmp_path / "out", tmp_path / "a.png"
+    argv = [str(run), "--format", "diffusers", "--out", str(out)]
+    export.main(argv)
+    export.main([*argv, "--overwrite"])
+    assert {path.name for path in out.iterdir()} == {"unet", "vae", "scheduler", "task.json"}
+    parts, wanted = load_components(out), load_components(run)
+    assert parts.task == wanted.task and parts.latents == wanted.latents
+    assert parts.scheduler["prediction_type"] == "epsilon"
+    assert sample.main([str(out), "--steps", "1", "--out", str(picture), "--dtype", "float32"]) == 0
+    assert picture.is_file()
+    with pytest.raises(UserError, match="has no place in a single file"):
+        export.main([str(run), "--format", "single-file", "--out", str(tmp_path / "a.safetensors")])

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune import UserError, export
+from finetune.components import Components, load_components
 from finetune.export import folder
-from finetune.models import ldm_keys
+from finetune.models import ldm_keys, single_file
 from tests import fakes
+from tests.conftest import write_latents
+
+Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A tiny Stable Diffusion, whose latents have the scale that such files mean."""
-    made = fakes.base_model(tmp_path_factory.mktemp("base") / "model")
-    config = made / "vae" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.18215}))
-    return made
+    return scaled(fakes.base_model(tmp_path_factory.mktemp("base") / "model"), 0.18215)
+
+
+def scaled(model: Path, scale: float) -> Path:
+    """A model whose latents are scaled so."""
+    config = model / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": scale}))
+    return model
 
 
 def drawn(pipe: StableDiffusionPipeline) -> np.ndarray:
@@ -57,6 +66,59 @@ def test_a_run_with_a_lora_is_merged_and_weights_have_the_dtype(base: Path, tmp_
     plain = ldm_keys.unet_to_ldm(fakes.unet().state_dict(), fakes.unet().config)
     changed = {key for key, tensor in plain.items() if not torch.equal(tensor.half(), state[key])}
     assert changed and all(".attn" in key for key in changed)
+
+
+def test_diffusers_draws_the_same_from_a_file_of_xl(tmp_path: Path) -> None:
+    model = scaled(fakes.tiny_sdxl(tmp_path / "xl"), 0.13025)
+    out = tmp_path / "xl.safetensors"
+    assert export.main([str(model), "--format", "single-file", "--out", str(out)]) == 0
+    single = StableDiffusionXLPipeline.from_single_file(
+        out, config=str(model), local_files_only=True, torch_dtype=torch.float32, add_watermarker=False
+    )
+    pipe = StableDiffusionXLPipeline.from_pretrained(model)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        state, wanted = getattr(single, name).state_dict(), getattr(pipe, name).state_dict()
+        assert all(torch.equal(state[key], tensor) for key, tensor in wanted.items()), name
+    # Both under one scheduler: the file names none. The transposed projection is multiplied in another order.
+    single.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    np.testing.assert_allclose(drawn(single), drawn(pipe), rtol=0, atol=1e-5)
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+
+
+def weights_of(parts: Components) -> dict[str, torch.Tensor]:
+    modules = {"unet": parts.unet, "vae": parts.vae, **parts.conditioner.parts()}
+    return {f"{n}.{k}": v for n, module in modules.items() for k, v in module.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["sd", "xl"])
+def test_a_file_is_trained_on_exported_and_read_again(
+    kind: str, base: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """There is no CLIP tokenizer here: the model's own folder is named."""
+    model = scaled(fakes.tiny_sdxl(tmp_path / "xl"), 0.13025) if kind == "xl" else base
+    first, last = tmp_path / "first.safetensors", tmp_path / "last.safetensors"
+    assert command("export", str(model), "--format", "single-file", "--out", str(first))[0] == 0
+    words = [
+        "model.unet={}",
+        f"model.tokenizer={model}",
+        f"data.shards={write_latents(tmp_path / 'latents', first)}",
+    ]
+    code, line = command("train", *overrides, *words, f"model.pretrained={first}", "train.steps=2")
+    assert code == 0, line
+    run = tmp_path / "run"
+    assert command("export", str(run), "--weights", "raw", "--format", "single-file", "--out", str(last))[0] == 0
+    trained, read = load_components(run, weights="raw"), single_file.open_file(last)
+    wanted = weights_of(trained)
+    modules = {"unet": read.unet(), "vae": read.autoencoder(), "text_encoder": read.text_encoder()}
+    modules |= {"text_encoder_2": read.text_encoder_2()} if kind == "xl" else {}
+    found = {f"{n}.{k}": v for n, module in modules.items() for k, v in module.state_dict().items()}
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    before = single_file.open_file(first).unet().state_dict()
+    assert any(not torch.equal(found[f"unet.{name}"], tensor) for name, tensor in before.items())
+    assert read.scheduler() == trained.scheduler
 
 
 def test_what_a_file_cannot_say_is_refused(base: Path, tmp_path: Path) -> None:
