@@ -21,6 +21,7 @@ def make(options: Options, given: Given) -> Conditioner:
     if given.width is not None:
         raise UserError(
             f"task=unconditional gives the U-Net nothing to attend to, and this one attends to {given.width} "
-            "features: choose a model whose cross_attention_dim is null at every level"
+            "features: choose a model whose cross_attention_dim is null at every level, such as "
+            "model=small_unconditional"
         )
     return Nothing()

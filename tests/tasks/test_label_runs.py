@@ -1,0 +1,154 @@
+"""Labels, layouts and nothing at all, from pictures to pictures: shards, training, resume, samples."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.conftest import metrics
+from tests.scenes import write_scenes
+
+Command = Callable[..., tuple[int, str]]
+Shards = dict[str, Path]
+
+SMALL = [
+    "tracker=none",
+    "model.unet.block_out_channels=[16,32]",
+    "train.steps=2",
+    "train.global_batch=4",
+    "checkpoint.every=1",
+    "checkpoint.keep=2",
+    "validation.every=2",
+    "validation.samples=2",
+    "sample.every=2",
+    "sample.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def scene_latents(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Shards:
+    """24 scenes of 32 px for each task, encoded by the tiny pipeline's autoencoder."""
+    from data_tools.cli import main
+
+    folder = tmp_path_factory.mktemp("scenes")
+    pictures = write_scenes(folder, 24, 32)
+
+    def encoded(name: str, *ingest: object) -> Path:
+        images, latents = folder / f"{name}-images", folder / name
+        assert main([*map(str, ["ingest", *ingest, "--out", images])]) in (0, None)
+        assert main([*map(str, ["encode", images, "--vae", pipeline, "--size", 32, "--out", latents])]) in (0, None)
+        return latents
+
+    classes = encoded("classes", "folder", pictures, "--classes")
+    boxes = encoded("boxes", "coco", folder / "instances.json", "--images", pictures)
+    return {"class_to_image": classes, "layout_to_image": boxes, "unconditional": boxes}
+
+
+def overrides(task: str, latents: Path, run: Path) -> list[str]:
+    return [f"experiment=small_{task}", f"data.shards={latents}", f"run.dir={run}", *SMALL]
+
+
+def asked(task: str, folder: Path) -> list[list[str]]:
+    """What `finetune sample` is given: two ways to ask for one picture, then another picture."""
+    layouts = [[["square", 0.1, 0.1, 0.6, 0.5]], [[1, 0.1, 0.1, 0.6, 0.5]], [["square", 0.5, 0.1, 1, 0.5]]]
+    for number, layout in enumerate(layouts):
+        (folder / f"{number}.json").write_text(json.dumps(layout))
+    return {
+        "class_to_image": [["--label", "square"], ["--label", "1"], ["--label", "circle"]],
+        "layout_to_image": [["--layout", f"{folder}/{number}.json"] for number in range(3)],
+        "unconditional": [[], [], ["--seed", "9"]],
+    }[task]
+
+
+@pytest.mark.parametrize("task", ["class_to_image", "layout_to_image", "unconditional"])
+def test_a_run_trains_resumes_and_draws(task: str, scene_latents: Shards, tmp_path: Path, command: Command) -> None:
+    run = tmp_path / "run"
+    assert command("train", *overrides(task, scene_latents[task], run)) == (0, "")
+    lines = metrics(run)
+    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
+    assert any(np.isfinite(line.get("validation/loss", np.nan)) for line in lines)
+    assert (run / "samples" / "step-00000002.png").is_file()
+
+    halfway = tmp_path / "halfway"
+    shutil.copytree(run, halfway, ignore=shutil.ignore_patterns("step-00000002*"))
+    assert command("train", *overrides(task, scene_latents[task], halfway)) == (0, "")
+    last = "checkpoints/step-00000002"
+    files = sorted(path.relative_to(run) for path in (run / last).rglob("*.safetensors"))
+    assert files
+    for file in files:
+        assert (run / file).read_bytes() == (halfway / file).read_bytes(), f"{file} after going on from step 1"
+    assert any("conditioner" in file.parts for file in files) == (task != "unconditional")
+
+    pictures = []
+    for number, options in enumerate(asked(task, tmp_path)):
+        out = tmp_path / f"{number}.png"
+        assert command("sample", str(run), *options, "--steps", "2", "--out", str(out)) == (0, "")
+        pictures.append(np.asarray(Image.open(out)))
+    assert pictures[0].shape == (32, 32, 3)
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+def test_a_pretrained_model_learns_classes_by_lora(
+    scene_latents: Shards, pipeline: Path, tmp_path: Path, command: Command
+) -> None:
+    """The conditioner is new, so it is trained whole beside the adapter, and kept."""
+    run = tmp_path / "run"
+    settings = ["experiment=smoke", "task=class_to_image", "adapter=lora", "adapter.rank=2", "model.unet={}"]
+    settings += [
+        f"model.pretrained={pipeline}",
+        f"data.shards={scene_latents['class_to_image']}",
+        *SMALL[:1],
+        *SMALL[2:],
+    ]
+    assert command("train", *settings, "adapter.alpha=2", "optim.lr=0.1", f"run.dir={run}") == (0, "")
+    halfway = tmp_path / "halfway"
+    shutil.copytree(run, halfway, ignore=shutil.ignore_patterns("step-00000002*"))
+    assert command("train", *settings, "adapter.alpha=2", "optim.lr=0.1", f"run.dir={halfway}") == (0, "")
+    files = sorted(path.relative_to(run) for path in (run / "checkpoints/step-00000002").rglob("*.safetensors"))
+    for file in files:
+        assert (run / file).read_bytes() == (halfway / file).read_bytes()
+    pictures = {}
+    for step in ("1", "2"):
+        for name in ("square", "circle"):
+            out = tmp_path / f"{name}-{step}.png"
+            options = ["--label", name, "--steps", "2", "--checkpoint", step, "--weights", "raw", "--out", str(out)]
+            assert command("sample", str(run), *options) == (0, "")
+            pictures[name, step] = np.asarray(Image.open(out)).astype(int)
+    assert (pictures["square", "2"] != pictures["circle", "2"]).any()
+    assert (pictures["square", "2"] != pictures["square", "1"]).any()
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "says"),
+    [
+        ("class_to_image", ["task.options.classes=3"], "a sample has no class: task=class_to_image needs"),
+        ("class_to_image", [], "no classes.json is beside the shards: set task.options.classes=N"),
+        ("layout_to_image", ["task.options.classes=3"], "a sample has no boxes: task=layout_to_image needs"),
+        ("unconditional", ["model=small"], "this one attends to 128 features: choose a model"),
+    ],
+)
+def test_what_shards_and_models_lack_is_said(
+    task: str, more: list[str], says: str, latents: Path, tmp_path: Path, command: Command
+) -> None:
+    code, line = command("train", *overrides(task, latents, tmp_path / "run"), *more)
+    assert code == 2 and says in line
+
+
+def test_what_cannot_be_drawn_is_said(scene_latents: Shards, tmp_path: Path, command: Command) -> None:
+    run, small = tmp_path / "run", ["train.steps=1", "sample.every=0", "validation.every=0"]
+    assert command("train", *overrides("class_to_image", scene_latents["class_to_image"], run), *small) == (0, "")
+    for options, says in (
+        ([], "--label NAME is missing"),
+        (["--label", "hexagon"], "--label hexagon: no such class; choose one of circle, square, triangle"),
+        (["--label", "7"], "a sample's class is 7"),
+        (["--prompt", "a square"], "--prompt is not for this model"),
+    ):
+        code, line = command("sample", str(run), *options, "--out", str(tmp_path / "x.png"))
+        assert code == 2 and says in line
