@@ -43,7 +43,9 @@ options:
 
 def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
-        print(f"{USAGE}\n{describe('train', Config)}")
+        from finetune import tasks
+
+        print(f"{USAGE}\n{describe('train', Config)}\n\n{tasks.describe()}")
         return 0
     # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

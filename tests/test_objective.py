@@ -136,9 +136,7 @@ def test_samples_count_by_their_weight_and_where_their_mask_says() -> None:
     mask = torch.zeros(BATCH, 1, 8, 8)
     mask[:, :, :3] = 1.0
     mask[:, :, 3] = 0.5
-    masked = (4 * 8 * (error[:, :, :3].mean(dim=(1, 2, 3)) * 3 + error[:, :, 3].mean(dim=(1, 2)) / 2)) / (
-        4 * 8 * 3.5
-    )
+    masked = (3 * error[:, :, :3].mean(dim=(1, 2, 3)) + 0.5 * error[:, :, 3].mean(dim=(1, 2))) / 3.5
     settings = {"rtol": 2e-5, "atol": 1e-6}
     torch.testing.assert_close(
         model("loss", moments, told, clock, weight), weight * error.mean(dim=(1, 2, 3)), **settings

@@ -400,6 +400,8 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
         "data.lanes": config.data.lanes,
         "data.sources (manifests' sha256)": [source.shards.manifest.sha256 for source in data.sources],
         "data.sources (weights)": data.order.weights.tolist(),
+        "data.sources (loss weights)": list(data.wanted.loss_weights),
+        "data.loss_masks": config.data.loss_masks,
         "adapter.kind": config.adapter.kind,
         "optim.kind": config.optim.kind,
         **{f"adapter.{name}": value for name, value in adapter.items()},

@@ -149,8 +149,8 @@ def test_captions_are_drawn_for_each_visit_by_the_clock_alone(folder: Path) -> N
     seen: dict[int, set[str]] = {}
     for batch in batches:
         draws = rng.uniform(9, "caption", batch.clock).tolist()
-        for sample_id, draw, caption in zip(batch.sample_ids.tolist(), draws, batch.captions, strict=True):
-            assert caption == captions(int(data.sources[0].shards.key(sample_id)))[int(3 * draw)]
+        for sample_id, drawn, caption in zip(batch.sample_ids.tolist(), draws, batch.captions, strict=True):
+            assert caption == captions(int(data.sources[0].shards.key(sample_id)))[int(3 * drawn)]
             seen.setdefault(sample_id, set()).add(caption)
     assert all(len(found) == 3 for found in seen.values())
     assert [b.captions for b in take(data_of(folder).loader(seed=8, micro_batch=6), 9)] != [
