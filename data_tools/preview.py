@@ -44,7 +44,7 @@ from finetune.data.shards import (
 _GAP = 2  # pixels between tiles
 _TINT = 0.45  # of a label's colour
 _DIM = 0.3  # what is left of a pixel whose loss doesn't count
-_TEXT = 14  # pixels that a name needs
+_TEXT = 16  # pixels that a name needs
 _BATCH = 8
 
 
@@ -110,8 +110,9 @@ def annotate(shards: ShardSet, sample_id: int, tile: Image.Image, names: list[st
         corner = (max(round(x1) - 1, round(x0)), max(round(y1) - 1, round(y0)))
         pen.rectangle((round(x0), round(y0), *corner), outline=colour(label))
         name = names[label] if label < len(names) else str(label)
-        if pen.textlength(name) < x1 - x0 - 4 and y1 - y0 > _TEXT:
-            pen.text((round(x0) + 2, round(y0) + 1), name, fill=colour(label))
+        if pen.textlength(name) < x1 - x0 - 6 and y1 - y0 > _TEXT:
+            # Dark edges: the picture below may have the same colour.
+            pen.text((round(x0) + 3, round(y0) + 2), name, fill=colour(label), stroke_width=1, stroke_fill="black")
     return drawn
 
 

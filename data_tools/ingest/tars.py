@@ -5,7 +5,8 @@ SOURCE is a folder (tars in it and below), a tar (also .tar.gz, .tgz), or a patt
 --picture names; its captions stand in its json (captions, caption or text) or else its txt; a number or name in
 its cls becomes the label `class`. Other json fields are kept as labels, and other members (depth.npy, ...) are
 carried over as they are. A map.png is the picture's label map, a mask.png its loss mask (see `ingest folder`), and
-cut with it by --size; those of another kind become other.map.png and other.mask.png.
+cut with it by --size; those of another kind become other.map.png and other.mask.png. A folder's classes.json names
+its classes.
 
 Where img2dataset left NNNNN.parquet beside NNNNN.tar, its columns are kept as labels too, and both are held against
 each other: a row without a sample, or a sample without a row, is set aside. Downloads that failed are counted.
@@ -46,7 +47,7 @@ from data_tools.ingest.common import (
 from data_tools.pictures import safe_key
 from data_tools.tars import TarSample, iter_tar, printable
 from finetune import UserError, first_line
-from finetune.data.shards import IMAGE_MEMBERS
+from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "text", "caption")
@@ -73,11 +74,31 @@ def run(args: argparse.Namespace) -> int:
         _tar(tar, name, args.picture and args.picture.lower().lstrip("."), failed)
         for tar, name in zip(tars, names, strict=True)
     )
-    code = ingest(args, options, items, source=" ".join(args.sources), paths=tars)
+    code = ingest(
+        args, options, items, source=" ".join(args.sources), paths=tars, classes=_class_names(args.sources)
+    )
     if failed:
         listed = ", ".join(f"{count} {status}" for status, count in failed.most_common())
         print(f"{failed.total()} rows of img2dataset's parquet have no picture ({listed})")
     return code
+
+
+def _class_names(sources: Iterable[str]) -> list[str]:
+    """What the classes.json of the sources that are folders say; none where there is none.
+
+    Raises:
+        UserError: one is no list of names, or they differ.
+    """
+    found: dict[Path, list[str]] = {}
+    for source in sources:
+        path = Path(source) / CLASSES
+        if path.is_file():
+            found[path] = parse_classes(path.read_bytes(), path)
+    (first, names), *others = found.items() or [(Path(), [])]
+    for path, more in others:
+        if more != names:
+            raise UserError(f"{first} and {path} name different classes; ingest these folders one by one")
+    return names
 
 
 def find_tars(sources: Iterable[str], out: Path) -> list[Path]:

@@ -72,6 +72,24 @@ def test_maps_and_masks_have_the_pixels_of_the_picture(bucket: Bucket, axis: int
     assert len({crop[0] for crop in crops}) == 2
 
 
+def test_maps_fit_pictures_that_are_turned_or_read_at_a_reduced_scale() -> None:
+    """A JPEG of 1,000 x 600 pixels whose EXIF turns it, cut to 48: it is decoded at an eighth of its size."""
+    place_HW = np.broadcast_to((np.arange(600) // 4).astype(np.uint8)[:, None], (600, 1000))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: rows become columns, from the right
+    picture = encoded(Image.fromarray(place_HW).convert("RGB"), "JPEG", quality=98, exif=exif)
+    upright = np.ascontiguousarray(np.rot90(place_HW, -1))
+    item = Picture("k", picture, {"captions": []}, {"map.png": encoded(Image.fromarray(upright))})
+    made = prepare(item, recipe((48, 48)))
+    assert isinstance(made, Prepared)
+    off = pixels_of(made.extra["map.png"]) - made.pixels[..., 0].astype(float)
+    step = 600 / 48 / 4  # of the red, from pixel to pixel
+    assert np.abs(off[:, 4:-4]).max() < step and abs(off[:, 4:-4].mean()) < 0.75
+    turned = Picture("k", picture, {"captions": []}, {"map.png": encoded(Image.fromarray(place_HW))})
+    with pytest.raises(PictureError, match="map.png is 600x1000, the upright picture 1000x600"):
+        prepare(turned, recipe((48, 48)))
+
+
 @pytest.mark.parametrize("size", [64, 32, 96])
 def test_boxes_hold_their_shapes_after_flips_and_crops(size: int) -> None:
     """Of drawn scenes: where a box is after all, there are its label's pixels, and they fill it."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data_tools.cli import main
 from data_tools.filters import Filters
@@ -386,3 +387,35 @@ def test_an_earlier_crop_is_carried_on_at_the_scale_of_the_whole_picture() -> No
     # Resized to 64 x 96, of which the middle is cut; and the first crop, at a tenth of its size.
     assert result.record["original_size"] == [1280, 1920]
     assert result.record["crop"] == [0 + 10, 16 + 20, 64, 64]
+
+
+def test_maps_and_masks_are_cut_with_their_picture(cli: Cli, tmp_path: Path) -> None:
+    """As in shards of our own: maps, masks and names of classes are taken for what they are; others are kept."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "classes.json").write_text('["cat", "dog", "hat"]')
+    labels = Image.fromarray((np.arange(48 * 24).reshape(24, 48) % 3).astype(np.uint8))
+    files: dict[str, bytes] = {}
+    for key, label_map in (("a", encoded(labels)), ("b", b"mine"), ("c", encoded(Image.new("L", (48, 24), 3)))):
+        record = {"class": 2, "boxes": [[1, 0.25, 0, 0.75, 1], [0, 0, 0, 0.25, 1]]}
+        files |= {f"{key}.png": encoded(smooth_picture(1, 24, 48)), f"{key}.json": json.dumps(record).encode()}
+        files |= {f"{key}.map.png": label_map, f"{key}.mask.png": encoded(Image.new("1", (48, 24), 1))}
+    write_tar(tmp_path / "in" / "a.tar", files)
+    result = cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out", "--size", 12)
+    assert result.code == 0, result.err
+    assert "2 pictures have a map.png or mask.png of another kind" in result.out
+    assert "the first, a.tar: b: map.png is no PNG" in result.out
+    assert "3 boxes left out: --size leaves less than 25% of each" in result.out
+    assert verify(tmp_path / "out") == []
+    assert ShardSet.open(tmp_path / "out").classes() == ["cat", "dog", "hat"]
+    a, b, c = samples(tmp_path / "out").values()
+    assert (a["json"]["boxes"], a["json"]["class"]) == ([[1, 0.0, 0.0, 1.0, 1.0]], 2)
+    want = np.asarray(labels.resize((24, 12), Image.Resampling.NEAREST).crop((6, 0, 18, 12)))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(a["map.png"]))), want)
+    assert Image.open(io.BytesIO(a["mask.png"])).size == (12, 12)
+    assert (b["other.map.png"], "map.png" in b) == (b"mine", False)
+    assert (c["other.map.png"], "map.png" in c) == (files["c.map.png"], False)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "classes.json").write_text('["dog"]')
+    write_tar(tmp_path / "more" / "b.tar", files)
+    result = cli("ingest", "tars", tmp_path / "in", tmp_path / "more", "--out", tmp_path / "two")
+    assert (result.code, "name different classes" in result.err) == (2, True)
