@@ -95,6 +95,8 @@ class AdapterConfig:
     dropout: float = 0.0
     rank_stabilized: bool = False  # alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv 2312.03732)
     ranks: dict[str, Any] = field(default_factory=dict)  # of parts: adapter.ranks.up_blocks=32; 0 leaves one alone
+    dora: bool = False  # magnitudes of their own for weights (Liu et al. 2024, arXiv 2402.09353)
+    # Modules of the U-Net whose names end so, linears and convolutions; of a text encoder always its attention.
     targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
 
 

@@ -34,7 +34,7 @@ def test_the_groups_are_those_that_scripts_rely_on() -> None:
     assert groups().keys() == {
         "model", "adapter", "task", "objective", "optim", "ema", "data", "strategy", "tracker", "experiment",
     }  # fmt: skip
-    assert groups()["adapter"] == ["full", "lora"]
+    assert groups()["adapter"] == ["dora", "full", "lora", "lora_conv"]
     assert groups()["strategy"] == ["ddp", "zero1", "zero2", "zero3", "zero3_offload"]
     assert "smoke" in groups()["experiment"]
 
@@ -42,7 +42,7 @@ def test_the_groups_are_those_that_scripts_rely_on() -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_composes_and_is_in_range(choice: str) -> None:
     made = composed(choice)
-    if choice == "adapter=lora":  # it needs a pretrained model
+    if choice.startswith("adapter=") and choice != "adapter=full":  # it needs a pretrained model
         made = composed(choice, "model.pretrained=somewhere")
     build.check(made)
 
@@ -131,7 +131,7 @@ def test_the_smoke_experiment_is_twenty_steps_of_a_tiny_model() -> None:
         ("zzz=1", "unknown override 'zzz': `finetune train --help` lists the keys"),
         ("strategy=zero4", "strategy=zero4 is not known: did you mean zero3? choose one of ddp, zero1,"),
         ("experiment=smok", "did you mean smoke?"),
-        ("adapter=dora", "adapter=dora is not known: did you mean lora? choose one of full, lora"),
+        ("adapter=loha", "adapter=loha is not known: did you mean lora? choose one of dora, full, lora, lora_conv"),
         ("train.steps=many", "Value 'many' of type 'str' could not be converted to Integer; key train.steps"),
         ("train.steps=1.5", "train.steps"),
         ("train.steps=null", "train.steps"),

@@ -256,6 +256,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
                 dropout=config.adapter.dropout,
                 ranks=ranks,
                 rank_stabilized=config.adapter.rank_stabilized,
+                dora=config.adapter.dora,
                 target_modules=config.adapter.targets if part is unet else TEXT_TARGETS,
                 seed=fold(config.seed, f"{name} lora"),
             )
@@ -267,7 +268,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
-        channels_last = world.device.type == "cpu" and config.optim.kind not in ORDERED
+        channels_last = world.device.type == "cpu" and config.optim.kind not in ORDERED and not config.adapter.dora
     if channels_last and config.strategy.kind == "ddp":
         unet.to(memory_format=torch.channels_last)
     elif channels_last:
@@ -387,6 +388,7 @@ def depends_on(config: Config, data: Data) -> dict[str, Any]:
             "targets": sorted(config.adapter.targets),
             "ranks": flat(config.adapter.ranks),
             "rank_stabilized": config.adapter.rank_stabilized,
+            "dora": config.adapter.dora,
         }
         if config.adapter.kind == "lora"
         else {}

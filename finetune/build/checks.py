@@ -124,6 +124,12 @@ def check(config: Config) -> None:
         )
     whole = {f"adapter.ranks.{part}": rank for part, rank in flat(config.adapter.ranks).items()}
     require(whole, lambda rank: rank == int(rank), "is no whole number")
+    if config.adapter.dora and config.adapter.kind != "lora":
+        raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
+    if config.adapter.dora and config.model.channels_last:
+        raise UserError(
+            "model.channels_last=true does not go with adapter.dora=true, which reads weights: leave it out"
+        )
     if config.adapter.kind == "lora" and config.model.pretrained is None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:

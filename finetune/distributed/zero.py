@@ -221,7 +221,8 @@ def _gathered_whole(module: nn.Module) -> Iterator[None]:
     from deepspeed.utils import set_z3_leaf_module
 
     for block in module.modules():
-        if type(block).__name__ in _GATHERED_WHOLE:
+        # A layer with DoRA reads its weight beside the layer that holds it.
+        if type(block).__name__ in _GATHERED_WHOLE or len(getattr(block, "lora_magnitude_vector", ())):
             set_z3_leaf_module(block, True)
     kept = stage3.z3_leaf_parameter
     stage3.z3_leaf_parameter = lambda parameter: False

@@ -54,6 +54,12 @@ def export_kohya(
     with whole_file(out) as file:
         tensors = {key: tensor.contiguous() for key, tensor in lora_to_kohya(lora).items()}
         save_file(tensors, file, metadata={"format": "pt", **told})
+    if any(".lora_magnitude_vector." in name for name in lora.state):
+        # On the outputs' axis it takes the norm of W, where LyCORIS and the paper (equation 5) take that of W + BA.
+        notices += (
+            "ComfyUI computes DoRA's magnitudes its own way, so that its pictures differ; a merged model has "
+            "them as they were trained: --format single-file",
+        )
     return notices
 
 

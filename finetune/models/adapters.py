@@ -1,10 +1,16 @@
 """Low-rank adapters: W' = W + (alpha / rank) B A (Hu et al. 2021, arXiv 2106.09685, section 4.1), through
 peft.
 
+DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5) gives each output a magnitude of its own: W' = m V / ||V|| with
+V = W + (alpha / rank) B A, where the norm is of a row, the weights of one output.
+
+A convolution [out, in, h, w] has an A of [rank, in, h, w] and a B of [out, rank, 1, 1]: its weights are taken for a
+matrix [out, in h w].
+
 On disk they have the layout of diffusers' `pytorch_lora_weights.safetensors`: `unet.<module>.lora_A.weight`
-[rank, in], `unet.<module>.lora_B.weight` [out, rank], and likewise `text_encoder.text_model.…`. Rank and
-alpha stand in the file's metadata under `lora_adapter_metadata`, as arguments of peft's `LoraConfig` behind
-the component's name.
+[rank, in], `unet.<module>.lora_B.weight` [out, rank], `unet.<module>.lora_magnitude_vector.weight` ([out];
+of a convolution [1, out, 1, 1]), and likewise `text_encoder.text_model.…`. Rank and alpha stand in the file's
+metadata under `lora_adapter_metadata`, as arguments of peft's `LoraConfig` behind the component's name.
 """
 
 from __future__ import annotations
@@ -35,8 +41,8 @@ COMPONENTS = ("unet", "text_encoder")
 
 _ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
-_PARAMETER = re.compile(r"(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
+_DOWN, _UP, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
+_PARAMETER = re.compile(r"(.+)\.(lora_[AB]|lora_magnitude_vector)(?:\.[^.]+)?\.weight")
 
 
 def add_lora(
@@ -48,12 +54,14 @@ def add_lora(
     target_modules: Sequence[str] = UNET_TARGETS,
     ranks: Mapping[str, int] | None = None,
     rank_stabilized: bool = False,
+    dora: bool = False,
     seed: int = 0,
 ) -> list[str]:
     """Freeze a diffusers or transformers model and give it a trainable adapter that changes nothing at first.
 
-    A has Kaiming's uniform distribution as in peft, drawn for each tensor from (`seed`, its name); B is zero.
-    Both are float32, whatever the model's dtype. torch's global generator stays as it was.
+    A has Kaiming's uniform distribution as in peft, drawn for each tensor from (`seed`, its name); B is zero, and
+    DoRA's magnitudes are the norms of W's rows. All are float32, whatever the model's dtype. torch's global
+    generator stays as it was.
 
     Args:
         target_modules: a module whose name is one of these, or ends with one behind a dot, is adapted.
@@ -61,6 +69,7 @@ def add_lora(
             a part as it is.
         rank_stabilized: the update's factor is alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732, theorem
             3.2).
+        dora: weights have magnitudes of their own.
 
     Returns:
         The names of the trainable parameters, in the model's order.
@@ -90,6 +99,7 @@ def add_lora(
                 rank_pattern={name: value for name, value in own.items() if value != rank},
                 alpha_pattern={name: alpha * value / rank for name, value in own.items() if value != rank},  # type: ignore[misc]
                 use_rslora=rank_stabilized,
+                use_dora=dora,
             ),
             adapter_name=_ADAPTER,
         )
@@ -97,7 +107,7 @@ def add_lora(
     for name, parameter in module.named_parameters():
         if _PARAMETER.fullmatch(name) is None:
             continue
-        parameter.data = _initial(name, parameter.shape, seed).to(parameter.device)
+        parameter.data = _initial(name, parameter, seed).to(parameter.device)
         parameter.requires_grad_(True)
         trainable.append(name)
     return trainable
@@ -180,6 +190,8 @@ def lora_metadata(state: Mapping[str, Tensor], alpha: float | Mapping[str, float
             "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in alphas.items() if value != usual},
         }
+        if any(key.startswith(f"{component}.") and key.endswith(_MAGNITUDE) for key in state):
+            config["use_dora"] = True
         entries |= {f"{component}.{name}": value for name, value in config.items()}
     return {"format": "pt", _METADATA: json.dumps(entries, sort_keys=True)}
 
@@ -216,7 +228,8 @@ def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
     """An adapter under the names of kohya-ss/sd-scripts (`networks/lora.py`), which WebUI and ComfyUI read.
 
     `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and a scalar `.alpha`; `lora_te_` for the
-    text encoder.
+    text encoder. DoRA's magnitudes are `.dora_scale`, [out, 1] (of convolutions [out, 1, 1, 1]), as in LyCORIS;
+    kohya's own scripts have none.
     """
     made: dict[str, Tensor] = {}
     for name, alpha in lora.alphas.items():
@@ -225,6 +238,8 @@ def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
         down, up = lora.state[name + _DOWN], lora.state[name + _UP]
         made[f"{key}.lora_down.weight"], made[f"{key}.lora_up.weight"] = down, up
         made[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
+        if (magnitude := lora.state.get(name + _MAGNITUDE)) is not None:
+            made[f"{key}.dora_scale"] = magnitude.reshape(-1, *[1] * (up.ndim - 1))
     return made
 
 
@@ -257,7 +272,7 @@ def read_lora(path: str | Path) -> Lora:
 
 @torch.no_grad()
 def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
-    """Add an adapter's update to the weights of `modules` (component name -> model), computed in float32.
+    """Put an adapter into the weights of `modules` (component name -> model), computed in float32.
 
     Raises:
         UserError: the adapter is for another model.
@@ -276,14 +291,23 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
             shapes = f"{list(up.shape)} x {list(down.shape)} for a weight of {list(weight.shape)}"
             raise UserError(f"this LoRA is for another model: {name} has {shapes}")
         update = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape) * scale
-        weight.copy_(weight.float() + update.to(weight.device))
+        merged = weight.float() + update.to(weight.device)
+        if (magnitude := lora.state.get(name + _MAGNITUDE)) is not None:
+            if magnitude.numel() != len(weight):
+                shapes = f"{magnitude.numel()} magnitudes for a weight of {list(weight.shape)}"
+                raise UserError(f"this LoRA is for another model: {name} has {shapes}")
+            scale_O = magnitude.float().flatten().to(weight.device) / merged.flatten(1).norm(dim=1)
+            merged *= scale_O.view(-1, *[1] * (merged.ndim - 1))
+        weight.copy_(merged)
 
 
-def _initial(name: str, shape: torch.Size, seed: int) -> Tensor:
+def _initial(name: str, given: nn.Parameter, seed: int) -> Tensor:
+    if ".lora_magnitude_vector." in name:  # peft makes it of the weights
+        return given.detach().float()
     if ".lora_B." in name:
-        return torch.zeros(shape)
+        return torch.zeros(given.shape)
     generator = torch.Generator().manual_seed(fold(seed, f"lora {name}"))
-    return nn.init.kaiming_uniform_(torch.empty(shape), a=5**0.5, generator=generator)
+    return nn.init.kaiming_uniform_(torch.empty(given.shape), a=5**0.5, generator=generator)
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -303,6 +327,7 @@ def _canonical(key: str) -> str:
 
 
 def _renew(key: str) -> str:
+    key = f"{key}.weight" if key.endswith(_MAGNITUDE.removesuffix(".weight")) else key  # peft leaves it out
     for old, new in (("lora.down", "lora_A"), ("lora.up", "lora_B")):
         key = key.replace(f".{old}.weight", f".{new}.weight")
         key = key.replace(f".lora_linear_layer.{old.removeprefix('lora.')}.weight", f".{new}.weight")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 
 from finetune import UserError
 from finetune.models import adapters
@@ -21,21 +23,28 @@ def tokenizer():
     return train_tokenizer(["a red apple"] * 2, 520, max_length=8)
 
 
-def trained(module, prefix, targets, seed, rank=4, alpha=6.0):
-    """Attach an adapter and move its B away from zero; parameters by component name."""
-    names = adapters.add_lora(module, rank, alpha, target_modules=targets, seed=seed)
+CONVOLUTIONS = (
+    "conv1", "conv2", "conv_shortcut", "proj_in", "proj_out", "downsamplers.0.conv", "upsamplers.0.conv"
+)  # fmt: skip
+
+
+def trained(module, prefix, targets, seed, rank=4, alpha=6.0, dora=False):
+    """Attach an adapter and move its B away from zero, and its magnitudes; parameters by component name."""
+    names = adapters.add_lora(module, rank, alpha, target_modules=targets, dora=dora, seed=seed)
     parameters = dict(module.named_parameters())
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         if "lora_B" in name:
             parameters[name].data = 0.1 * torch.randn(parameters[name].shape, generator=generator)
+        if "lora_magnitude" in name:
+            parameters[name].data *= 0.5 + torch.rand(parameters[name].shape, generator=generator)
     return {f"{prefix}.{name}": parameters[name].detach() for name in names}
 
 
 @torch.no_grad()
-def predict(unet):
+def predict(unet, width=32):
     generator = torch.Generator().manual_seed(0)
-    z, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 32, generator=generator)
+    z, context = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, width, generator=generator)
     return unet.eval()(z, torch.tensor([10, 900]), context).sample
 
 
@@ -120,14 +129,108 @@ def test_diffusers_loads_the_file_to_the_same_outputs(tmp_path, tokenizer, alpha
     assert (encoder(ids)[0] - base[1]).abs().max() > 1e-3
 
 
-def test_convolutions_merge_as_peft_computes_them():
-    unet = build_unet(TINY)
-    named = trained(unet, "unet", ("conv1",), 0)
-    plain = build_unet(TINY)
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+def test_linears_and_convolutions_merge_as_peft_computes_them(tmp_path, tokenizer, dora):
+    """From the file that diffusers loads to the same outputs, DoRA's magnitudes with it."""
+    unet, encoder = build_unet(TINY), build_text_encoder(tokenizer, 32, 1, 2).eval()
+    plain, before = build_unet(TINY), predict(build_unet(TINY))
+    named = trained(unet, "unet", (*adapters.UNET_TARGETS, *CONVOLUTIONS), 0, dora=dora)
+    named |= trained(encoder, "text_encoder", adapters.TEXT_TARGETS, 1, dora=dora)
     state = adapters.lora_to_diffusers(named)
-    scales = {key.removesuffix(".lora_A.weight"): 6.0 / 4 for key in state if key.endswith("lora_A.weight")}
-    adapters.merge_lora({"unet": plain}, adapters.Lora(state, scales))
-    torch.testing.assert_close(predict(plain), predict(unet), rtol=0, atol=2e-6)
+    assert adapters.lora_from_diffusers(state, named).keys() == named.keys()
+    magnitudes = {key: tensor for key, tensor in state.items() if ".lora_magnitude_vector." in key}
+    assert len(magnitudes) == dora * sum(key.endswith("lora_A.weight") for key in state)
+    adapters.save_lora(
+        tmp_path, state, adapters.lora_alphas("unet", unet) | adapters.lora_alphas("text_encoder", encoder)
+    )
+    merged = {"unet": plain, "text_encoder": build_text_encoder(tokenizer, 32, 1, 2).eval()}
+    adapters.merge_lora(merged, adapters.read_lora(tmp_path))
+    torch.testing.assert_close(predict(plain), predict(unet), rtol=1e-4, atol=1e-5)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    torch.testing.assert_close(merged["text_encoder"](ids)[0], encoder(ids)[0], rtol=1e-4, atol=1e-5)
+    assert (predict(unet) - before).abs().max() > 1e-2
+    pipe = StableDiffusionPipeline(
+        vae=None, text_encoder=build_text_encoder(tokenizer, 32, 1, 2).eval(), tokenizer=tokenizer,
+        unet=build_unet(TINY), scheduler=None, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(pipe.unet), predict(unet), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pipe.text_encoder(ids)[0], encoder(ids)[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_fresh_dora_is_neutral_and_its_magnitudes_are_norms_in_float32():
+    unet, plain = build_unet(TINY).to(torch.bfloat16), build_unet(TINY)
+    names = adapters.add_lora(unet, 4, 8.0, target_modules=("to_q", "conv1"), dora=True)
+    parameters = dict(unet.named_parameters())
+    assert {parameters[name].dtype for name in names} == {torch.float32}
+    other = build_unet(TINY)
+    before = predict(other)
+    adapters.add_lora(other, 4, 8.0, target_modules=("to_q", "conv1"), dora=True)
+    torch.testing.assert_close(predict(other), before, rtol=0, atol=1e-6)
+    for name, parameter in other.named_parameters():
+        if "lora_magnitude" in name:
+            weight = plain.get_submodule(name.split(".lora_magnitude")[0]).weight
+            torch.testing.assert_close(parameter.flatten(), weight.flatten(1).norm(dim=1))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+def test_kohyas_names_of_convolutions_and_magnitudes(tmp_path, dora):
+    """diffusers reads them back to the same update; magnitudes are of rows of V, as LyCORIS has them on outputs."""
+    unet = build_unet(TINY)
+    state = adapters.lora_to_diffusers(trained(unet, "unet", (*adapters.UNET_TARGETS, *CONVOLUTIONS), 0, dora=dora))
+    adapters.save_lora(tmp_path, state, 6.0)
+    made = adapters.lora_to_kohya(adapters.read_lora(tmp_path))
+    key = "lora_unet_down_blocks_0_resnets_0_conv1"
+    assert made[f"{key}.lora_down.weight"].shape == (4, 32, 3, 3) and made[f"{key}.lora_up.weight"].shape == (
+        32,
+        4,
+        1,
+        1,
+    )
+    assert made[f"{key}.alpha"] == 6
+    names = {name.rsplit(".", 1)[0] for name in made if name.endswith(".alpha")}
+    assert {f"{name}.dora_scale" in made for name in names} == {dora}
+    if dora:
+        assert made[f"{key}.dora_scale"].shape == (32, 1, 1, 1)
+        linear = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        assert made[f"{linear}.dora_scale"].shape == (32, 1)
+        plain, target = build_unet(TINY), build_unet(TINY)
+        adapters.merge_lora({"unet": target}, adapters.read_lora(tmp_path))
+        paths = {
+            path.removeprefix("unet.").replace(".", "_"): path.removeprefix("unet.")
+            for path in adapters.read_lora(tmp_path).scales
+        }
+        for name in names:
+            path = paths[name.removeprefix("lora_unet_")]
+            weight = plain.get_submodule(path).weight
+            up, down = made[f"{name}.lora_up.weight"], made[f"{name}.lora_down.weight"]
+            v = weight + (6.0 / 4 * up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            wanted = made[f"{name}.dora_scale"] * v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1))
+            torch.testing.assert_close(target.get_submodule(path).weight, wanted)
+    else:
+        save_file(made, tmp_path / "kohya.safetensors")
+        pipe = StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=build_unet(TINY), scheduler=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+        torch.testing.assert_close(predict(pipe.unet), predict(unet), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_magnitudes_are_read_as_peft_writes_them(tmp_path):
+    unet, merged = build_unet(TINY), build_unet(TINY)
+    trained(unet, "unet", adapters.UNET_TARGETS, 0, alpha=4.0, dora=True)
+    unet.save_lora_adapter(tmp_path, weight_name="theirs.safetensors")
+    theirs = {f"unet.{key}": tensor for key, tensor in load_file(tmp_path / "theirs.safetensors").items()}
+    assert any(key.endswith(".lora_magnitude_vector") for key in theirs)
+    save_file(theirs, tmp_path / adapters.LORA_FILE)
+    adapters.merge_lora({"unet": merged}, adapters.read_lora(tmp_path))
+    torch.testing.assert_close(predict(merged), predict(unet), rtol=1e-4, atol=1e-5)
 
 
 def test_metadata_holds_rank_alpha_and_odd_ranks():
@@ -211,3 +314,49 @@ def test_ranks_of_parts_and_the_stabilized_factor_are_in_the_file(tmp_path, rank
 def test_rank_0_everywhere_is_refused():
     with pytest.raises(UserError, match="trains nothing"):
         adapters.add_lora(build_unet(TINY), 4, 6.0, ranks={"up_blocks": 0, "down_blocks": 0, "mid_block": 0})
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [
+        pytest.param(["adapter=lora_conv"], marks=pytest.mark.slow),
+        ["adapter=dora", "adapter.targets=[to_q,conv1,conv_shortcut,proj_in]", "model.train_text_encoder=true"],
+    ],
+    ids=["lora_conv", "dora"],
+)
+def test_a_run_trains_goes_on_and_is_exported(
+    pipeline: Path, overrides: list[str], command: Callable[..., tuple[int, str]], tmp_path: Path, choice: list[str]
+) -> None:
+    """To the same bits after a stop; the merged model is the base with the exported adapter."""
+    settings = [
+        *overrides,
+        f"model.pretrained={pipeline}",
+        "model.unet={}",
+        *choice,
+        "adapter.rank=2",
+        "optim.lr=1e-2",
+    ]
+    assert command("train", *settings)[0] == 0
+    half = [*settings, f"run.dir={tmp_path / 'half'}"]
+    assert command("train", *half, "train.steps=2")[0] == 0
+    assert command("train", *half)[0] == 0
+    folder = Path("checkpoints/step-00000004")
+    for part in ("weights", "ema"):
+        one, other = (load_file(tmp_path / run / folder / part / adapters.LORA_FILE) for run in ("run", "half"))
+        assert one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    dora = choice[0] == "adapter=dora"
+    assert any(".conv1.lora_A." in key for key in one)
+    assert {".lora_magnitude_vector." in key for key in one} == ({True, False} if dora else {False})
+    if dora:
+        code, line = command("train", *half, "adapter.dora=false")
+        assert (code, "adapter.dora was True and is False now" in line) == (2, True), line
+    made = {name: str(tmp_path / name) for name in ("lora", "diffusers", "kohya.safetensors")}
+    for name, out in made.items():
+        assert command("export", str(tmp_path / "run"), "--format", name.split(".")[0], "--out", out)[0] == 0
+    assert any(key.endswith(".dora_scale") for key in load_file(made["kohya.safetensors"])) == dora
+    merged = UNet2DConditionModel.from_pretrained(made["diffusers"], subfolder="unet")
+    adapted = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    base = predict(adapted.unet, 16)
+    adapted.load_lora_weights(made["lora"])
+    torch.testing.assert_close(predict(merged, 16), predict(adapted.unet, 16), rtol=1e-4, atol=1e-5)
+    assert (predict(merged, 16) - base).abs().max() > 1e-4

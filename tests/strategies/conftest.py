@@ -113,4 +113,6 @@ def lab(pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory)
     tuned = [f"model.pretrained={pipeline}", "model.unet={}", "model.train_text_encoder=true"]
     adapted = ["adapter=lora", "adapter.rank=4", "optim.lr=3e-3", "optim.max_grad_norm=0.05"]
     settings = {"full": [*common, *shape], "lora": [*common, *tuned, *adapted]}
+    settings |= {name: [*common, *tuned, *adapted, f"adapter={name}"] for name in ("dora", "lora_conv")}
+    settings["dora"] += ["adapter.targets=[to_q,to_v,conv1,conv_shortcut,proj_in]"]
     return Lab(tmp_path_factory.mktemp("lab"), settings)

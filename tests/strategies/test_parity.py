@@ -83,6 +83,15 @@ def test_zero_is_ddp_in_float32(quick, adapter, strategy):
     require_same(quick(Run(adapter, strategy)), quick(Run(adapter, "ddp")), rtol=1e-5, levels=0.05)
 
 
+@slow
+@pytest.mark.parametrize("strategy", ZERO)
+@pytest.mark.parametrize("adapter", ["dora", "lora_conv"])
+def test_magnitudes_and_adapted_convolutions_are_the_same_under_zero(lab, adapter, strategy):
+    runs = {name: Run(adapter, name) for name in ("ddp", *ZERO)}
+    lab.make(*(Run(other, name) for other in ("dora", "lora_conv") for name in runs))
+    require_same(lab(runs[strategy]), lab(runs["ddp"]), rtol=1e-5, levels=0.05)
+
+
 @pytest.mark.parametrize(("adapter", "first", "then"), GOING_ON)
 def test_a_run_goes_on_under_another_strategy(quick, adapter, first, then):
     """The whole matrix, over numbers of processes too, is in test_resume.py."""
