@@ -40,7 +40,7 @@ from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, part_of, require_parts
-from finetune.models.schedulers import scheduler_config
+from finetune.models.schedulers import differences, load_scheduler, scheduler_config
 from finetune.models.sources import has_part
 from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from finetune.models.unet import (
@@ -214,6 +214,16 @@ def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | 
     return vae
 
 
+def _trained_otherwise(config: Config) -> list[str]:
+    """A notice if the pretrained model's own scheduler says other than the run's settings."""
+    try:
+        own = load_scheduler(config.model.pretrained or "", config.model.revision)
+    except UserError:  # a U-Net alone is trained as well
+        return []
+    found = differences(own, asdict(config.model.scheduler), config.objective.prediction)
+    return [f"{config.model.pretrained} {'; '.join(found)}: it will have to learn this anew"] if found else []
+
+
 def build(config: Config, world: World, run: Path) -> Parts:
     """Make everything that the loop needs.
 
@@ -228,6 +238,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
     notices += left_out(data) + fetched_again(data, world.size)
     decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
+    if config.model.pretrained is not None:
+        world.on_main(lambda: notices.extend(_trained_otherwise(config)))
     unet, conditioner = _conditioned(config, world, run, data)
     text = next((part for part in conditioner.modules() if isinstance(part, Text)), None)
     train_text = text is not None and text.trained

@@ -61,3 +61,22 @@ def load_scheduler(source: str | Path, revision: str | None = None) -> dict[str,
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no scheduler that can be read: {path}") from error
     return dict(read)
+
+
+def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction: str) -> list[str]:
+    """In which ways a model was trained otherwise than a run will train it, in words.
+
+    Args:
+        own: of the model (see `load_scheduler`).
+        settings, prediction: of the run (see `scheduler_config`).
+    """
+    if own.get("_class_name") == FLOW_SCHEDULER:
+        return [] if prediction == "flow" else [f"predicts flow, not objective.prediction={prediction}"]
+    names = {"v_prediction": "v", "sample": "x0"}
+    predicts = str(own.get("prediction_type", "epsilon"))
+    predicts = names.get(predicts, predicts)
+    found = [] if predicts == prediction else [f"predicts {predicts}, not objective.prediction={prediction}"]
+    for key in () if prediction == "flow" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
+        if key in own and own[key] != settings[key]:
+            found.append(f"has {key}={own[key]}, not model.scheduler.{key}={settings[key]}")
+    return found

@@ -1,0 +1,42 @@
+"""Schedulers of models that are trained further, compared with what a run will do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from finetune import UserError
+from finetune.config import SchedulerConfig
+from finetune.models.schedulers import FLOW_SCHEDULER, differences, load_scheduler
+from tests.test_train import parts_of
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
+
+
+@pytest.mark.parametrize(
+    ("own", "prediction", "says"),
+    [
+        (SD, "epsilon", []),
+        (SD | {"prediction_type": "v_prediction"}, "v", []),
+        (SD | {"prediction_type": "v_prediction"}, "epsilon", ["predicts v, not objective.prediction=epsilon"]),
+        (SD | {"prediction_type": "sample"}, "flow", ["predicts x0, not objective.prediction=flow"]),
+        ({"_class_name": FLOW_SCHEDULER}, "flow", []),
+        ({"_class_name": FLOW_SCHEDULER}, "v", ["predicts flow, not objective.prediction=v"]),
+        (SD | {"beta_end": 0.02}, "epsilon", ["has beta_end=0.02, not model.scheduler.beta_end=0.012"]),
+        ({}, "epsilon", []),
+    ],
+)
+def test_what_a_model_was_trained_for_is_compared(own: dict[str, object], prediction: str, says: list[str]) -> None:
+    assert differences(own, asdict(SchedulerConfig()), prediction) == says
+
+
+def test_a_run_that_trains_otherwise_is_told(pipeline: Path, overrides: list[str], tmp_path: Path) -> None:
+    words = [*overrides, f"model.pretrained={pipeline}", "model.unet={}"]
+    assert not any("learn this anew" in notice for notice in parts_of(words)[1].notices)
+    notices = parts_of(words, "objective=v", "model.scheduler.beta_end=0.02")[1].notices
+    (line,) = [notice for notice in notices if "learn this anew" in notice]
+    assert "predicts epsilon, not objective.prediction=v; has beta_end=0.012" in line
+    with pytest.raises(UserError, match="has no scheduler that can be read"):
+        load_scheduler(tmp_path)
