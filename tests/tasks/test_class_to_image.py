@@ -12,8 +12,9 @@ import torch
 from finetune import UserError, tasks
 from finetune.batch import Sample
 from finetune.conditioning import Conditioner, Given, batch_of
+from finetune.latents import LatentSpace
 
-GIVEN = Given(width=12, latent_channels=4, downsample=4, classes=["circle", "square", "triangle"], seed=5)
+GIVEN = Given(12, 4, 4, LatentSpace(1.0), classes=["circle", "square", "triangle"], seed=5)
 
 
 def conditioner(given: Given = GIVEN, **options: Any) -> Conditioner:

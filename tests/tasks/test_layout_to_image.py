@@ -13,9 +13,10 @@ from torch import nn
 from finetune import UserError, tasks
 from finetune.batch import Sample
 from finetune.conditioning import Conditioner, Given, batch_of
+from finetune.latents import LatentSpace
 from tests.scenes import draw_scene
 
-GIVEN = Given(width=16, latent_channels=4, downsample=4, classes=["circle", "square", "triangle"], seed=5)
+GIVEN = Given(16, 4, 4, LatentSpace(1.0), classes=["circle", "square", "triangle"], seed=5)
 SMALL = {"boxes": 4, "bins": 9, "layers": 2, "heads": 2}
 NONE = [3, 0, 0, 0, 0]
 BOXES = [[0, 0.0, 0.0, 0.25, 0.5], [2, 0.5, 0.25, 1.0, 1.0], [1, 0.26, 0.24, 0.5, 0.5]]

@@ -11,9 +11,10 @@ from finetune import UserError, tasks
 from finetune.batch import Sample
 from finetune.conditioning import Given, batch_of, call_unet
 from finetune.config import Config, compose
+from finetune.latents import LatentSpace
 from finetune.models.unet import build_unet
 
-GIVEN = Given(width=None, latent_channels=4, downsample=4)
+GIVEN = Given(None, 4, 4, LatentSpace(1.0))
 
 
 def test_the_condition_is_empty() -> None:
