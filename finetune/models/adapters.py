@@ -37,7 +37,7 @@ from finetune.rng import fold
 LORA_FILE = "pytorch_lora_weights.safetensors"
 UNET_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # attention's projections
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-COMPONENTS = ("unet", "text_encoder")
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 _ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
@@ -228,12 +228,15 @@ def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
     """An adapter under the names of kohya-ss/sd-scripts (`networks/lora.py`), which WebUI and ComfyUI read.
 
     `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and a scalar `.alpha`; `lora_te_` for the
-    text encoder. DoRA's magnitudes are `.dora_scale`, [out, 1] (of convolutions [out, 1, 1, 1]), as in LyCORIS;
-    kohya's own scripts have none.
+    text encoder, `lora_te1_` and `lora_te2_` for two. DoRA's magnitudes are `.dora_scale`, [out, 1] (of convolutions
+    [out, 1, 1, 1]), as in LyCORIS; kohya's own scripts have none.
     """
     made: dict[str, Tensor] = {}
+    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+    if any(_component(name) == "text_encoder_2" for name in lora.scales):
+        prefixes |= {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
     for name, alpha in lora.alphas.items():
-        prefix = {"unet": "lora_unet_", "text_encoder": "lora_te_"}[_component(name) or ""]
+        prefix = prefixes[_component(name) or ""]
         key = prefix + name.split(".", 1)[1].replace(".", "_")
         down, up = lora.state[name + _DOWN], lora.state[name + _UP]
         made[f"{key}.lora_down.weight"], made[f"{key}.lora_up.weight"] = down, up

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from finetune import UserError
 from finetune.models import adapters
 from finetune.models.text import build_text_encoder, train_tokenizer
 from finetune.models.unet import build_unet
+from tests import fakes
 from tests.fakes import UNET as TINY
 
 
@@ -360,3 +361,33 @@ def test_a_run_trains_goes_on_and_is_exported(
     adapted.load_lora_weights(made["lora"])
     torch.testing.assert_close(predict(merged, 16), predict(adapted.unet, 16), rtol=1e-4, atol=1e-5)
     assert (predict(merged, 16) - base).abs().max() > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["lora", "kohya"])
+def test_two_text_encoders_of_xl(tmp_path, form):
+    """diffusers loads an adapter of both, and computes what the adapted and the merged encoders do."""
+    pipes = [StableDiffusionXLPipeline.from_pretrained(fakes.tiny_sdxl(tmp_path / "xl")) for _ in range(3)]
+    adapted, loaded, merged = ({n: getattr(pipe, n) for n in ("text_encoder", "text_encoder_2")} for pipe in pipes)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    before = {name: encoder(ids, output_hidden_states=True).hidden_states[-2] for name, encoder in adapted.items()}
+    named, alphas = {}, {}
+    for seed, (name, encoder) in enumerate(adapted.items()):
+        named |= trained(encoder, name, adapters.TEXT_TARGETS, seed, alpha=2.0 + seed)
+        alphas |= adapters.lora_alphas(name, encoder)
+    adapters.save_lora(tmp_path / "lora", adapters.lora_to_diffusers(named), alphas)
+    read = adapters.read_lora(tmp_path / "lora")
+    adapters.merge_lora(merged, read)
+    if form == "kohya":
+        made = adapters.lora_to_kohya(read)
+        assert {key.split("_text_model")[0] for key in made} == {"lora_te1", "lora_te2"}
+        save_file(made, tmp_path / "lora" / adapters.LORA_FILE)
+    pipes[1].load_lora_weights(tmp_path / "lora")
+    for name, encoder in adapted.items():
+        wanted = encoder(ids, output_hidden_states=True).hidden_states[-2]
+        assert (wanted - before[name]).abs().max() > 1e-3
+        for other in (loaded, merged):
+            found = other[name](ids, output_hidden_states=True).hidden_states[-2]
+            torch.testing.assert_close(
+                found, wanted, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
