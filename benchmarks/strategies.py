@@ -88,6 +88,7 @@ PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
 LAYOUTS = {"": None, "nchw": False, "nhwc": True}
 LR, MAX_GRAD_NORM, SEED = 1e-5, 1.0, 0
 BLOCK = 4  # steps between two looks at the clock
+_ENDING_S = 60.0  # torchrun leaves its workers 30 s before it kills them
 
 
 class WithAdded(nn.Module):
@@ -331,6 +332,19 @@ def used_gib() -> float:
     return (total - available) / 2**20
 
 
+def end(launcher: subprocess.Popen[Any]) -> None:
+    """End torchrun and its workers, if it still runs."""
+    if launcher.poll() is not None:
+        return
+    # Workers have sessions of their own: a kill would leave them on the GPUs, beside the next variant.
+    launcher.terminate()
+    try:
+        launcher.wait(_ENDING_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(launcher.pid, signal.SIGKILL)
+        launcher.wait()
+
+
 def run(job: Job, processes: int, limit_s: float) -> dict[str, Any]:
     """Start a variant's processes and wait: its result, or what went wrong."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
@@ -354,9 +368,7 @@ def run(job: Job, processes: int, limit_s: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            end(process)
             done.set()
             watcher.join()
         if code == 0:

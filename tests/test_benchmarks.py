@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from benchmarks.strategies import end
 from tests.conftest import ROOT, environment
 
 FIELDS = {"work", "variant", "hardware", "versions", "date", "commit"}
@@ -42,6 +45,26 @@ def test_strategies_follow_the_stock_ddp_loop():
 def test_a_variant_that_fails_is_a_row_of_its_own():
     (row,) = lines("strategies", "--work", "tiny", "--variants", "zero1", "--gpus", "1", "--limit", "0.1")
     assert row["error"] == "took longer than 0.1 s"
+
+
+def test_a_variant_out_of_time_leaves_no_worker_behind(tmp_path):
+    """torchrun's workers have sessions of their own, which a kill of torchrun's group does not reach."""
+    worker = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)"
+    (tmp_path / "worker.py").write_text(worker)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+    process = subprocess.Popen(
+        [*launcher, str(tmp_path / "worker.py"), str(tmp_path / "pid")],
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    pid = int((tmp_path / "pid").read_text())
+    end(process)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 def test_a_checkpoint_is_measured_beside_what_it_cannot_beat(tmp_path):
