@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune.distributed import optimizers
@@ -115,6 +117,8 @@ class ZeRO(Strategy):
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
+        if not offload:
+            self._take_shortcuts()
         keys = self.zero.fp32_partitioned_groups_flat if stage == 3 else self.zero.single_partition_of_fp32_groups
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
         self.shards = [
@@ -124,6 +128,67 @@ class ZeRO(Strategy):
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
             shard.master.copy_(shard.piece_of(exact[shard.name]))
         optimizers.start(self.optimizer, keys, optimizer)
+
+    def _take_shortcuts(self) -> None:
+        """Put ours in place of what DeepSpeed does with thousands of small kernels, or with needless copies.
+
+        Its norm takes each gradient to float64 by itself, after a wait for the GPU, which has nothing else to do
+        then. Its reduction copies a bucket before and after, and makes each gradient float32 before it adds it.
+        """
+        if self.stage == 3:
+            self.zero._get_norm_groups = lambda: [self._gradient_norm()]
+        else:
+            self.zero.scaled_global_norm = self._gradient_norm
+            self._reduce_with_copies = self.zero.allreduce_and_copy_with_multiple_ranks
+            self.zero.allreduce_and_copy_with_multiple_ranks = self._reduce_in_place
+
+    @torch.no_grad()
+    def _gradient_norm(self) -> Tensor:
+        """Of all ranks' reduced gradients, float32 scalar; not finite where one of them is not."""
+        # A CPU adds up in one long row, a GPU in a tree.
+        dtype = torch.float32 if self.world.device.type == "cuda" else torch.float64
+        norms = [torch.zeros((), dtype=dtype, device=self.world.device)]
+        for gradients in self.zero.averaged_gradients.values():
+            flat = getattr(gradients, "flat_partition", None)
+            if flat is not None:
+                norms.append(torch.linalg.vector_norm(flat, dtype=dtype))
+            elif pieces := [piece for piece in gradients or () if piece.numel()]:
+                norms += torch._foreach_norm(pieces, 2, dtype=dtype)
+        total = torch.stack(norms).square().sum()
+        self.world.sum_(total)
+        return total.sqrt().float()
+
+    def _reduce_in_place(
+        self,
+        small_bucket: Sequence[Tensor],
+        communication_data_type: torch.dtype,
+        *,
+        process_group: Any = None,
+        bucket_ranks: Sequence[Any] = (),
+        output_bucket: Sequence[Tensor | None] | None = None,
+        **settings: Any,
+    ) -> None:
+        """Sum slices of one buffer over all ranks, and add those that this rank keeps to `output_bucket`."""
+        first, total = small_bucket[0], sum(piece.numel() for piece in small_bucket)
+        places = itertools.accumulate((piece.numel() for piece in small_bucket), initial=first.storage_offset())
+        adjacent = all(piece.storage_offset() == at for piece, at in zip(small_bucket, places, strict=False))
+        if adjacent and communication_data_type == first.dtype and not settings.get("divide", True):
+            if self.world.size > 1:
+                dist.all_reduce(first.as_strided((total,), (1,)), group=process_group)
+            for piece, ranks, output in zip(small_bucket, bucket_ranks, output_bucket or (), strict=False):
+                if output is not None and self.world.rank in (ranks if isinstance(ranks, frozenset) else (ranks,)):
+                    output.add_(piece)
+            if self.zero.overlap_comm:
+                first.record_stream(self.zero.reduction_stream)
+            return
+        self._reduce_with_copies(
+            small_bucket,
+            communication_data_type,
+            process_group=process_group,
+            bucket_ranks=bucket_ranks,
+            output_bucket=output_bucket,
+            **settings,
+        )
 
     def _before_update(self, *_: Any) -> None:
         if not isinstance(self.zero._global_grad_norm, float):
