@@ -4,7 +4,7 @@
 
 Prints one JSON line for each strategy and precision: whether masters and moments stayed as they were, bit for bit;
 whether every rank was told; whether the run is the one that never saw that step. Also the largest distance of the
-masters from the weights that were given, before any step.
+masters from the weights that were given, before any step, and the first step's gradient norm.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ def examine(world: World, kind: str, precision: str) -> dict[str, Any]:
         "told": norm != norm or norm == float("inf"),
         "went_on": went_on and strategy.steps_taken == steps + 1 and norms[-1] < float("inf"),
         "first": first,
+        "norm": norms[0],
     }
     if precision != "fp16":  # whose loss scale remembers
         calm, _ = make(world, kind, precision)

@@ -32,3 +32,11 @@ def test_the_run_goes_on_as_if_the_step_had_not_been(examined):
 def test_masters_start_from_the_exact_weights(examined):
     """DeepSpeed alone would take them from weights that are rounded to bf16 already."""
     assert all(row["first"] == 0.0 for row in examined)
+
+
+def test_every_strategy_and_rank_has_the_gradient_norm_of_ddp(examined):
+    """ZeRO's is ours, over pieces of gradients, some of which are split between the ranks."""
+    norms = {(row["strategy"], row["precision"]): row["norm"] for row in examined if row["precision"] != "fp16"}
+    for (_, precision), seen in norms.items():
+        expected = norms["ddp", precision][0]
+        assert seen == pytest.approx([expected] * 2, rel=1e-6 if precision == "fp32" else 5e-3)
