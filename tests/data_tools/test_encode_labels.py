@@ -392,7 +392,7 @@ def test_the_same_bytes_after_kills_and_with_workers(
 
     assert cli("encode", *arguments, "--out", tmp_path / "one", "--workers", 0).code == 0
     lives = 0
-    while (code := ended(fork(arguments, tmp_path / "two", renames=3 + lives % 2, workers=0))) != 0:
+    while (code := ended(fork(arguments, tmp_path / "two", renames=6 + lives % 2, workers=0))) != 0:
         assert code < 0
         lives += 1
     assert lives >= 2

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_tools.cli import main
 from data_tools.ingest import coco
+from finetune import UserError
 from finetune.data.shards import ShardSet, verify
 from tests.data_tools.conftest import Result, encoded
 from tests.scenes import CLASSES, GROUND, draw_scene, write_scenes
@@ -307,6 +309,43 @@ def test_wrong_arguments(cli: Cli, scenes: Path, tmp_path: Path, more: list[str]
     arguments = [places.get(argument, argument) for argument in more]
     result = ingest(cli, tmp_path / "out", scenes / "instances.json", scenes / "pictures", *arguments)
     assert (result.code, says in result.err) == (2, True), result.err
+
+
+def test_odd_values_anywhere_end_in_shards_or_one_line(tmp_path: Path) -> None:
+    """A value of the files is replaced by another, anywhere: that is a reject, a count or a UserError."""
+    write_scenes(tmp_path / "in", 3)
+    (tmp_path / "panoptic").mkdir()
+    panoptic, folder = write_panoptic(tmp_path / "panoptic", tmp_path)
+    files = {name: json.loads((tmp_path / "in" / name).read_text()) for name in ("instances.json", "captions.json")}
+    files["panoptic.json"] = json.loads(panoptic.read_text())
+    odd = [None, True, -1, 0, 10**30, 0.5, float("nan"), "", "a\x00", "é" * 300, "../x", [], [[]], {}, {"id": 10}]
+    random = np.random.default_rng(0)
+    refused = 0
+    for attempt in range(90):
+        damaged = json.loads(json.dumps(files))
+        node = damaged[list(damaged)[attempt % 3]]
+        while True:
+            keys = list(node) if isinstance(node, dict) else list(range(len(node)))
+            key = keys[random.integers(len(keys))]
+            if not isinstance(node[key], dict | list) or not node[key] or random.random() < 0.15:
+                break
+            node = node[key]
+        node[key] = odd[random.integers(len(odd))]
+        for name, content in damaged.items():
+            (tmp_path / name).write_text(json.dumps(content))
+        out = tmp_path / f"out{attempt}"
+        images = ["--images", tmp_path / "in" / "pictures", "--captions", tmp_path / "captions.json"]
+        maps = ["--panoptic", tmp_path / "panoptic.json", folder] if attempt % 3 == 2 else []
+        command = ["ingest", "coco", tmp_path / "instances.json", *images, *maps, "--out", out]
+        said = ""
+        try:
+            assert main([str(argument) for argument in command]) == 0
+        except UserError as error:
+            said = str(error)
+        assert "\n" not in said
+        assert said or verify(out) == []
+        refused += bool(said)
+    assert 5 < refused < 80
 
 
 # --- folders
