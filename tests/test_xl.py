@@ -162,3 +162,29 @@ def test_weights_of_trained_text_encoders_are_drawn_with(
     files = sorted((tmp_path / "run").glob("checkpoints/*/weights/text_encoder_2/model.safetensors"))
     with safe_open(files[-1], framework="pt") as file:
         assert "text_projection.weight" in file.keys()  # noqa: SIM118
+
+
+def test_an_adapter_of_unet_and_both_text_encoders_is_diffusers_too(
+    words: list[str], command: Command, tmp_path: Path, xl: Path
+) -> None:
+    settings = ["adapter=lora", "adapter.rank=2", "model.train_text_encoder=true", "optim.lr=1e-2"]
+    assert command("train", *words, *settings, "train.steps=2", "checkpoint.every=1")[0] == 0
+    run = tmp_path / "run"
+    ours, before = load_components(run, weights="raw").text, load_components(xl).text
+    assert isinstance(ours, TextXL) and isinstance(before, TextXL)
+    ids, ids_2 = ours.tokenize(PROMPTS), ours.tokenize_2(PROMPTS)
+    wanted = ours.encode(ids, ids_2)
+    assert all(
+        (one - other).abs().max() > 1e-3 for one, other in zip(wanted, before.encode(ids, ids_2), strict=True)
+    )
+    for form, out in (("lora", tmp_path / "lora"), ("kohya", tmp_path / "lora.safetensors")):
+        assert command("export", str(run), "--weights", "raw", "--format", form, "--out", str(out))[0] == 0
+        pipe = StableDiffusionXLPipeline.from_pretrained(xl)
+        pipe.load_lora_weights(out)
+        with torch.no_grad():
+            context, _, pooled, _ = pipe.encode_prompt(PROMPTS, device="cpu", do_classifier_free_guidance=False)
+        torch.testing.assert_close(wanted, (context, pooled), rtol=0, atol=1e-5)
+        assert any("lora" in name for name, _ in pipe.unet.named_parameters())
+    with safe_open(tmp_path / "lora.safetensors", framework="pt") as file:
+        heads = {key.split("_")[1] for key in file.keys()}  # noqa: SIM118
+    assert heads == {"unet", "te1", "te2"}
