@@ -37,7 +37,8 @@ from finetune.models.text import (
     zeroes_null_caption,
 )
 from finetune.models.unet import context_width, load_unet
-from finetune.runs import Checkpoint, Weights, find_checkpoint, is_run
+from finetune.posthoc import chosen_checkpoint
+from finetune.runs import Checkpoint, Weights, is_run
 from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
 
@@ -123,7 +124,8 @@ def load_components(
     """
     folder = local_folder(source)
     if folder is not None and is_run(folder):
-        parts = _from_run(folder, find_checkpoint(folder, step, weights))
+        with chosen_checkpoint(folder, step, weights) as checkpoint:
+            parts = _from_run(folder, checkpoint)
     elif step is not None:
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
     elif weights not in ("ema", "raw"):

@@ -173,9 +173,11 @@ class AveragesConfig(EmaConfig):
 
     kind: str = "halflife"  # halflife | power
     halflives_images: dict[str, Any] = field(default_factory=dict)  # of further ones by name: --weights ema:NAME
-    sigma_rels: list[float] = field(
-        default_factory=list
-    )  # but for the first of kind=power: --weights ema:power-...
+    sigma_rels: list[float] = field(default_factory=list)  # --weights ema:power-0.1; kind=power's first is ema
+    # Steps; 0: never. Averages of sigma_rels are kept then, in RUN/snapshots, 4 bytes a weight each; those of other
+    # lengths are made of them (--ema 0.13). A dozen over the run are enough. Checkpoints are saved then too.
+    snapshot_every: int = 0
+    snapshot_keep: int | None = None  # the last ones; null: all
 
 
 @dataclass

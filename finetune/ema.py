@@ -2,7 +2,7 @@
 
 Two profiles say how much the weights of each moment count. An exponential one has a half-life. A power function's
 length grows with the run: it is a share of it, `sigma_rel`. Of averages of this kind, kept now and then, one of any
-other length can be made afterwards (`finetune.models.posthoc`).
+other length can be made afterwards (`finetune.posthoc`).
 """
 
 from __future__ import annotations

@@ -132,7 +132,8 @@ def train(
             world.watch.at("agreeing with the other ranks")
             facts = control.exchange(Facts(stop=request.number, saving=parts.checkpoints.state))
             stop = facts.stop
-            save = _due(config, config.checkpoint.every, step) or stop > 0
+            snapshot = _due(config, config.ema.snapshot_every, step)
+            save = _due(config, config.checkpoint.every, step) or snapshot or stop > 0
             if _due(config, config.tracker.every, step):
                 tracker.log(step, lr)
             elif save:
@@ -157,9 +158,9 @@ def train(
                         open_losses=tracker.open_losses,
                     )
                     if stop or step == total_steps:
-                        parts.checkpoints.save(progress, strategy, parts.averages)
+                        parts.checkpoints.save(progress, strategy, parts.averages, snapshot=snapshot)
                     else:
-                        parts.checkpoints.begin(progress, strategy, parts.averages)
+                        parts.checkpoints.begin(progress, strategy, parts.averages, snapshot=snapshot)
                 if stop:  # after saving, since who asks to stop may not wait for long
                     _look(config, world, parts, tracker, step)
         world.watch.at("ending", LONG)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from finetune import UserError
 
-Weights = str  # of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one
+# Of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one; `sigma_rel=0.13` one by a
+# power function of this length that is made of snapshots (`finetune.posthoc`).
+Weights = str
 
 
 @dataclass(frozen=True)

@@ -253,6 +253,7 @@ def test_killed_and_restarted_ends_bit_identical(overrides, tmp_path, processes)
     """SIGKILL at random steps, then the same command: weights, EMA, moments and log of the undisturbed run."""
     settings = [*overrides, "train.steps=12", "checkpoint.every=5", "checkpoint.keep=9", "train.micro_batch=2"]
     settings += ["validation.every=6", "sample.every=12", "sample.steps=2"]
+    settings += ["ema.sigma_rels=[0.1]", "ema.snapshot_every=3"]
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     done = launch(processes, [*settings, f"run.dir={calm}"])
     assert done.returncode == 0, done.stderr
@@ -266,6 +267,9 @@ def test_killed_and_restarted_ends_bit_identical(overrides, tmp_path, processes)
     for step in (5, 10, 12):
         name = Path("checkpoints") / f"step-{step:08d}"
         same_files(calm / name, rough / name)
+    assert sorted(os.listdir(rough / "snapshots")) == [f"step-{step:08d}" for step in (3, 6, 9, 12)]
+    for name in os.listdir(calm / "snapshots"):
+        same_files(calm / "snapshots" / name, rough / "snapshots" / name)
     picture = Path("samples") / "step-00000012.png"
     assert (calm / picture).read_bytes() == (rough / picture).read_bytes()
 

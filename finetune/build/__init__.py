@@ -308,7 +308,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     layout = Layout({"unet": unet, **conditioner.parts()}, alphas)
     memory_gib = config.checkpoint.memory_gib
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
-    checkpoints = Checkpoints(run, layout, config.checkpoint.keep, memory_bytes)
+    checkpoints = Checkpoints(run, layout, config.checkpoint.keep, memory_bytes, config.ema.snapshot_keep)
     return Parts(
         data,
         model,

@@ -21,6 +21,7 @@ plan            where in a file each tensor lies, and who writes it: pure functi
 host            host memory for snapshots
 writing         one rank's thread, and its part of the files
 record          trainer.json, checksums, publishing, pruning
+snapshots       of averages, kept for later
 restore         reading back what each rank needs
 folder          the run's folder: the lock, and whether all ranks see it
 checkpoints     saves and restores a run: what happens when

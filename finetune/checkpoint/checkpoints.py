@@ -25,9 +25,11 @@ from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, sum_files, write_record
 from finetune.checkpoint.restore import Named, Reader
+from finetune.checkpoint.snapshots import keep_snapshot, prune_snapshots
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
 from finetune.distributed import Strategy, Wanted
 from finetune.ema import Average, Power
+from finetune.posthoc import SNAPSHOTS
 from finetune.runs import complete_checkpoints
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
@@ -62,6 +64,7 @@ class _Save:
 
     progress: Progress
     averages: dict[str, dict[str, Any]]  # what each is, by name
+    snapshot: bool
     temporary: Path
     final: Path
     writing: Writing
@@ -97,12 +100,21 @@ class Checkpoints:
         say: prints a line for the user; called on rank 0 alone.
     """
 
-    def __init__(self, run: str | Path, layout: Layout, keep: int, memory_bytes: int | None = None) -> None:
-        """`memory_bytes`: of host memory for a rank's snapshot; None: half of what is free on the machine.
+    def __init__(
+        self,
+        run: str | Path,
+        layout: Layout,
+        keep: int,
+        memory_bytes: int | None = None,
+        keep_snapshots: int | None = None,
+    ) -> None:
+        """`memory_bytes`: of host memory for a rank's copy; None: half of what is free on the machine.
 
-        What doesn't fit is written in rounds, and training waits for all but the last.
+        What doesn't fit is written in rounds, and training waits for all but the last. `keep_snapshots`: of
+        averages, in `RUN/snapshots`; None for all.
         """
         self.run, self.layout, self.keep, self.memory_bytes = Path(run), layout, keep, memory_bytes
+        self.keep_snapshots = keep_snapshots
         self.folder = self.run / "checkpoints"
         self.say: Callable[[str], None] = partial(print, file=sys.stderr)
         self._save: _Save | None = None
@@ -175,7 +187,7 @@ class Checkpoints:
         return _Round(entries, starts, pieces)
 
     def _remove_stale(self) -> None:
-        for stale in self.folder.glob(f"{TEMPORARY}*"):
+        for stale in (*self.folder.glob(f"{TEMPORARY}*"), *(self.run / SNAPSHOTS).glob(f"{TEMPORARY}*")):
             shutil.rmtree(stale, ignore_errors=True)
 
     @property
@@ -203,18 +215,27 @@ class Checkpoints:
             if agreed == 4 * self._attempts + waited_for:
                 self._turn()
 
-    def begin(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
+    def begin(
+        self, progress: Progress, strategy: Strategy, averages: Sequence[Average], *, snapshot: bool = False
+    ) -> None:
         """Begin to save; collective. Training may go on, and calls `advance`.
 
         A save that is due while the one before is still being written is skipped, and the user is told; one that
         fails is said to have failed and leaves the checkpoints before it as they are.
+
+        Args:
+            snapshot: keep a snapshot of the averages by power functions as well. None is skipped: training waits.
         """
         if self._save is not None and not self._wait_a_little():
-            self._skip(progress)
-            return
-        self._begin(progress, strategy, averages)
+            if not snapshot:
+                self._skip(progress)
+                return
+            self.finish()
+        self._begin(progress, strategy, averages, snapshot)
 
-    def save(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
+    def save(
+        self, progress: Progress, strategy: Strategy, averages: Sequence[Average], *, snapshot: bool = False
+    ) -> None:
         """Save, and wait until the checkpoint is whole; collective. A failure is tried again once.
 
         Raises:
@@ -222,7 +243,7 @@ class Checkpoints:
         """
         self.finish()
         for more in (1, 0):
-            self._begin(progress, strategy, averages)
+            self._begin(progress, strategy, averages, snapshot)
             final = self._final(progress.step)
             if not self._settle(math.inf):
                 raise self._stalled(final)
@@ -245,7 +266,7 @@ class Checkpoints:
 
     # --- turns ------------------------------------------------------------------------------------
 
-    def _begin(self, progress: Progress, strategy: Strategy, averages: Sequence[Average]) -> None:
+    def _begin(self, progress: Progress, strategy: Strategy, averages: Sequence[Average], snapshot: bool) -> None:
         if self._plan is None or self._averages != [average.name for average in averages]:
             self.prepare(strategy, averages)
         plan, world = self._plan, self._world
@@ -255,7 +276,7 @@ class Checkpoints:
         temporary = self.folder / f"{TEMPORARY}{final.name}-{self._token}-{self._attempts}"
         described = {average.name: average.describe() for average in averages}
         writing = Writing(temporary, plan.sizes)
-        save = _Save(progress, described, temporary, final, writing, time.monotonic())
+        save = _Save(progress, described, snapshot, temporary, final, writing, time.monotonic())
         kinds: list[Sequence[torch.Tensor | None]] = [strategy.weights(), *(each.tensors for each in averages)]
         kinds += [strategy.moments(kind) for kind in strategy.settings.of_a_weight]
         own_state = strategy.own_state()
@@ -366,10 +387,13 @@ class Checkpoints:
             if not errors:
                 record = asdict(save.progress) | {"averages": save.averages}
                 write_record(save.temporary, record, sums)
+                if save.snapshot:
+                    keep_snapshot(save.temporary, self.run, save.final.name, record, sums)
                 publish(save.temporary, save.final)
                 moved()
                 try:
                     prune(self.run, self.keep, save.progress.step)
+                    prune_snapshots(self.run, self.keep_snapshots, save.progress.step, self._last_saved or 0)
                 except OSError as error:
                     note = f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
         except OSError as error:

@@ -14,6 +14,7 @@ _FILES = ("kohya", "single-file")  # the others are folders
 _EXAMPLES = """examples:
   finetune export runs/first --format diffusers --out models/first
   finetune export runs/first --format diffusers --dtype float16 --checkpoint 2000 --out models/first-2000
+  finetune export runs/first --format diffusers --ema 0.13 --out models/first-0.13
   finetune export runs/style --format lora --out loras/style
   finetune export runs/style --format kohya --out loras/style.safetensors
   finetune export runs/first --format single-file --dtype float16 --out models/first.safetensors

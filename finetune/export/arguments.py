@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
+_LARGEST_SIGMA_REL = 12**-0.5  # as in finetune.ema, which is slow to import
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
@@ -17,12 +18,20 @@ def add_source_arguments(parser: argparse.ArgumentParser, metavar: str, text: st
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     """Which of a run's weights, and in which precision."""
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--weights",
         type=weights,
         default="ema",
         metavar="ema|ema:NAME|raw",
         help="a run's first average of the weights, another of its averages, or the last step's (default: ema)",
+    )
+    which.add_argument(
+        "--ema",
+        dest="weights",
+        type=length,
+        metavar="SIGMA_REL",
+        help="an average of this length as a share of the run (0.13), made of its snapshots (ema.snapshot_every)",
     )
     parser.add_argument("--checkpoint", type=step, metavar="STEP", help="a run's checkpoint (default: the latest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
@@ -33,6 +42,14 @@ def weights(text: str) -> str:
     if text not in ("ema", "raw") and not re.fullmatch(r"ema:[\w.-]+", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text} is not known: choose ema, ema:NAME or raw")
     return text
+
+
+def length(text: str) -> str:
+    """The weights that `--ema` asks for: its standard deviation as a share of the run, as `Weights` says it."""
+    value = float(text)
+    if not 0.001 <= value <= _LARGEST_SIGMA_REL:
+        raise argparse.ArgumentTypeError(f"{text} is a share of the run: 0.001 to {_LARGEST_SIGMA_REL:.4f}")
+    return f"sigma_rel={value:g}"
 
 
 def step(text: str) -> int:

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from finetune import UserError
 from finetune.export.folder import whole_file, whole_folder
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
-from finetune.runs import Weights, find_checkpoint, is_run
+from finetune.posthoc import chosen_checkpoint
+from finetune.runs import Weights, is_run
 
 
 def export_lora(
@@ -71,8 +72,8 @@ def _adapter(
         raise UserError(f"no such run: {run}")
     if not is_run(folder):
         raise UserError(f"{run} is no run folder: it has neither config.yaml nor checkpoints/")
-    checkpoint = find_checkpoint(folder, step, weights)
-    if not (checkpoint.weights / LORA_FILE).is_file():
-        raise UserError(f"{run} trained all weights and has no LoRA; use --format diffusers")
-    lora = read_lora(checkpoint.weights)
+    with chosen_checkpoint(folder, step, weights) as checkpoint:
+        if not (checkpoint.weights / LORA_FILE).is_file():
+            raise UserError(f"{run} trained all weights and has no LoRA; use --format diffusers")
+        lora = read_lora(checkpoint.weights)
     return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), checkpoint.notices

@@ -108,6 +108,9 @@ def lab(pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory)
         "sample.prompts=[a red cat, a blue bus]",
         "ema.halflife_images=40",
         "ema.rampup_ratio=1",
+        "ema.halflives_images.short=8",
+        "ema.sigma_rels=[0.1]",
+        f"ema.snapshot_every={STEPS // 2}",
     ]
     shape = ["optim.max_grad_norm=0.5", "model.unet.block_out_channels=[16,32]", "model.unet.attention_head_dim=2"]
     tuned = [f"model.pretrained={pipeline}", "model.unet={}", "model.train_text_encoder=true"]

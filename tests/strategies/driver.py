@@ -25,7 +25,8 @@ from finetune.train import main
 def take_half(whole: Path, half: Path) -> None:
     """Make `half` what the run `whole` was at its first checkpoint."""
     first = min((whole / "checkpoints").glob("step-*"))
-    shutil.copytree(first, half / "checkpoints" / first.name)
+    for folder in ("checkpoints", "snapshots"):
+        shutil.copytree(whole / folder / first.name, half / folder / first.name)
     step = int(first.name.removeprefix("step-"))
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
     (half / "metrics.jsonl").write_text("".join(line for line in lines if json.loads(line)["step"] <= step))

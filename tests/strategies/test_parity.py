@@ -20,6 +20,7 @@ from tests.strategies.conftest import STEPS, Run
 ZERO = ("zero1", "zero2", "zero3")
 BF16 = ("train.precision=bf16",)
 LAYOUT = ("model.channels_last=false",)  # what a GPU has by default; a CPU has channels-last
+AVERAGES = ("ema", "ema-short", "ema-power-0.1")
 LAST = f"checkpoints/step-{STEPS:08d}"
 
 slow = pytest.mark.slow
@@ -36,9 +37,9 @@ QUICK = [Run(adapter, "ddp") for adapter in ("full", "lora")] + [Run(*pair) for 
 QUICK += [Run(adapter, then, start=Run(adapter, first)) for adapter, first, then in GOING_ON]
 
 
-def tensors(run: Path, part: str) -> dict[str, torch.Tensor]:
-    """Tensors of a part of the last checkpoint, by file and name."""
-    files = sorted((run / LAST / part).rglob("*.safetensors"))
+def tensors(run: Path, part: str, folder: str = LAST) -> dict[str, torch.Tensor]:
+    """Tensors of a part of the last checkpoint, or of a folder like it, by file and name."""
+    files = sorted((run / folder / part).rglob("*.safetensors"))
     return {f"{file.relative_to(run)} {key}": t for file in files for key, t in load_file(file).items()}
 
 
@@ -66,8 +67,11 @@ def require_same(run: Path, reference: Path, *, rtol: float, levels: float) -> N
     np.testing.assert_array_equal(logged(run, "lr"), logged(reference, "lr"))
     settings = yaml.safe_load((reference / "config.yaml").read_text())
     assert logged(reference, "grad_norm").min() > settings["optim"]["max_grad_norm"], "clipping must clip"
-    for part in ("weights", "ema"):
+    for part in ("weights", *AVERAGES):
         assert apart(tensors(reference, part), tensors(run, part)) < rtol, part
+    for step in (STEPS // 2, STEPS):
+        snapshots = [tensors(path, "power-0.1", f"snapshots/step-{step:08d}") for path in (reference, run)]
+        assert len(snapshots[0]) > 0 and apart(*snapshots) < rtol, step
     assert apart(tensors(reference, "optimizer"), tensors(run, "optimizer")) < 10 * rtol
     assert abs(picture(run) - picture(reference)).mean() < levels
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import metrics
 from tests.strategies.conftest import STEPS, Run
-from tests.strategies.test_parity import apart, tensors
+from tests.strategies.test_parity import AVERAGES, apart, tensors
 
 PLACES = [("ddp", 1), ("ddp", 2), ("zero2", 2), ("zero3", 4), ("zero3", 2)]
 ONE = ("train.micro_batch=1",)  # four processes have samples for no more in a batch of eight
@@ -33,7 +33,7 @@ def require_going_on(lab: Any, adapter: str, first: tuple[str, int], then: tuple
     losses = [[line["loss"] for line in lines] for lines in (found, wanted)]
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert losses[0][: STEPS // 2] == losses[1][: STEPS // 2]
-    for part in ("weights", "ema"):
+    for part in ("weights", *AVERAGES):
         assert apart(tensors(calm, part), tensors(run, part)) < 1e-5, part
     assert apart(tensors(calm, "optimizer"), tensors(run, "optimizer")) < 1e-4
 
