@@ -1,0 +1,133 @@
+"""Every experiment runs: two steps at tiny size, with validation, a sample grid and a checkpoint."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from finetune.config import Config, compose
+from tests import fakes
+from tests.conftest import CAPTIONS, ROOT, UNET, metrics
+
+EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("*.yaml"))
+CLASSES = ["circle", "square", "triangle"]
+
+
+@pytest.fixture(scope="module")
+def labelled(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of 32 px as latents, with all that any task reads."""
+    import torch
+
+    from finetune.data.shards import LatentStats, ShardWriter, json_bytes, latent_bytes, write_classes
+    from finetune.latents import LatentSpace, RunningMoments
+    from finetune.models.autoencoder import encode_moments, encoder_info, load_autoencoder
+
+    def png(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    folder = tmp_path_factory.mktemp("labelled") / "latents"
+    vae = load_autoencoder(str(pipeline))
+    draw = np.random.default_rng(0)
+    statistics = RunningMoments()
+    members = ["latent.npy", "json", "map.png", "hole.npy", "masked.npy", "lowres.png"]
+    with ShardWriter(folder, "latents", members=members, max_samples=16) as writer:
+        for index in range(24):
+            pixels = draw.uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)
+            moments = encode_moments(vae, torch.from_numpy(pixels)).numpy().astype(np.float16)
+            statistics.add(moments[:1])
+            sample = {
+                "latent.npy": latent_bytes(moments[0]),
+                "json": json_bytes(
+                    {
+                        "captions": [CAPTIONS[index % len(CAPTIONS)]],
+                        "class": index % 3,
+                        "boxes": [[index % 3, 0.1, 0.2, 0.6, 0.9]],
+                        "original_size": [48, 40],
+                        "crop": [2, 0, 32, 32],
+                    }
+                ),
+                "map.png": png(draw.integers(0, 3, (32, 32), np.uint8)),
+                "hole.npy": latent_bytes(draw.integers(0, 2, (2, 8, 8), np.uint8)),
+                "masked.npy": latent_bytes(moments[1:]),
+                "lowres.png": png(draw.integers(0, 256, (8, 8, 3), np.uint8)),
+            }
+            writer.write(f"{index:05d}", sample, bucket=(32, 32))
+        info = encoder_info(vae, str(pipeline), folder)
+        summary = statistics.summary(LatentSpace(info.scale, info.shift))
+        manifest = writer.finish(encoder=info, latents=LatentStats(*summary))
+    replace(manifest, classes=write_classes(folder, CLASSES)).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny model of the form of a published one, by its hub id."""
+    from finetune.models.unet import build_unet
+
+    folder = tmp_path_factory.mktemp("models")
+
+    def with_unet(name: str, **changes: int) -> Path:
+        if not (folder / name).exists():
+            shutil.copytree(pipeline, folder / name)
+            build_unet({**UNET, **changes}).save_pretrained(folder / name / "unet")
+        return folder / name
+
+    def of(hub_id: str) -> Path:
+        if "xl" in hub_id:
+            return folder / "xl" if (folder / "xl").exists() else fakes.tiny_sdxl(folder / "xl")
+        if "inpainting" in hub_id:
+            return with_unet("inpainting", in_channels=9)
+        if "x4" in hub_id:
+            return with_unet("upscaler", in_channels=7, num_class_embeds=1000)
+        return pipeline
+
+    return of
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_runs_two_steps(
+    experiment: str,
+    labelled: Path,
+    pipeline: Path,
+    models: Callable[[str], Path],
+    tmp_path: Path,
+    command: Callable[..., tuple[int, str]],
+) -> None:
+    overrides = [f"experiment={experiment}", f"data.shards={labelled}"]
+    config, _ = compose("train", overrides, Config)
+    if config.model.pretrained is not None:
+        overrides += [f"model.pretrained={models(config.model.pretrained)}", f"model.vae={pipeline}"]
+    else:
+        overrides += ["model.unet.block_out_channels=[16,32]"]
+    overrides += [
+        f"run.dir={tmp_path / 'run'}",
+        "train.steps=2",
+        "train.global_batch=4",
+        "train.micro_batch=2",
+        "train.precision=fp32",
+        "checkpoint.every=2",
+        "validation.every=2",
+        "validation.samples=2",
+        "sample.every=2",
+        "sample.steps=2",
+        "tracker=none",
+        "tracker.every=1",
+    ]
+    assert command("train", *overrides) == (0, "")
+    lines = metrics(tmp_path / "run")
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and np.isfinite(losses).all()
+    assert any(np.isfinite(line.get("validation/loss", np.nan)) for line in lines)
+    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
+    folder = tmp_path / "run" / "checkpoints" / "step-00000002"
+    assert json.loads((folder / "trainer.json").read_text())["step"] == 2
