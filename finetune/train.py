@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import STOPPED, UserError, is_by_all, run_cli
+from finetune import STOPPED, UserError, first_line, is_by_all, run_cli
 from finetune.config import Config, compose, describe
 from finetune.terminal import quiet_libraries, speak_in_turn
 
@@ -92,6 +92,8 @@ def run(config: Config, composed: DictConfig) -> int:
 
 
 def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
+    import torch
+
     from finetune import build, distributed, loop, tracking
     from finetune.checkpoint import RunFolder, require_shared
     from finetune.data.shards import write_atomic
@@ -142,6 +144,10 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         world.watch.leave()
         distributed.stop()
         return request.exit_code(stop) if stop else 0
+    except torch.OutOfMemoryError as error:
+        if world.size == 1:
+            distributed.stop()
+        raise UserError(f"the device's memory is full ({first_line(error)}): {build.OUT_OF_MEMORY}") from error
     except BaseException as error:
         world.watch.judge(error)
         # Leaving a group whose members are gone may take forever; the process is about to end anyway.

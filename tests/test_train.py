@@ -21,7 +21,7 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune import build, rng
+from finetune import build, loop, rng
 from finetune.config import Config, compose
 from finetune.data.loader import Data
 from finetune.distributed import World
@@ -425,6 +425,16 @@ def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command
     code, line = command("train", *overrides, "checkpoint.resume=never")
     assert code == 2
     assert "choose another run.dir" in line
+
+
+def test_a_full_device_ends_in_one_line(overrides, command: Command, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(loop, "optimizer_step", full)
+    code, line = command("train", *overrides)
+    assert code == 2
+    assert "memory is full (CUDA out of memory. Tried to allocate 2.00 GiB.): lower train.micro_batch" in line
 
 
 def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(

@@ -18,7 +18,7 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.averages import profiles
-from finetune.build.checks import check
+from finetune.build.checks import OUT_OF_MEMORY, check
 from finetune.build.data import (
     captions,
     classes,
@@ -58,6 +58,7 @@ from finetune.tasks import Task
 from finetune.tasks.text_to_image import caption_conditioner, load_captions
 
 __all__ = [
+    "OUT_OF_MEMORY",
     "batch_sizes",
     "build",
     "check",

@@ -11,6 +11,12 @@ from finetune.build.averages import check_averages
 from finetune.config import Config, require, require_choice
 from finetune.models.parts import flat
 
+OUT_OF_MEMORY = (
+    "lower train.micro_batch, set model.gradient_checkpointing=true, use strategy=zero2 or zero3 on more "
+    "processes, strategy=zero3_offload, or adapter=lora"
+)
+"""What to do where a device's memory does not hold a run."""
+
 
 def check(config: Config) -> None:
     """Refuse values out of range and contradictions, before anything is loaded.

@@ -11,14 +11,11 @@ from typing import Any
 
 import torch
 
+from finetune.build import OUT_OF_MEMORY
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
 from finetune.loop import Parts
 
-OUT_OF_MEMORY = (
-    "lower train.micro_batch, set model.gradient_checkpointing=true, use strategy=zero2 or zero3 on more "
-    "processes, strategy=zero3_offload, or adapter=lora"
-)
 _TIGHT = 0.9
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from finetune import UserError, build, first_line
 from finetune.distributed import DataParallel, ZeRO
 from finetune.doctor.context import Context, odd_ones, settle, skipped
-from finetune.doctor.memory import OUT_OF_MEMORY, whole_numel
+from finetune.doctor.memory import whole_numel
 from finetune.doctor.table import FAIL, OK, WARN, Row
 from finetune.tracking import wandb_mode
 
@@ -75,7 +75,7 @@ def build_rows(context: Context) -> list[Row]:
 
     outcomes = context.exchange("build", "building the model", make, collective=True)
     memory = any(outcome.memory for outcome in outcomes)
-    remedy = OUT_OF_MEMORY if memory else "see what it says; finetune train would say the same"
+    remedy = build.OUT_OF_MEMORY if memory else "see what it says; finetune train would say the same"
     if rows := context.failures("model", outcomes, remedy):
         context.parts = None
         return rows

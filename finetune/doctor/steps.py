@@ -16,12 +16,12 @@ from torch import Tensor
 
 from finetune import build, loop
 from finetune.batch import Batch
+from finetune.build import OUT_OF_MEMORY
 from finetune.checkpoint import Progress
 from finetune.config import Config
 from finetune.data.loader import Data
 from finetune.distributed import StopRequest, World
 from finetune.doctor.context import Context, settle, skipped
-from finetune.doctor.memory import OUT_OF_MEMORY
 from finetune.doctor.table import FAIL, OK, Row, ranks_text
 from finetune.doctor.weights import Weights, equal_rows, keep, moved_names, moved_rows, weights_of
 from finetune.loop import Parts
