@@ -67,7 +67,9 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
     notices: tuple[str, ...] = ()
     name = "weights" if weights == "raw" else weights.replace(":", "-")
     if weights == "ema" and not (folder / "ema").is_dir():
-        name, notices = "weights", (f"{folder} has no averaged weights: taking those of the last step",)
+        name = "weights"
+        if not (folder / "optimizer" / "y.safetensors").is_file():  # schedule_free's weights are an average
+            notices = (f"{folder} has no averaged weights: taking those of the last step",)
     if name not in ("ema", "weights") and not (folder / name).is_dir():
         there = [path.name.replace("-", ":", 1) for path in sorted(folder.glob("ema*"))]
         raise UserError(f"{folder} has no average {weights}: choose {' or '.join([*there, 'raw'])}")

@@ -18,6 +18,7 @@ from transformers.optimization import Adafactor
 
 from finetune import UserError
 from finetune.distributed import KINDS, World
+from finetune.runs import find_checkpoint
 from tests.conftest import metrics
 from tests.strategies.conftest import spawn
 from tests.strategies.optimizing import (
@@ -174,6 +175,7 @@ def test_what_is_evaluated_and_saved_is_the_average(overrides: list[str], comman
     weights = "weights/unet/diffusion_pytorch_model.safetensors:conv_in.weight"
     y, z = (one[f"optimizer/{name}.safetensors:unet.conv_in.weight"] for name in "yz")
     torch.testing.assert_close(y, 0.9 * one[weights] + 0.1 * z)
+    assert find_checkpoint(tmp_path / "run").notices == ()  # of an average that it lacks
     code, line = command("train", *half, "optim=lion", "train.steps=6")
     assert (code, "optim.kind was 'schedule_free' and is 'lion' now" in line) == (2, True), line
 
