@@ -30,7 +30,12 @@ def sample_latents(moments_B2CHW: Tensor, eps_BCHW: Tensor, space: LatentSpace) 
         eps_BCHW: standard normal noise; zeros give the posterior's mode.
     """
     mean_BCHW, std_BCHW = moments_B2CHW.float().chunk(2, dim=1)
-    return (mean_BCHW + std_BCHW * eps_BCHW.float() - space.shift) * space.scale
+    return from_raw(mean_BCHW + std_BCHW * eps_BCHW.float(), space)
+
+
+def from_raw(raw_BCHW: Tensor, space: LatentSpace) -> Tensor:
+    """What the encoder gives to model latents: (raw - shift) * scale."""
+    return (raw_BCHW - space.shift) * space.scale
 
 
 def to_raw(z_BCHW: Tensor, space: LatentSpace) -> Tensor:
