@@ -123,7 +123,7 @@ def _boxes(parts: Components, path: str) -> list[list[float]]:
 
 def _hole(parts: Components, image: str, mask: str, members: dict[str, bytes]) -> tuple[int, int]:
     """Add the picture with the mask's white part painted grey, encoded; returns its (height, width)."""
-    picture = np.asarray(_picture(image, "--image"))
+    picture = np.array(_picture(image, "--image"))
     height, width = picture.shape[:2]
     hole = _picture(mask, "--mask").convert("L")
     if hole.size != (width, height):
