@@ -31,8 +31,8 @@ def scene_vae(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
     """The folder of an `AutoencoderKL` that takes 32 px scenes to 16x16 latents of 4 channels and back."""
     scenes = Path(write_scenes.__code__.co_filename).read_bytes()
     key = hashlib.sha256(scenes + repr((SIZE, SCENES, SETTINGS)).encode()).hexdigest()[:12]
-    assert pytestconfig.cache is not None
-    kept = pytestconfig.cache.mkdir("scene_vae") / key
+    cache = getattr(pytestconfig, "cache", None)  # none under `-p no:cacheprovider`
+    kept = (tmp_path_factory.mktemp("kept") if cache is None else cache.mkdir("scene_vae")) / key
     kept.mkdir(exist_ok=True)
     with (kept / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests in other processes wait for the one that trains
