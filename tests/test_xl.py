@@ -12,13 +12,14 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from safetensors import safe_open
 
+from data_tools.encode.encoder import TextCache
 from finetune import UserError, sampling
 from finetune.batch import Sample
 from finetune.components import load_components
 from finetune.conditioning import batch_of, call_unet
 from finetune.conditioning.text import TextXL
 from tests import fakes
-from tests.conftest import metrics
+from tests.conftest import launch, metrics
 from tests.test_train import parts_of
 
 Command = Callable[..., tuple[int, str]]
@@ -188,3 +189,22 @@ def test_an_adapter_of_unet_and_both_text_encoders_is_diffusers_too(
     with safe_open(tmp_path / "lora.safetensors", framework="pt") as file:
         heads = {key.split("_")[1] for key in file.keys()}  # noqa: SIM118
     assert heads == {"unet", "te1", "te2"}
+
+
+def test_states_of_captions_are_not_kept_of_one_encoder_alone(xl: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is of Stable Diffusion XL.*leave it out"):
+        TextCache(str(xl), torch.device("cpu"), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["true", "false"])
+def test_ddp_and_zero3_agree_over_two_processes(words: list[str], trained: str, tmp_path: Path) -> None:
+    losses = []
+    for strategy in ("ddp", "zero3"):
+        run = tmp_path / strategy
+        more = [f"run.dir={run}", f"strategy={strategy}", f"model.train_text_encoder={trained}", "train.steps=3"]
+        done = launch(2, [*words, *more])
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses.append([line["loss"] for line in metrics(run)])
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)

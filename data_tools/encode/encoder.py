@@ -78,8 +78,14 @@ class TextCache:
     """
 
     def __init__(self, source: str, device: torch.device, root: Any) -> None:
+        from finetune.models.sources import has_part
         from finetune.models.text import load_text, text_info
 
+        if has_part(source, "text_encoder_2"):
+            raise UserError(
+                f"--text-encoder {source} is of Stable Diffusion XL: states are kept of one text encoder and it has "
+                "two; leave it out, captions are then encoded in training"
+            )
         self.tokenizer: CLIPTokenizer
         self.model: CLIPTextModel
         self.tokenizer, model = load_text(source)
