@@ -83,8 +83,8 @@ class TextCache:
 
         if has_part(source, "text_encoder_2"):
             raise UserError(
-                f"--text-encoder {source} is of Stable Diffusion XL: states are kept of one text encoder and it has "
-                "two; leave it out, captions are then encoded in training"
+                f"--text-encoder {source} is of Stable Diffusion XL: states are kept of one text encoder, it has two; "
+                "leave it out, captions are then encoded in training"
             )
         self.tokenizer: CLIPTokenizer
         self.model: CLIPTextModel
