@@ -83,7 +83,7 @@ class TextCache:
 
         if has_part(source, "text_encoder_2"):
             raise UserError(
-                f"--text-encoder {source} is of Stable Diffusion XL: states are kept of one text encoder, it has two; "
+                f"--text-encoder {source} is of Stable Diffusion XL, which has two: states are kept of one; "
                 "leave it out, captions are then encoded in training"
             )
         self.tokenizer: CLIPTokenizer
