@@ -11,6 +11,8 @@ from PIL import Image
 from tests.scenes import COLOURS, GROUND, GROUNDS, draw_scene, write_scenes
 
 SIZE = 32  # pixels of the pictures that the models are trained on
+CELL = 2  # pixels of a latent cell along each side
+FRAME = 8  # pixels
 HELD_OUT = range(10_000, 10_016)  # scenes that no model has seen
 
 
@@ -87,10 +89,12 @@ def psnr(pictures: np.ndarray, truth: np.ndarray) -> float:
 def seam(pictures: np.ndarray, maps: np.ndarray, at: int) -> tuple[float, float]:
     """Mean absolute step between neighbouring pixels where tiles would meet, and the same elsewhere; in 0 to 255.
 
-    Only steps within plain ground count, three pixels from any shape: the edges of shapes are steps by right.
+    Only steps within plain ground count, three pixels from any shape (whose edges are steps by right), and between
+    latent cells: the decoder makes those a little larger than steps within a cell, all over the picture. The frame
+    of the picture, where convolutions see its end, does not count as elsewhere.
 
     Args:
-        at: the column, and the row, that a tile ends before.
+        at: the column, and the row, that a tile ends before; a multiple of `CELL`.
     """
     plain = maps == GROUND
     for axis in (1, 2):
@@ -99,10 +103,10 @@ def seam(pictures: np.ndarray, maps: np.ndarray, at: int) -> tuple[float, float]
     for axis in (1, 2):
         steps = np.abs(np.diff(pictures, axis=axis)).mean(-1) * 255
         both = plain.take(range(1, plain.shape[axis]), axis) & plain.take(range(plain.shape[axis] - 1), axis)
-        place = np.arange(steps.shape[axis])
-        there = np.expand_dims(place == at - 1, 2 if axis == 1 else 1)
-        here.append(steps[both & there])
-        elsewhere.append(steps[both & ~there])
+        place = np.expand_dims(np.arange(1, plain.shape[axis]), 2 - axis)
+        here.append(steps[both & (place == at)])
+        inner = (place >= FRAME) & (place <= plain.shape[axis] - FRAME)
+        elsewhere.append(steps[both & inner & (place != at) & (place % CELL == 0)])
     return float(np.concatenate(here).mean()), float(np.concatenate(elsewhere).mean())
 
 

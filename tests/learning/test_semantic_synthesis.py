@@ -33,11 +33,11 @@ def test_shapes_are_drawn_where_the_maps_have_them(scene_vae: Path, tmp_path: Pa
             ("its own map", f"{overlap(right, maps):.3f}"),
             ("another's map", f"{overlap(shuffled, maps):.3f}"),
             ("twice the size", f"{overlap(twice, large):.3f}"),
-            ("step in plain ground where tiles would meet, and elsewhere", f"{here:.2f} {elsewhere:.2f}"),
+            ("step where tiles would meet, and elsewhere", f"{here:.2f} {elsewhere:.2f}"),
             ("the same of four tiles", f"{tiled_here:.2f} {tiled_elsewhere:.2f}"),
         ],
     )
     assert overlap(right, maps) > overlap(shuffled, maps) + 0.4
     assert overlap(twice, large) > 0.6
-    assert here < 1.25 * elsewhere + 0.25
-    assert tiled_here > 2 * (1.25 * tiled_elsewhere + 0.25), "the measure sees seams where there are some"
+    assert here < 1.25 * elsewhere
+    assert tiled_here > 2 * tiled_elsewhere, "the measure sees seams where there are some"

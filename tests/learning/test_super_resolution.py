@@ -48,11 +48,12 @@ def test_small_pictures_are_enlarged_better_than_by_interpolation(scene_vae: Pat
             ("drawn of another's small picture", f"{psnr(shuffled, pictures):.2f}"),
             ("drawn at twice the size", f"{psnr(twice, large):.2f}"),
             ("bicubic at twice the size", f"{psnr(bicubic_large, large):.2f}"),
-            ("step in plain ground where tiles would meet, and elsewhere", f"{here:.2f} {elsewhere:.2f}"),
+            ("step where tiles would meet, and elsewhere", f"{here:.2f} {elsewhere:.2f}"),
             ("the same of four tiles", f"{tiled_here:.2f} {tiled_elsewhere:.2f}"),
         ],
     )
-    assert psnr(right, pictures) > psnr(bicubic, pictures) + 0.5
+    assert psnr(right, pictures) > psnr(bicubic, pictures) + 1
     assert psnr(right, pictures) > psnr(shuffled, pictures) + 5
-    assert psnr(twice, large) > psnr(bicubic_large, large)
-    assert here < 1.25 * elsewhere + 0.25
+    assert psnr(twice, large) > psnr(bicubic_large, large) + 0.5
+    assert here < 1.25 * elsewhere
+    assert tiled_here > 2 * tiled_elsewhere, "the measure sees seams where there are some"
