@@ -109,8 +109,9 @@ def load_components(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> Components:
-    """Load all parts of a run folder, of a diffusers pipeline's folder or of a hub id.
+    """Load all parts of a run folder, of a diffusers pipeline's folder, of a hub id, or of a single file.
 
     Args:
         weights: a run's averaged weights or those of the last step (see `Weights`); without an average, `ema` gives
@@ -118,6 +119,7 @@ def load_components(
         step: a run's checkpoint; the latest complete one by default.
         lora: a file or folder of an adapter to merge, over what the run trained.
         dtype: of U-Net and text encoder. The autoencoder stays float32: SD's overflow in float16.
+        tokenizer: a folder whose tokenizers are taken, where a model comes without.
 
     Raises:
         UserError: something is missing or broken; the line says what and where.
@@ -125,13 +127,13 @@ def load_components(
     folder = local_folder(source)
     if folder is not None and is_run(folder):
         with chosen_checkpoint(folder, step, weights) as checkpoint:
-            parts = _from_run(folder, checkpoint)
+            parts = _from_run(folder, checkpoint, tokenizer)
     elif step is not None:
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
     elif weights not in ("ema", "raw"):
         raise UserError(f"{source} is no run folder: it has no average {weights}")
     else:
-        parts = _from_model(folder if folder is not None else str(source), revision)
+        parts = _from_model(folder if folder is not None else str(source), revision, tokenizer)
     if lora is not None:
         merge_lora({"unet": parts.unet, **parts.conditioner.parts()}, read_lora(lora))
     _check_fit(parts)
@@ -146,11 +148,12 @@ def load_components(
     return parts
 
 
-def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
+def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Components:
     config = _read_config(run)
     model = _section(config, "model")
     base: str | None = model.get("pretrained")
     revision: str | None = model.get("revision")
+    words = words or model.get("tokenizer")
     lora = read_lora(checkpoint.weights) if (checkpoint.weights / LORA_FILE).is_file() else None
 
     def origin(part: str) -> tuple[str | Path, str | None]:
@@ -169,13 +172,13 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
             return caption_conditioner(load_tokenizer(run / "tokenizer"), encoder)
         if base is None:
             raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
-        tokenizer = load_tokenizer(base, revision, words=model.get("tokenizer"))
+        tokenizer = load_tokenizer(base, revision, words=words)
         if not has_part(base, "text_encoder_2", revision):
             return caption_conditioner(tokenizer, encoder)
         return caption_conditioner_xl(
             tokenizer,
             encoder,
-            load_tokenizer(base, revision, "tokenizer_2", words=model.get("tokenizer")),
+            load_tokenizer(base, revision, "tokenizer_2", words=words),
             load_text_encoder_2(*origin("text_encoder_2")),
             zero_null=zeroes_null_caption(base, revision),
         )
@@ -211,7 +214,7 @@ def _from_run(run: Path, checkpoint: Checkpoint) -> Components:
     )
 
 
-def _from_model(source: str | Path, revision: str | None) -> Components:
+def _from_model(source: str | Path, revision: str | None, words: str | Path | None) -> Components:
     unet = load_unet(source, revision=revision)
     vae = load_autoencoder(source, revision=revision)
     space = _space(vae)
@@ -219,7 +222,7 @@ def _from_model(source: str | Path, revision: str | None) -> Components:
     task = (tasks.Task.load(folder) if folder is not None else None) or _task_of(unet, vae)
 
     def text() -> Conditioner:
-        return load_captions(source, revision)
+        return load_captions(source, revision, words=words)
 
     # What has no part of a name and no task of its own is told so by what can't be loaded.
     has_text = task.name == "text_to_image" or has_part(source, "text_encoder", revision)

@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=device,
         dtype=torch_dtype(arguments.dtype),
         revision=arguments.revision,
+        tokenizer=arguments.tokenizer,
     )
     for notice in parts.notices:
         print(f"note: {notice}", file=sys.stderr)
@@ -143,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="finetune sample", description="Draw pictures of captions and other conditions.", epilog=_EXAMPLES
     )
-    add_source_arguments(parser, "RUN_OR_MODEL", "a run's folder, a diffusers pipeline's folder, or a hub id")
+    add_source_arguments(
+        parser, "RUN_OR_MODEL", "a run's folder, a diffusers pipeline's folder, a hub id, or a file"
+    )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a caption; may be repeated")
     parser.add_argument("--prompts", metavar="FILE", help="a text file with a caption on each line")
     parser.add_argument("--label", action="append", default=[], metavar="NAME", help="a class, by name or number")

@@ -33,7 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: a mistake in the arguments, or a run that cannot be exported so.
     """
     parser = Parser(prog="finetune export", description="Write a run's result for other tools.", epilog=_EXAMPLES)
-    add_source_arguments(parser, "RUN", "a run's folder (for diffusers also a model: folder or hub id)")
+    add_source_arguments(
+        parser, "RUN", "a run's folder (for diffusers and single-file also a model: folder, hub id or file)"
+    )
     parser.add_argument("--format", required=True, metavar="|".join(FORMATS), help="what to write")
     parser.add_argument(
         "--out",
@@ -60,14 +62,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "step": arguments.checkpoint,
         "dtype": torch_dtype(arguments.dtype),
     }
+    model = {"revision": arguments.revision, "tokenizer": arguments.tokenizer}
     if arguments.format == "lora":
         notices = export_lora(arguments.source, out, **chosen)
     elif arguments.format == "kohya":
         notices = export_kohya(arguments.source, out, **chosen)
     elif arguments.format == "single-file":
-        notices = export_single_file(arguments.source, out, **chosen, revision=arguments.revision)
+        notices = export_single_file(arguments.source, out, **chosen, **model)
     else:
-        notices = export_pipeline(arguments.source, out, **chosen, revision=arguments.revision)
+        notices = export_pipeline(arguments.source, out, **chosen, **model)
     for notice in notices:
         print(f"note: {notice}")
     print(out)

@@ -14,6 +14,9 @@ def add_source_arguments(parser: argparse.ArgumentParser, metavar: str, text: st
     """The model that a command works on."""
     parser.add_argument("source", metavar=metavar, help=text)
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="with vocab.json and merges.txt, for a single file (default: CLIP's)"
+    )
 
 
 def add_weights_arguments(parser: argparse.ArgumentParser) -> None:

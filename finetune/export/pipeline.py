@@ -43,6 +43,7 @@ def export_pipeline(
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[str, ...]:
     """Write a run or model in the diffusers layout; a LoRA is merged into the weights it adapts.
 
@@ -56,7 +57,7 @@ def export_pipeline(
         UserError: the source cannot be loaded, its latents are shifted, which pipelines do not undo, or it
             predicts the flow, which they cannot sample.
     """
-    parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision)
+    parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision, tokenizer=tokenizer)
     text = parts.text
     xl = isinstance(text, TextXL)
     kind = PIPELINES.get((parts.task.name, xl))

@@ -34,6 +34,7 @@ def export_single_file(
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
+    tokenizer: str | Path | None = None,
 ) -> tuple[str, ...]:
     """Write U-Net, autoencoder and text encoders of a run or model into one file; a LoRA is merged.
 
@@ -46,7 +47,7 @@ def export_single_file(
     Raises:
         UserError: the source cannot be loaded, or a reader of such files would take it for something else.
     """
-    parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision)
+    parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision, tokenizer=tokenizer)
     if parts.is_flow:
         raise UserError(
             f"{source} predicts the flow, which no reader of such files expects; use --format diffusers"

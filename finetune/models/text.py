@@ -102,8 +102,8 @@ def load_tokenizer(
             place = download(CLIP, ["*.json", "merges.txt"])
         except UserError as error:
             raise UserError(
-                f"{file} holds no tokenizer, and that of {CLIP} is out of reach: give model.tokenizer=FOLDER, with "
-                "its vocab.json and merges.txt"
+                f"{file} holds no tokenizer, and that of {CLIP} is out of reach: give model.tokenizer=FOLDER "
+                "(or --tokenizer FOLDER) with its vocab.json and merges.txt"
             ) from error
     # OpenCLIP fills captions up with "!", CLIP with the end token; a folder made for the model says so itself.
     part = subfolder.replace("tokenizer", "text_encoder")
@@ -160,7 +160,7 @@ def _fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIP
     if words > known:
         raise UserError(
             f"the text encoder of {source} knows {known} tokens and the tokenizer has {words}: give the one that "
-            "it was trained with as model.tokenizer=FOLDER"
+            "it was trained with as model.tokenizer=FOLDER or --tokenizer FOLDER"
         )
     # Files may say another length than the encoder has places.
     tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune import UserError, export
+from finetune import UserError, export, sample
 from finetune.components import Components, load_components
 from finetune.export import folder
 from finetune.models import ldm_keys, single_file
@@ -85,6 +86,19 @@ def test_diffusers_draws_the_same_from_a_file_of_xl(tmp_path: Path) -> None:
     np.testing.assert_allclose(drawn(single), drawn(pipe), rtol=0, atol=1e-5)
     with safe_open(out, framework="pt") as file:
         assert file.metadata()["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+
+
+def test_a_file_is_drawn_from_and_exported_to_a_folder(base: Path, tmp_path: Path) -> None:
+    file, folder, tokenizer = tmp_path / "model.safetensors", tmp_path / "folder", ["--tokenizer", str(base)]
+    export.main([str(base), "--format", "single-file", "--out", str(file)])
+    export.main([str(file), "--format", "diffusers", "--out", str(folder), *tokenizer])
+    pipes = [StableDiffusionPipeline.from_pretrained(source) for source in (base, folder)]
+    np.testing.assert_array_equal(drawn(pipes[1]), drawn(pipes[0]))
+    pictures = [tmp_path / "one.png", tmp_path / "other.png"]
+    settings = ["--prompt", "a red apple", "--steps", "2", "--device", "cpu"]
+    sample.main([str(file), *settings, *tokenizer, "--out", str(pictures[0])])
+    sample.main([str(folder), *settings, "--out", str(pictures[1])])
+    np.testing.assert_array_equal(*(np.asarray(Image.open(picture)) for picture in pictures))
 
 
 def weights_of(parts: Components) -> dict[str, torch.Tensor]:
