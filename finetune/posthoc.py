@@ -169,7 +169,7 @@ def chosen_checkpoint(run: Path, step: int | None = None, weights: Weights = "em
 def made_afterwards(run: str | Path, sigma_rel: float, step: int | None = None) -> Iterator[Made]:
     """The average of a length at a snapshot, in a temporary folder that holds as long as the context.
 
-    Memory holds one tensor at a time; the folder takes as much of the disk as the weights.
+    Memory holds five times the largest tensor; the folder takes as much of the disk as the weights.
 
     Raises:
         UserError: there are no snapshots, or none that make this length well.
@@ -220,14 +220,19 @@ def _combine_files(parts: Sequence[tuple[Path, float]], out: Path) -> None:
             files = []
             for path, share in parts:
                 files.append((path, share, stack.enter_context(safe_open(path, framework="pt"))))
+            # Buffers for the largest tensor, used again: ones of each size would leave holes of hundreds of MiB.
+            largest = max((math.prod(entry["shape"]) for _, entry in entries), default=0)
+            sums, addend = (torch.empty(largest, dtype=torch.float64) for _ in range(2))
+            rounded = torch.empty(largest)
             for key, entry in entries:
-                total = torch.zeros(entry["shape"], dtype=torch.float64)
+                count = math.prod(entry["shape"])
+                total = sums[:count].zero_()
                 for path, share, file in files:  # noqa: B007 # an error names the file
                     tensor = file.get_tensor(key)
                     if list(tensor.shape) != entry["shape"]:
                         raise ValueError(f"{key} is {list(tensor.shape)}, in the last one {entry['shape']}")
-                    total += share * tensor.double()
-                target.write(total.float().contiguous().numpy().tobytes())
+                    total.add_(addend[:count].copy_(tensor.view(-1)), alpha=share)
+                target.write(rounded[:count].copy_(total).numpy().data)
     except (SafetensorError, RuntimeError, KeyError, ValueError, FileNotFoundError) as error:
         raise UserError(
             f"{path} cannot be added to the other snapshots ({first_line(error)}); remove its snapshot's folder"
