@@ -29,7 +29,8 @@ from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_config, scheduler_config
-from finetune.models.sources import has_part, local_folder
+from finetune.models.single_file import open_file
+from finetune.models.sources import fetch_file, has_part, local_folder
 from finetune.models.text import (
     load_text_encoder,
     load_text_encoder_2,
@@ -230,14 +231,23 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
     for name, part in conditioner.parts().items():
         if not name.startswith("text_encoder"):
             _load_part(part, Path(source) / name)
+    scheduler = load_scheduler(source, revision)
+    notices: tuple[str, ...] = ()
+    file = fetch_file(source, revision)
+    if file is not None and "prediction_type" not in scheduler and open_file(file).kind == "sd2":
+        notices = (
+            f"{file} does not say what its U-Net predicts, and models of Stable Diffusion 2.x differ: taken for "
+            f"the noise; for v, put its configuration beside it as {file.with_suffix('.yaml').name}",
+        )
     return Components(
         unet=unet,
         vae=vae,
         conditioner=conditioner,
         task=task,
-        scheduler=sampler_config(load_scheduler(source, revision)),
+        scheduler=sampler_config(scheduler),
         latents=space,
         source=str(source),
+        notices=notices,
     )
 
 

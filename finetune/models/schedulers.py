@@ -64,7 +64,7 @@ def load_scheduler(source: str | Path, revision: str | None = None) -> dict[str,
 
 
 def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction: str) -> list[str]:
-    """In which ways a model was trained otherwise than a run will train it, in words.
+    """In which ways a model was trained otherwise than a run will train it, in words, as far as the model says.
 
     Args:
         own: of the model (see `load_scheduler`).
@@ -73,7 +73,7 @@ def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction:
     if own.get("_class_name") == FLOW_SCHEDULER:
         return [] if prediction == "flow" else [f"predicts flow, not objective.prediction={prediction}"]
     names = {"v_prediction": "v", "sample": "x0"}
-    predicts = str(own.get("prediction_type", "epsilon"))
+    predicts = str(own.get("prediction_type", prediction))
     predicts = names.get(predicts, predicts)
     found = [] if predicts == prediction else [f"predicts {predicts}, not objective.prediction={prediction}"]
     for key in () if prediction == "flow" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):

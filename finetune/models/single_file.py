@@ -121,27 +121,31 @@ class SingleFile:
         return params if isinstance(params, dict) else {}
 
     @cached_property
-    def prediction(self) -> str:
-        """What the U-Net predicts, in diffusers' terms, as far as the file says; else the noise, as most do."""
-        told = {"v": "v_prediction", "x0": "sample"}
+    def prediction(self) -> str | None:
+        """What the U-Net predicts, in diffusers' terms; None where the file does not say, as most don't."""
+        told = {"eps": "epsilon", "epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}
         if "parameterization" in self.sidecar:
-            return told.get(self.sidecar["parameterization"], "epsilon")
+            return told.get(str(self.sidecar["parameterization"]))
         if "v_pred" in self.tensors or self.kind == "upscaler":  # the first: a mark that ComfyUI looks for
             return "v_prediction"
-        return told.get(self.metadata.get("modelspec.prediction_type", ""), "epsilon")
+        return told.get(self.metadata.get("modelspec.prediction_type", ""))
 
     def scheduler(self) -> dict[str, Any]:
-        """The noise schedule, in diffusers' terms: the sidecar's, else what the kind of model was trained with."""
+        """The noise schedule, in diffusers' terms: the sidecar's, else what the kind of model was trained with.
+
+        Without `prediction_type` where the file does not say it.
+        """
         if "scheduler" in self.written:
             return dict(self.written["scheduler"])
         start, end = (0.0001, 0.02) if self.kind == "upscaler" else (0.00085, 0.012)
-        made = {
+        made: dict[str, Any] = {
             "num_train_timesteps": int(self.sidecar.get("timesteps", 1000)),
             "beta_start": float(self.sidecar.get("linear_start", start)),
             "beta_end": float(self.sidecar.get("linear_end", end)),
             "beta_schedule": "scaled_linear",
-            "prediction_type": self.prediction,
         }
+        if self.prediction is not None:
+            made["prediction_type"] = self.prediction
         if "ztsnr" in self.tensors:
             made |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         return made

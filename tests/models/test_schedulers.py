@@ -25,7 +25,7 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
         ({"_class_name": FLOW_SCHEDULER}, "flow", []),
         ({"_class_name": FLOW_SCHEDULER}, "v", ["predicts flow, not objective.prediction=v"]),
         (SD | {"beta_end": 0.02}, "epsilon", ["has beta_end=0.02, not model.scheduler.beta_end=0.012"]),
-        ({}, "epsilon", []),
+        ({}, "v", []),
     ],
 )
 def test_what_a_model_was_trained_for_is_compared(own: dict[str, object], prediction: str, says: list[str]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from finetune import UserError
+from finetune.components import load_components
 from finetune.models import ldm_keys, single_file, text
 from finetune.models.autoencoder import load_autoencoder
 from finetune.models.single_file import SingleFile, open_file, text_config, unet_config, vae_config
@@ -301,13 +302,15 @@ def test_the_schedule_is_the_kinds_or_the_sidecars(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     save_file(tensors, path)
     sd = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    assert open_file(path).scheduler() == sd | {"prediction_type": "epsilon"}
+    assert open_file(path).scheduler() == sd
     save_file(tensors, path, metadata={"modelspec.prediction_type": "v"})
     assert open_file(path).scheduler()["prediction_type"] == "v_prediction"
     params = "{parameterization: v, linear_start: 0.001, linear_end: 0.01, timesteps: 500}"
     path.with_suffix(".yaml").write_text(f"model: {{params: {params}}}")
     told = {"num_train_timesteps": 500, "beta_start": 0.001, "beta_end": 0.01, "prediction_type": "v_prediction"}
     assert open_file(path).scheduler() == sd | told
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
+    assert open_file(path).scheduler() == sd | {"prediction_type": "epsilon"}  # over what the metadata say
     path.with_suffix(".yaml").write_text("[")
     with pytest.raises(UserError, match=r"model\.yaml is no configuration"):
         open_file(path).scheduler()
@@ -315,6 +318,19 @@ def test_the_schedule_is_the_kinds_or_the_sidecars(tmp_path: Path) -> None:
     save_file(tensors | {"v_pred": torch.ones(1), "ztsnr": torch.ones(1)}, path)
     told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     assert open_file(path).scheduler() == sd | told
+
+
+def test_a_file_of_2_that_does_not_say_what_it_predicts_is_pointed_out(tmp_path: Path) -> None:
+    text.save_tokenizer(fakes.tokenizer(), tmp_path / "words")
+    path = tmp_path / "model.safetensors"
+    for kind, told in (("sd1", 0), ("sd2", 1)):
+        save_file(small(kind)[1], path)
+        parts = load_components(path, tokenizer=tmp_path / "words")
+        assert len(parts.notices) == told and parts.scheduler["prediction_type"] == "epsilon"
+    assert "put its configuration beside it as model.yaml" in parts.notices[0]
+    path.with_suffix(".yaml").write_text("model: {params: {parameterization: v}}")
+    parts = load_components(path, tokenizer=tmp_path / "words")
+    assert parts.notices == () and parts.scheduler["prediction_type"] == "v_prediction"
 
 
 def test_what_is_no_such_file_is_one_line(tmp_path: Path) -> None:
