@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,55 @@ def write_latents(folder: Path, source: Path) -> Path:
         info = encoder_info(vae, str(source), folder)
         summary = statistics.summary(LatentSpace(info.scale, info.shift))
         writer.finish(encoder=info, latents=LatentStats(*summary))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def labelled(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 pictures of 32 px as latents, with all that any task reads."""
+    import torch
+    from PIL import Image
+
+    from finetune.data.shards import LatentStats, ShardWriter, json_bytes, latent_bytes, write_classes
+    from finetune.latents import LatentSpace, RunningMoments
+    from finetune.models.autoencoder import encode_moments, encoder_info, load_autoencoder
+
+    def png(pixels: np.ndarray) -> bytes:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        return buffer.getvalue()
+
+    folder = tmp_path_factory.mktemp("labelled") / "latents"
+    vae = load_autoencoder(str(pipeline))
+    draw = np.random.default_rng(0)
+    statistics = RunningMoments()
+    members = ["latent.npy", "json", "map.png", "hole.npy", "masked.npy", "lowres.png"]
+    with ShardWriter(folder, "latents", members=members, max_samples=16) as writer:
+        for index in range(24):
+            pixels = draw.uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)
+            moments = encode_moments(vae, torch.from_numpy(pixels)).numpy().astype(np.float16)
+            statistics.add(moments[:1])
+            sample = {
+                "latent.npy": latent_bytes(moments[0]),
+                "json": json_bytes(
+                    {
+                        "captions": [CAPTIONS[index % len(CAPTIONS)]],
+                        "class": index % 3,
+                        "boxes": [[index % 3, 0.1, 0.2, 0.6, 0.9]],
+                        "original_size": [48, 40],
+                        "crop": [2, 0, 32, 32],
+                    }
+                ),
+                "map.png": png(draw.integers(0, 3, (32, 32), np.uint8)),
+                "hole.npy": latent_bytes(draw.integers(0, 2, (2, 8, 8), np.uint8)),
+                "masked.npy": latent_bytes(moments[1:]),
+                "lowres.png": png(draw.integers(0, 256, (8, 8, 3), np.uint8)),
+            }
+            writer.write(f"{index:05d}", sample, bucket=(32, 32))
+        info = encoder_info(vae, str(pipeline), folder)
+        summary = statistics.summary(LatentSpace(info.scale, info.shift))
+        manifest = writer.finish(encoder=info, latents=LatentStats(*summary))
+    replace(manifest, classes=write_classes(folder, ["circle", "square", "triangle"])).save(folder)
     return folder
 
 

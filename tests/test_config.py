@@ -114,7 +114,7 @@ def test_runs_of_a_name_live_in_its_folder() -> None:
 def test_the_smoke_experiment_is_twenty_steps_of_a_tiny_model() -> None:
     made = composed("experiment=smoke")
     assert made.train.steps == 20 and made.model.pretrained is None
-    assert made.model.unet["in_channels"] == made.model.unet["out_channels"] == 4
+    assert made.model.unet["sample_size"] == 8 and "in_channels" not in made.model.unet
 
 
 # --- mistakes -------------------------------------------------------------------------------------
