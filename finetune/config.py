@@ -7,6 +7,7 @@ schema from its own folder of choices, and every mistake into one line. Componen
 
 from __future__ import annotations
 
+import ast
 import difflib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -339,6 +340,22 @@ def describe(config_name: str, schema: type, folder: str = "") -> str:
     lines += [f"  {name:<{width}}  {', '.join(names)}" for name, names in choices.items()]
     lines += ["", "keys and their defaults (KEY=VALUE; ??? must be given):"]
     lines += [f"  {key}={default}" for key, default in defaults(schema)]
+    return "\n".join(lines)
+
+
+def describe_tasks() -> str:
+    """For `--help`: each task, what it is, and its own keys with their defaults, as its source says."""
+    lines = ["tasks (task=NAME) and their keys (task.options.KEY=VALUE):"]
+    for path in sorted((Path(__file__).parent / "tasks").glob("[!_]*.py")):
+        module = ast.parse(path.read_text(encoding="utf-8"))
+        (options,) = [each for each in module.body if isinstance(each, ast.ClassDef) and each.name == "Options"]
+        keys = [
+            f"{ast.unparse(each.target)}={json.dumps(ast.literal_eval(each.value))}"
+            for each in options.body
+            if isinstance(each, ast.AnnAssign) and each.value is not None
+        ]
+        said = (ast.get_docstring(module) or "").splitlines()[0]
+        lines += [f"  {path.stem}: {said}", *([f"      {'  '.join(keys)}"] if keys else [])]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import STOPPED, UserError, first_line, is_by_all, run_cli
-from finetune.config import Config, compose, describe
+from finetune.config import Config, compose, describe, describe_tasks
 from finetune.terminal import quiet_libraries, speak_in_turn
 
 if TYPE_CHECKING:
@@ -43,9 +43,7 @@ options:
 
 def main(argv: list[str]) -> int:
     if any(word in ("-h", "--help") for word in argv):
-        from finetune import tasks
-
-        print(f"{USAGE}\n{describe('train', Config)}\n\n{tasks.describe()}")
+        print(f"{USAGE}\n{describe('train', Config)}\n\n{describe_tasks()}")
         return 0
     # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

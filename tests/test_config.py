@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import UserError, build
+from finetune import UserError, tasks, build
 from finetune.autoencoder import config as autoencoder
 from finetune.config import Config, compose, conf_dir, groups
 
@@ -271,6 +271,8 @@ def test_help_names_groups_and_keys_without_importing_torch() -> None:
     assert done.returncode == 0, done.stderr
     for group, choices in groups().items():
         assert re.search(rf"^  {group} +{', '.join(choices)}$", done.stdout, re.MULTILINE), group
+    for name in tasks.names():
+        assert re.search(rf"^  {name}: [A-Z].+\.$", done.stdout, re.MULTILINE), name
     keys = list(leaves(OmegaConf.structured(Config)))
     assert len(keys) > 50
     for key in keys:

@@ -62,16 +62,6 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def describe() -> str:
-    """For `--help`: each task, what it is, and its own keys with their defaults."""
-    lines = ["tasks (task=NAME) and their keys (task.options.KEY=VALUE):"]
-    for name in names():
-        module = importlib.import_module(f"{__name__}.{name}")
-        keys = "  ".join(f"{key}={json.dumps(value)}" for key, value in asdict(module.Options()).items())
-        lines += [f"  {name}: {(module.__doc__ or '').splitlines()[0]}", *([f"      {keys}"] if keys else [])]
-    return "\n".join(lines)
-
-
 def options(name: str, settings: Mapping[str, Any]) -> Any:
     """A task's `Options`, of what the configuration says.
 
