@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import UserError, tasks, build
+from finetune import UserError, build, tasks
 from finetune.autoencoder import config as autoencoder
 from finetune.config import Config, compose, conf_dir, groups
 
