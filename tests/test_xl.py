@@ -117,6 +117,7 @@ def words(overrides: list[str], pipeline: Path, xl: Path) -> list[str]:
     return [*overrides, f"model.pretrained={xl}", f"model.vae={pipeline}", "model.unet={}", "train.precision=fp32"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bits_and_draws(
     words: list[str], command: Command, tmp_path: Path, xl: Path
 ) -> None:
@@ -160,6 +161,9 @@ def test_weights_of_trained_text_encoders_are_drawn_with(
     for name, module in parts.text.parts().items():  # type: ignore[union-attr]
         own = before.text.parts()[name].state_dict()  # type: ignore[union-attr]
         assert any(not torch.equal(tensor, own[key]) for key, tensor in module.state_dict().items())
+    out = tmp_path / "a.png"
+    assert command("sample", str(tmp_path / "run"), "--prompt", "a cat", "--steps", "1", "--out", str(out))[0] == 0
+    assert out.is_file()
     files = sorted((tmp_path / "run").glob("checkpoints/*/weights/text_encoder_2/model.safetensors"))
     with safe_open(files[-1], framework="pt") as file:
         assert "text_projection.weight" in file.keys()  # noqa: SIM118

@@ -106,7 +106,7 @@ def weights_of(parts: Components) -> dict[str, torch.Tensor]:
     return {f"{n}.{k}": v for n, module in modules.items() for k, v in module.state_dict().items()}
 
 
-@pytest.mark.parametrize("kind", ["sd", "xl"])
+@pytest.mark.parametrize("kind", [pytest.param("sd", marks=pytest.mark.slow), "xl"])
 def test_a_file_is_trained_on_exported_and_read_again(
     kind: str, base: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
