@@ -32,7 +32,9 @@ def models(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     def of(hub_id: str) -> Path:
         if "xl" in hub_id:
-            return folder / "xl" if (folder / "xl").exists() else fakes.tiny_sdxl(folder / "xl")
+            channels = 9 if "inpainting" in hub_id else 4
+            made = folder / f"xl-{channels}"
+            return made if made.exists() else fakes.tiny_sdxl(made, in_channels=channels)
         if "inpainting" in hub_id:
             return with_unet("inpainting", in_channels=9)
         if "x4" in hub_id:
