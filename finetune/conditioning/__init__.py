@@ -6,6 +6,8 @@ the module that a strategy wraps, makes what the U-Net takes (`forward`). Sampli
 asks for becomes a `Sample` as shards hold it.
 
 text            captions, by one encoder or two
+labels          what labels ask of data and model
+spatial         what lies beside the latents, cell by cell
 `finetune.tasks` has one file for each task, which puts conditioners together
 """
 
