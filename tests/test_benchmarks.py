@@ -31,6 +31,7 @@ def test_train_step_compares_with_the_stock_loop(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
 
+@pytest.mark.slow
 def test_strategies_follow_the_stock_ddp_loop():
     """Peer and ours draw the same numbers: one curve, but that ZeRO rounds weights to bf16."""
     chosen = ("--gpus", "2", "--batch", "2", "--seconds", "0.1", "--losses", "4", "--variants", "peer_ddp,zero2")

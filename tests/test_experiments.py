@@ -58,7 +58,8 @@ def test_an_experiment_runs_two_steps(
     if config.model.pretrained is not None:
         overrides += [f"model.pretrained={models(config.model.pretrained)}", f"model.vae={pipeline}"]
     else:
-        overrides += ["model.unet.block_out_channels=[16,32]"]
+        levels = len(config.model.unet["block_out_channels"])
+        overrides += [f"model.unet.block_out_channels={[16, 32, 32][:levels]}"]
     overrides += [
         f"run.dir={tmp_path / 'run'}",
         "train.steps=2",

@@ -144,7 +144,7 @@ def test_saved_encoder_has_the_names_of_stable_diffusion_and_comes_back(tokenize
 
 
 def test_missing_parts_are_named(tmp_path):
-    with pytest.raises(UserError, match="holds no tokenizer"):
+    with pytest.raises(UserError, match="holds no text encoder"):
         text.load_text(tmp_path)
     with pytest.raises(UserError, match="no such folder"):
         text.load_text_encoder(tmp_path / "absent")
