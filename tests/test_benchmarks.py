@@ -23,6 +23,7 @@ def lines(script: str, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.mark.slow
 def test_train_step_compares_with_the_stock_loop(tmp_path):
     out = tmp_path / "results.jsonl"
     rows = lines("train_step", "--work", "tiny", "--seconds", "0.1", "--batch", "2", "--out", str(out))
