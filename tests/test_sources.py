@@ -135,6 +135,7 @@ def server(latents: Path) -> Iterator[Server]:
         yield running
 
 
+@pytest.mark.slow
 def test_two_ranks_train_from_a_server_as_from_a_folder(
     server: Server, latents: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:

@@ -82,6 +82,7 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
     assert (one / "vae" / "config.json").read_text() == (other / "vae" / "config.json").read_text()
 
 
+@pytest.mark.slow
 def test_sigkill_and_the_same_command_end_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
     steps = 40
     more = (f"train.steps={steps}", "checkpoint.every=7")

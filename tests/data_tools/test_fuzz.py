@@ -35,6 +35,8 @@ from finetune.data.shards import (
 )
 from tests.data_tools.conftest import encoded, smooth_picture
 
+pytestmark = pytest.mark.slow
+
 BUCKETS = ((16, 16), (16, 24))
 # Seeded: the same examples every time. The slow test below draws many more.
 quick = settings(

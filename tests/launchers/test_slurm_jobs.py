@@ -78,6 +78,7 @@ def test_two_nodes_train_as_one_run(calm: Job) -> None:
     assert "srun: error" not in calm.text()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_then_stopped_then_requeued_ends_bit_identical(
     slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path

@@ -32,6 +32,7 @@ run_cli(lambda: train.main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_then_stopped_it_goes_on_each_time(settings, calm, tmp_path):
     """One rank is killed; one rank is told to stop, and all save; then to the end, in one W&B run."""
