@@ -37,12 +37,15 @@ def keep_snapshot(
         raise
 
 
+def kept_averages(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's averages those that a snapshot keeps, as its record has them, by their folders."""
+    return {folder: it for folder, it in record["averages"].items() if "sigma_rel" in it}
+
+
 def _fill(temporary: Path, checkpoint: Path, record: Mapping[str, Any], sums: Mapping[str, FileSum]) -> None:
     averages: dict[str, Any] = {}
     kept_sums: dict[str, FileSum] = {}
-    for folder, it in record["averages"].items():
-        if "sigma_rel" not in it:
-            continue
+    for folder, it in kept_averages(record).items():
         short = f"power-{it['sigma_rel']:g}"
         averages[short] = it
         for path in (path for path in sorted((checkpoint / folder).rglob("*")) if path.is_file()):

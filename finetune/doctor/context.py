@@ -39,7 +39,7 @@ class Context:
         parts: what a run is made of, None until and unless it could be built.
         step_seconds: of each step made so far, on this rank.
         peak_bytes, reserved_bytes: on this rank's GPU while steps were made, of tensors and with torch's reserve.
-        checkpoint_bytes: what a checkpoint takes on the disk.
+        checkpoint_bytes, snapshot_bytes: what a checkpoint, and the averages that are kept of it, take on the disk.
         apart: config keys whose values differ among the ranks.
     """
 
@@ -56,6 +56,7 @@ class Context:
     peak_bytes: int = 0
     reserved_bytes: int = 0
     checkpoint_bytes: int = 0
+    snapshot_bytes: int = 0
     apart: list[str] = field(default_factory=list)
 
     def exchange(

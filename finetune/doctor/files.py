@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import secrets
 import shutil
@@ -244,18 +245,30 @@ def _sync(path: Path) -> None:
 
 
 def space_row(context: Context, existing: Callable[[], int]) -> Row:
-    """Free space against `checkpoint.keep` checkpoints and the one being written.
+    """Free space against `checkpoint.keep` checkpoints, the one being written, and the snapshots of averages.
+
+    Snapshots count in full: on file systems that can link files they share some with the checkpoints that are kept.
 
     Args:
-        existing: bytes that the run's checkpoints take already.
+        existing: bytes that the run's checkpoints and snapshots take already.
     """
-    keep = context.config.checkpoint.keep
+    config = context.config
     assert context.scratch is not None
-    needed = max(0, (keep + 1) * context.checkpoint_bytes - existing())
+    keep, kept, each = config.checkpoint.keep, config.ema.snapshot_keep, context.snapshot_bytes
+    snapshots = 0 if not config.ema.snapshot_every else math.ceil(config.train.steps / config.ema.snapshot_every)
+    if kept is not None:
+        snapshots = min(snapshots, kept)
+    needed = max(0, (keep + 1) * context.checkpoint_bytes + snapshots * each - existing())
     free = shutil.disk_usage(context.scratch).free
-    text = f"{keep} + 1 checkpoints of {size_text(context.checkpoint_bytes)} need {size_text(needed)} more"
+    text, remedy = (
+        f"{keep} + 1 checkpoints of {size_text(context.checkpoint_bytes)}",
+        "make room, or lower checkpoint.keep",
+    )
+    if snapshots:
+        text, remedy = f"{text} and {snapshots} snapshots of {size_text(each)}", f"{remedy} or ema.snapshot_keep"
+    text = f"{text} need {size_text(needed)} more"
     if free < needed:
-        return Row("space", FAIL, f"{text}, {size_text(free)} are free", "make room, or lower checkpoint.keep")
+        return Row("space", FAIL, f"{text}, {size_text(free)} are free", remedy)
     if free < 1.2 * needed:
-        return Row("space", WARN, f"{text}, {size_text(free)} are free", "make room, or lower checkpoint.keep")
+        return Row("space", WARN, f"{text}, {size_text(free)} are free", remedy)
     return Row("space", OK, f"{text}, {size_text(free)} are free")

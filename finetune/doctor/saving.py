@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 from finetune import UserError, build, loop
 from finetune.checkpoint import Progress, require_same
+from finetune.checkpoint.snapshots import kept_averages
 from finetune.distributed import Strategy
 from finetune.doctor.context import Context, settle
 from finetune.doctor.files import space_row
@@ -16,7 +19,8 @@ from finetune.doctor.steps import STEPS, at_start, loop_config, make_steps
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
 from finetune.doctor.weights import Weights, checksum, weights_of
 from finetune.loop import Parts
-from finetune.runs import complete_checkpoints
+from finetune.posthoc import complete_snapshots
+from finetune.runs import complete_checkpoints, latest_checkpoint
 
 _LOSS_RTOL = 1e-3  # of a repeated step on a GPU, whose kernels may add in another order
 
@@ -103,8 +107,10 @@ def resume_rows(context: Context) -> list[Row]:
     on_gpu = world.device.type == "cuda"
     if not exact and (not on_gpu or apart > _LOSS_RTOL):
         wrong.append(f"the step after loading is another than without it: the losses differ by {apart:.1e}")
-    size = sum(path.stat().st_size for path in (context.scratch / "checkpoints").rglob("*") if path.is_file())
-    context.checkpoint_bytes = size
+    saved_to = latest_checkpoint(context.scratch)
+    context.checkpoint_bytes = size = _bytes([saved_to])
+    record = json.loads((saved_to / "trainer.json").read_text())
+    context.snapshot_bytes = _bytes(saved_to / folder for folder in kept_averages(record))
     if wrong:
         remedy = "if all rows above are good, do not trust this file system with checkpoints: compare with another"
         return [Row(name, FAIL, "; ".join(wrong[:4]), remedy)]
@@ -128,12 +134,14 @@ def _state_digest(strategy: Strategy, parts: Parts) -> str:
 
 
 def _kept_bytes(run: Path) -> int:
-    return sum(
-        file.stat().st_size
-        for folder in complete_checkpoints(run).values()
-        for file in folder.rglob("*")
-        if file.is_file()
-    )
+    """Of a run's checkpoints and snapshots."""
+    return _bytes([*complete_checkpoints(run).values(), *complete_snapshots(run).values()])
+
+
+def _bytes(folders: Iterable[Path]) -> int:
+    """Of all files in these folders; one that several share, by links, counts once."""
+    files = [file.stat() for folder in folders for file in folder.rglob("*") if file.is_file()]
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def run_rows(context: Context) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 from finetune import build, loop
 from finetune.config import Config, StrategyConfig, compose
 from finetune.distributed import StopRequest, World
-from finetune.doctor import launch, memory, network, steps, table, weights
+from finetune.doctor import files, launch, memory, network, saving, steps, table, weights
 from finetune.doctor.board import Board
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
@@ -211,13 +212,45 @@ def test_code_is_compared_by_its_contents(monkeypatch, tmp_path):
 
 
 def test_a_lock_that_is_held_is_refused(tmp_path: Path) -> None:
-    from finetune.doctor import files
-
     path = tmp_path / "lock"
     with path.open("w") as held:
         files.fcntl.flock(held, files.fcntl.LOCK_EX)
         assert files._refused(path)
     assert not files._refused(path)
+
+
+@pytest.mark.parametrize(
+    ("every", "kept", "free", "result", "says"),
+    [
+        (0, None, 400, OK, "3 + 1 checkpoints of 100 MiB need 300 MiB more, 400 MiB are free"),
+        (25, None, 600, WARN, "100 MiB and 9 snapshots of 30.0 MiB need 570 MiB more, 600 MiB are free"),
+        (25, 2, 600, OK, "and 2 snapshots of 30.0 MiB need 360 MiB more"),
+        (25, None, 500, FAIL, "570 MiB more, 500 MiB are free"),
+    ],
+)  # fmt: skip
+def test_snapshots_need_space_as_checkpoints_do(tmp_path, monkeypatch, every, kept, free, result, says):
+    """Of 210 steps the last one is kept too; 100 MiB lie in the run's folder already."""
+    context = context_of("a")
+    context.scratch, context.checkpoint_bytes, context.snapshot_bytes = tmp_path, 100 << 20, 30 << 20
+    context.config.train.steps, context.config.checkpoint.keep = 210, 3
+    context.config.ema.snapshot_every, context.config.ema.snapshot_keep = every, kept
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": free << 20}))
+    row = files.space_row(context, lambda: 100 << 20)
+    assert row.result == result and says in row.seen, row
+    assert ("ema.snapshot_keep" in row.remedy) == (result != OK)
+
+
+def test_what_a_snapshot_shares_with_its_checkpoint_lies_there_once(tmp_path):
+    run = tmp_path / "run"
+    checkpoint, snapshot = run / "checkpoints/step-00000002", run / "snapshots/step-00000002"
+    for folder in (checkpoint / "ema-power-0.1", snapshot / "power-0.1"):
+        folder.mkdir(parents=True)
+        (folder.parent / "trainer.json").write_text("{}")
+    (checkpoint / "ema-power-0.1/model").write_bytes(bytes(1000))
+    (snapshot / "power-0.1/model").hardlink_to(checkpoint / "ema-power-0.1/model")
+    assert saving._kept_bytes(run) == 1000 + 2 * 2
+    shutil.rmtree(checkpoint)
+    assert saving._kept_bytes(run) == 1000 + 2
 
 
 def context_of(*hosts: str, **settings: str) -> Context:
