@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
-from finetune import export
+from finetune import UserError, export, sample, tasks
 from finetune.components import Components, load_components
+from finetune.conditioning import Conditioner, Given
+from finetune.latents import LatentSpace
+from finetune.models.unet import build_unet
+from finetune.tasks import Task
 from tests import fakes
 
 SCALES = {"inpainting": 0.18215, "xl": 0.13025, "upscaler": 0.08333}
@@ -83,3 +94,87 @@ def test_a_single_file_is_the_same_model(
         assert_same(modules(again)[name], module, name)
     assert (again.task, again.latents) == (parts.task, parts.latents)
     assert again.scheduler == parts.scheduler
+
+
+ATTENDS_TO_NOTHING = {
+    "down_block_types": ["AttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "AttnUpBlock2D"],
+    "cross_attention_dim": [None, None],
+}  # fmt: skip
+NAMES = ["dog", "cat", "ground"]
+# Task, what its U-Net has beside the latents' channels, what is drawn of it, its part's tensors.
+WITHOUT_PIPELINE: dict[str, tuple[Task, dict[str, Any], list[str], int]] = {
+    "class": (Task("class_to_image", {}, NAMES), {}, ["--label", "cat"], 1),
+    "layout": (
+        Task("layout_to_image", {"boxes": 3, "bins": 5, "layers": 1, "heads": 2}, NAMES),
+        {},
+        ["--layout", "boxes.json"],
+        2 + 12 + 2,
+    ),
+    "map": (
+        Task("semantic_synthesis", {"channels": 2}, NAMES),
+        {"in_channels": 6, **ATTENDS_TO_NOTHING},
+        ["--map", "map.png"],
+        1,
+    ),
+    "hole": (
+        Task("inpainting"),
+        {"in_channels": 9, **ATTENDS_TO_NOTHING},
+        ["--image", "picture.png", "--mask", "hole.png"],
+        0,
+    ),
+    "enlarged": (
+        Task("super_resolution"),
+        {"in_channels": 7, **ATTENDS_TO_NOTHING},
+        ["--image", "small.png"],
+        0,
+    ),
+}
+
+
+def conditioner(task: Task, *, attends: bool) -> Conditioner:
+    space = LatentSpace(fakes.SCALE, 0.0)
+    given = Given(32 if attends else None, latent_channels=4, downsample=4, space=space, classes=task.classes)
+    return tasks.make(task.name, task.options, given)
+
+
+@pytest.mark.parametrize("case", WITHOUT_PIPELINE)
+def test_what_no_pipeline_knows_draws_the_same_after_export(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run without captions, of the flow as the small experiments are, with what its condition is made of."""
+    task, more, asked, tensors = WITHOUT_PIPELINE[case]
+    run, out = fakes.full_run(tmp_path / "run"), tmp_path / "out"
+    shutil.rmtree(run / "tokenizer")
+    settings = fakes.config(model={"vae": str(run / "vae")}, objective={"prediction": "flow"})
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    task.save(run)
+    for seed, weights in enumerate(sorted(run.glob("checkpoints/*/*/"))):
+        shutil.rmtree(weights / "text_encoder")
+        build_unet(fakes.UNET | more, seed=seed).save_pretrained(weights / "unet")
+        for name, part in conditioner(task, attends="cross_attention_dim" not in more).parts().items():
+            (weights / name).mkdir()
+            generator = torch.Generator().manual_seed(seed)
+            made = {key: torch.randn(of.shape, generator=generator) for key, of in part.state_dict().items()}
+            save_file(made, weights / name / "model.safetensors")
+    export.main([str(run), "--format", "diffusers", "--out", str(out)])
+    assert f"no pipeline of diffusers knows task={task.name}" in capsys.readouterr().out
+    parts, again = load_components(run), load_components(out)
+    assert len(again.conditioner.state_dict()) == tensors
+    for name, module in modules(parts).items():
+        assert_same(modules(again)[name], module, name)
+    assert (again.task, again.latents, again.is_flow) == (parts.task, parts.latents, True)
+
+    monkeypatch.chdir(tmp_path)
+    Path("boxes.json").write_text(json.dumps([["dog", 0, 0, 0.5, 1], ["cat", 0.5, 0.25, 1, 1]]))
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(3, size=(32, 32), dtype=np.uint8)).save("map.png")
+    Image.fromarray(random.integers(256, size=(32, 32, 3), dtype=np.uint8)).save("picture.png")
+    Image.fromarray(random.integers(256, size=(8, 8, 3), dtype=np.uint8)).save("small.png")
+    Image.fromarray(np.where(np.arange(32) < 16, np.uint8(255), np.uint8(0))[None].repeat(32, 0)).save("hole.png")
+    for source in (run, out):
+        size = [] if case in ("map", "hole", "enlarged") else ["--height", "32", "--width", "32"]
+        argv = [str(source), *asked, *size, "--steps", "2", "--guidance", "3", "--device", "cpu"]
+        sample.main([*argv, "--out", f"{source.name}.png"])
+    np.testing.assert_array_equal(np.asarray(Image.open("out.png")), np.asarray(Image.open("run.png")))
+    with pytest.raises(UserError, match="which no reader of such files expects"):
+        export.main([str(run), "--format", "single-file", "--out", "model.safetensors"])
