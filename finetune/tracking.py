@@ -91,28 +91,59 @@ class Tracker:
         write_atomic(self.metrics, "".join(kept).encode())
 
     def _start_wandb(self, config: dict[str, Any], name: str, project: str, mode: str) -> None:
+        """Start or go on with this run's W&B run, whose id is kept in `wandb-id` from its first start.
+
+        W&B's trouble is told before any work is lost: it ends a first start. Later it costs a warning, and the
+        run is recorded offline if that can be done.
+
+        Raises:
+            UserError: W&B has not run for this run before, and can't.
+        """
         import wandb
 
-        identity = self.run / "wandb-id"
-        if not identity.exists():
-            identity.write_text(secrets.token_hex(4) + "\n")
-        try:
+        # A service that was inherited (from a notebook, a sweep's agent) dies with its owner, may be another
+        # machine's, and keeps a killed run's id "in use". A process that uses none yet starts its own.
+        os.environ.pop("WANDB_SERVICE", None)
+        path = self.run / "wandb-id"
+        again = path.exists()
+        identity = path.read_text().strip() if again else secrets.token_hex(4)
+
+        def start(mode: str) -> None:
             self.wandb = wandb.init(
                 project=project,
                 name=name,
-                id=identity.read_text().strip(),
+                id=identity,
                 resume="allow" if mode == "online" else None,
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self.run),
                 config=config,
                 settings=wandb.Settings(silent=True, console="off"),
             )
+            self.wandb.define_metric("step")
+            self.wandb.define_metric("*", step_metric="step")
+
+        try:
+            start(mode)
         except Exception as error:
-            raise UserError(
-                f"W&B cannot start ({first_line(error)}); use tracker.mode=offline or tracker=none"
-            ) from None
-        self.wandb.define_metric("step")
-        self.wandb.define_metric("*", step_metric="step")
+            if not again:
+                raise UserError(
+                    f"W&B cannot start ({first_line(error)}); use tracker.mode=offline or tracker=none"
+                ) from None
+            self._start_offline(start, first_line(error))
+        if not again:
+            write_atomic(path, f"{identity}\n".encode())
+
+    def _start_offline(self, start: Callable[[str], None], trouble: str) -> None:
+        import wandb
+
+        try:
+            wandb.teardown()  # the id of a start that failed stays in use by the service
+            start("offline")
+            remedy = f"recorded offline: `wandb sync {self.run}/wandb/offline-run-*`"
+        except Exception:
+            self.wandb = None
+            remedy = f"until a restart, see {self.metrics}"
+        self.say(f"warning: W&B cannot start ({trouble}); {remedy}")
 
     def _to_wandb(self, send: Callable[[Any], object]) -> None:
         """Call `send` with W&B's run, if there is one.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -23,9 +24,11 @@ from tests.conftest import ROOT, environment
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
 
-def tracker_of(run: Path, first_step: int = 0, global_batch: int = 4, world: World = ALONE) -> Tracker:
+def tracker_of(
+    run: Path, first_step: int = 0, global_batch: int = 4, world: World = ALONE, wandb_mode: str | None = None
+) -> Tracker:
     return Tracker(
-        run, world, config={}, name="test", project="test", wandb_mode=None,
+        run, world, config={}, name="test", project="test", wandb_mode=wandb_mode,
         first_step=first_step, total_steps=10, global_batch=global_batch,
     )  # fmt: skip
 
@@ -36,6 +39,21 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 
 def scalar(value: float) -> torch.Tensor:
     return torch.tensor(value)
+
+
+def in_a_process(program: str, *arguments: object, **variables: str) -> tuple[int, str]:
+    """Exit code and output of a Python program. W&B's service is shared by all runs of a process."""
+    words = [sys.executable, "-c", f"from tests.test_tracking import *\n{program}", *map(str, arguments)]
+    done = subprocess.run(
+        words, cwd=ROOT, env=environment() | variables, capture_output=True, text=True, timeout=200, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def prepared(run: Path) -> Path:
+    """A run that W&B knows from an earlier start."""
+    (run / "wandb-id").write_text("0a1b2c3d\n")
+    return run
 
 
 # --- lines ----------------------------------------------------------------------------------------
@@ -200,11 +218,9 @@ def test_a_run_whose_loss_explodes_says_so_in_one_line(
 
 def test_a_run_goes_on_when_wandbs_process_has_ended(tmp_path: Path) -> None:
     """As after Slurm's SIGTERM, which reaches all processes of a job. In a process of its own: W&B's is shared."""
-    program = (
-        "import os, psutil, sys, time\n"
-        "from tests.test_tracking import Tracker, ALONE, scalar\n"
-        "tracker = Tracker(sys.argv[1], ALONE, config={}, name='x', project='x', wandb_mode='offline',\n"
-        "                  first_step=0, total_steps=9, global_batch=4)\n"
+    code, said = in_a_process(
+        "import psutil, time\n"
+        "tracker = tracker_of(Path(sys.argv[1]), wandb_mode='offline')\n"
         "for child in psutil.Process().children(recursive=True):\n"
         "    child.kill()\n"
         "for step in range(1, 6):\n"
@@ -212,15 +228,63 @@ def test_a_run_goes_on_when_wandbs_process_has_ended(tmp_path: Path) -> None:
         "    tracker.log(step, 1e-3)\n"
         "    time.sleep(0.2)\n"
         "tracker.close(goes_on=True)\n"
-        "print('closed', flush=True)\n"
+        "print('closed', flush=True)\n",
+        tmp_path,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=environment(),
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "closed" in done.stdout and done.stdout.count("warning: W&B has ended") == 1
+    assert code == 0, said
+    assert "closed" in said and said.count("warning: W&B has ended") == 1
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_killed_run_goes_on_in_wandb_though_an_inherited_service_holds_its_id(tmp_path: Path) -> None:
+    """A notebook, or an agent of W&B's, starts runs: its service outlives a killed one, and keeps the id."""
+    import wandb
+
+    quiet = wandb.Settings(silent=True, console="off")
+    held = wandb.init(id="0a1b2c3d", mode="offline", dir=tmp_path / "held", settings=quiet)
+    service = os.environ["WANDB_SERVICE"]
+    code, said = in_a_process(
+        "assert os.environ['WANDB_SERVICE']\ntracker_of(Path(sys.argv[1]), wandb_mode='offline').close()\n",
+        prepared(tmp_path),
+        WANDB_SERVICE=service,
+    )
+    held.finish()
+    assert code == 0 and "warning" not in said, said
+    assert len(list(tmp_path.glob("wandb/offline-run-*-0a1b2c3d/run-0a1b2c3d.wandb"))) == 1
+
+
+def test_wandbs_trouble_ends_a_first_start_and_no_later_one(tmp_path: Path) -> None:
+    """No answer from W&B's host: an error at first; recorded offline, under the same id, in a run that has one."""
+    code, said = in_a_process(
+        "run = Path(sys.argv[1])\n"
+        "with pytest.raises(UserError) as caught:\n"
+        "    tracker_of(run, wandb_mode='online')\n"
+        "print('error:', caught.value)\n"
+        "assert not (run / 'wandb-id').exists()\n"
+        "tracker_of(prepared(run), wandb_mode='online').close()\n",
+        tmp_path,
+        WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY="k" * 40, WANDB_INIT_TIMEOUT="1",
+    )  # fmt: skip
+    assert code == 0, said
+    assert "error: W&B cannot start (" in said and "use tracker.mode=offline or tracker=none" in said
+    assert said.count("warning: W&B cannot start (") == 1
+    assert f"recorded offline: `wandb sync {tmp_path}/wandb/offline-run-*`" in said
+    assert len(list(tmp_path.glob("wandb/offline-run-*-0a1b2c3d/run-0a1b2c3d.wandb"))) == 1
+
+
+def test_a_run_goes_on_without_wandb_when_it_cannot_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**settings: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("wandb.init", init)
+    tracker = tracker_of(prepared(tmp_path), wandb_mode="offline")
+    assert capsys.readouterr().out.count("warning: W&B cannot start ([Errno 28] No space left on device)") == 1
+    tracker.step(scalar(1.0), scalar(1.0), 0.0)
+    tracker.log(1, 1e-3)
+    tracker.close()
+    assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
 
 def test_wandb_offline_is_one_run_over_a_restart(
