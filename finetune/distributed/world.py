@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import os
 import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -137,6 +140,8 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
             watch = Watch(rank, size, dist.PrefixStore("watch", store), address, bounds)
             world = replace(world, watch=watch)
         world.watch.start()
+        atexit.unregister(_wait_for_threads)  # one will do
+        atexit.register(_wait_for_threads)
         try:
             dist.init_process_group(
                 "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -232,3 +237,31 @@ def stop() -> None:
         # lets go of the GIL.
         _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
+
+
+def _wait_for_threads(seconds: float = 2) -> None:
+    """Before the interpreter ends, wait until torch's threads are idle, or time is over.
+
+    A thread of gloo's lets go of a collective's tensors a moment after the collective, and wants the GIL for that.
+    When the interpreter ends in that moment, Python ends the thread inside C++: the process aborts, all done.
+    """
+    deadline, before = time.monotonic() + seconds, None
+    while time.monotonic() < deadline:
+        time.sleep(0.01)  # without the GIL
+        now = _torch_threads()
+        if now == before and all("S (sleeping)" in thread for thread in now):
+            return
+        before = now
+
+
+def _torch_threads() -> list[list[str]]:
+    """Of each thread that torch has named: name, id, state, how often it has run. None where there is no /proc."""
+    wanted = ("Name:", "Pid:", "State:", "voluntary_ctxt_switches:", "nonvoluntary_ctxt_switches:")
+    threads = []
+    for file in sorted(Path("/proc/self/task").glob("*/status")):
+        with contextlib.suppress(OSError):  # it has ended
+            fields = [line.split(maxsplit=1) for line in file.read_text(errors="replace").splitlines()]
+            values = [field[1] for field in fields if len(field) == 2 and field[0] in wanted]
+            if values and values[0].startswith("pt_"):
+                threads.append(values)
+    return threads

@@ -71,3 +71,11 @@ def test_a_strategy_that_cannot_be_is_refused(overrides, command, words, expecte
     code, line = command("train", *overrides, *words)
     assert code == 2
     assert expected in line
+
+
+def test_processes_end_well_while_gloo_lets_go_of_the_last_tensors():
+    """Else Python ends gloo's thread in the middle of C++, and the process aborts when all is done."""
+    script = ROOT / "tests" / "strategies" / "leaving.py"
+    env = environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["let go", "[0, 0]"], done.stderr
