@@ -254,7 +254,12 @@ def test_ctrl_c_stops_following_and_not_the_job(slurm: Cluster, tmp_path: Path) 
     log = tmp_path / "out"
     with log.open("wb") as out:
         follower = subprocess.Popen(
-            [sys.executable, "-m", "launchers.slurm", *words], env=job_environment(slurm), cwd=ROOT, stdout=out
+            [sys.executable, "-m", "launchers.slurm", *words],
+            env=job_environment(slurm),
+            cwd=ROOT,
+            stdout=out,
+            # Tests that run in a shell's background inherit that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
     try:
         deadline = time.monotonic() + 60
