@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import itertools
 import os
@@ -103,7 +104,7 @@ class ZeRO(Strategy):
         exact = {name: p.data for group in groups for name, p in group.parameters.items()}
         # It prints what it has built, and warns of every optimizer that is not in its own tests.
         deepspeed.utils.logger.setLevel("ERROR")
-        with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module):
+        with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module), _without_kernels():
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module, optimizer=make_optimizer(groups, optimizer), config=config, dist_init_required=False
             )
@@ -295,3 +296,18 @@ def _gathered_whole(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         stage3.z3_leaf_parameter = kept
+
+
+@contextlib.contextmanager
+def _without_kernels() -> Iterator[None]:
+    """On a CPU, DeepSpeed would compile a reduction of its own for a minute at the first start.
+
+    Inference alone uses it; and a process that is killed meanwhile leaves a lock that all later ones wait for.
+    """
+    backend: Any = importlib.import_module("deepspeed.comm.torch")  # the package's `torch` is torch itself
+    kept = backend.build_shm_op
+    backend.build_shm_op = lambda: None
+    try:
+        yield
+    finally:
+        backend.build_shm_op = kept

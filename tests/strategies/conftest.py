@@ -16,12 +16,12 @@ from tests.conftest import ROOT, environment
 STEPS = 20
 
 
-def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280) -> str:
+def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280, **variables: str) -> str:
     """Run a script in several gloo processes: what it printed. None of them outlives this call."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     started = subprocess.Popen(
         [*torchrun, str(script), *arguments],
-        env=environment() | {"PYTHONPATH": str(ROOT)},
+        env=environment() | {"PYTHONPATH": str(ROOT)} | variables,
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -11,8 +11,13 @@ from tests.strategies.conftest import spawn
 
 
 @pytest.fixture(scope="module")
-def examined():
-    printed = spawn(2, Path(__file__).with_name("skipping.py"))
+def kernels(tmp_path_factory):
+    return tmp_path_factory.mktemp("torch") / "kernels"
+
+
+@pytest.fixture(scope="module")
+def examined(kernels):
+    printed = spawn(2, Path(__file__).with_name("skipping.py"), TORCH_EXTENSIONS_DIR=str(kernels))
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
     assert len(rows) == 13
     return rows
@@ -40,3 +45,9 @@ def test_every_strategy_and_rank_has_the_gradient_norm_of_ddp(examined):
     for (_, precision), seen in norms.items():
         expected = norms["ddp", precision][0]
         assert seen == pytest.approx([expected] * 2, rel=1e-6 if precision == "fp32" else 5e-3)
+
+
+@pytest.mark.usefixtures("examined")
+def test_nothing_is_compiled_at_the_first_start_on_a_cpu(kernels):
+    """It would take a minute, and a kill meanwhile would leave a lock that later runs wait for."""
+    assert not kernels.exists()
