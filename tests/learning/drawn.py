@@ -67,11 +67,15 @@ def write(folder: Path, pictures: np.ndarray) -> list[Path]:
     return paths
 
 
+def nearest(pictures: np.ndarray) -> np.ndarray:
+    """Int [B, H, W]: the scenes' colour that each pixel is nearest to; those of shapes come before grounds'."""
+    palette = np.array([*COLOURS.values(), *GROUNDS.values()]) / 255
+    return np.stack([((pictures - colour) ** 2).sum(-1) for colour in palette]).argmin(0)
+
+
 def things(pictures: np.ndarray) -> np.ndarray:
     """Bool [B, H, W]: pixels nearer to the colour of a shape than to that of any ground."""
-    palette = np.array([*COLOURS.values(), *GROUNDS.values()]) / 255
-    distance = np.stack([((pictures - colour) ** 2).sum(-1) for colour in palette])
-    return distance.argmin(0) < len(COLOURS)
+    return nearest(pictures) < len(COLOURS)
 
 
 def overlap(drawn: np.ndarray, maps: np.ndarray) -> float:

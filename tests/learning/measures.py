@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tests.learning.drawn import things
+from tests.learning.drawn import nearest, things
 
 _FEW = 6  # pixels: fewer of a colour are no thing
 
@@ -118,3 +118,19 @@ def box_iou(some: Quarters, others: Quarters) -> float:
         else:
             each.append(0.0)
     return float(np.mean(each))
+
+
+def box_colours(picture: np.ndarray, boxes: list[list[float]]) -> float:
+    """Share of boxes [class, x0, y0, x1, y1] whose middle is mostly of the colour that is their class."""
+    colours, size = nearest(picture[None])[0], len(picture)
+
+    def middle(low: float, high: float) -> slice:
+        """The pixels of an edge without a quarter at either end."""
+        quarter = (high - low) / 4
+        return slice(round((low + quarter) * size), round((high - quarter) * size))
+
+    right = [
+        np.bincount(colours[middle(y0, y1), middle(x0, x1)].ravel()).argmax() == label
+        for label, x0, y0, x1, y1 in boxes
+    ]
+    return float(np.mean(right))
