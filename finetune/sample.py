@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     from tqdm import tqdm
 
-    from finetune import asking, sampling
+    from finetune import asking, pictures, sampling
     from finetune.components import load_components
 
     device = _device(arguments.device)
@@ -124,17 +124,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     written = []
     if out.suffix:
-        picture = images[0] if len(images) == 1 else sampling.grid(images, columns)
-        sampling.save_png(picture, out, {**together, **size(images[0])})
+        picture = images[0] if len(images) == 1 else pictures.grid(images, columns)
+        pictures.save_png(picture, out, {**together, **size(images[0])})
         written.append(out)
     else:
         for index, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
             path = out / f"{index:04d}{_slug(caption)}.png"
-            sampling.save_png(image, path, {"prompt": caption, "seed": str(seed), **settings, **size(image)})
+            pictures.save_png(image, path, {"prompt": caption, "seed": str(seed), **settings, **size(image)})
             written.append(path)
         if len(images) > 1:
-            sheet = sampling.grid(images, columns)
-            sampling.save_png(sheet, out / "grid.png", {**together, **size(images[0])})
+            sheet = pictures.grid(images, columns)
+            pictures.save_png(sheet, out / "grid.png", {**together, **size(images[0])})
             written.append(out / "grid.png")
     print(written[-1] if out.suffix else f"{out}: {len(written)} files")
     return 0

@@ -11,11 +11,9 @@ eval mode.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,7 +26,6 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor, nn
 
 from finetune import UserError
@@ -278,34 +275,6 @@ def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
     """Pictures in [-1, 1] to 8-bit RGB, rounded as diffusers does."""
     bytes_BHW3 = (images_B3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(pixels.contiguous().cpu().numpy()) for pixels in bytes_BHW3]
-
-
-def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:
-    """Pictures row by row on white, `gap` pixels apart; cells have the size of the largest.
-
-    Raises:
-        UserError: no pictures, or no columns.
-    """
-    if not images or columns < 1:
-        raise UserError(f"a grid needs pictures and columns; got {len(images)} and {columns}")
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    width, height = max(image.width for image in images), max(image.height for image in images)
-    sheet = Image.new("RGB", (columns * (width + gap) - gap, rows * (height + gap) - gap), "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        sheet.paste(image, (column * (width + gap), row * (height + gap)))
-    return sheet
-
-
-def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Save a picture, whole or not at all, with `texts` in its text chunks."""
-    info = PngInfo()
-    for key, value in (texts or {}).items():
-        info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
 
 
 def _unwrapped(unet: Any) -> Any:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from finetune import UserError, first_line
 from finetune.data.shards import write_atomic
 from finetune.distributed import World
-from finetune.sampling import save_png
+from finetune.pictures import save_png
 
 MODES = ("auto", "online", "offline")
 PATIENCE_STEPS = 10

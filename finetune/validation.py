@@ -21,7 +21,8 @@ from finetune.distributed import Strategy
 from finetune.latents import to_raw
 from finetune.models.autoencoder import decode
 from finetune.objective import LatentDiffusion
-from finetune.sampling import default_batch, draw_noise, generators, grid, make_scheduler, sample, to_pil
+from finetune.pictures import grid
+from finetune.sampling import default_batch, draw_noise, generators, make_scheduler, sample, to_pil
 
 SEED = 0  # the same noise and timesteps in every run, so that losses compare
 

@@ -22,6 +22,7 @@ FLOORS: dict[str, float] = {
     "rng": 0,
     "diffusion": 0,
     "latents": 0,
+    "pictures": 0,
     "lr": 0,
     "ema": 0,
     "batch": 0,

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from finetune import UserError, build, sampling
+from finetune import UserError, build, pictures, sampling
 from finetune.batch import Sample
 from finetune.components import load_components
 from finetune.conditioning import batch_of
@@ -200,7 +200,7 @@ def test_pixels_are_rounded_as_diffusers_does(parts):
 
 def test_grid_places_pictures_row_by_row():
     colours = ["red", "green", "blue", "black", "yellow"]
-    sheet = sampling.grid([Image.new("RGB", (6, 4), colour) for colour in colours], columns=2, gap=2)
+    sheet = pictures.grid([Image.new("RGB", (6, 4), colour) for colour in colours], columns=2, gap=2)
     assert sheet.size == (14, 16)
     for index, colour in enumerate(colours):
         row, column = divmod(index, 2)
@@ -208,9 +208,9 @@ def test_grid_places_pictures_row_by_row():
         left, top = column * 8, row * 6
         assert {sheet.getpixel((x, y)) for x in (left, left + 5) for y in (top, top + 3)} == {wanted}
     assert sheet.getpixel((7, 0)) == sheet.getpixel((13, 15)) == (255, 255, 255)
-    assert sampling.grid([Image.new("RGB", (6, 4))], columns=9).size == (6, 4)
+    assert pictures.grid([Image.new("RGB", (6, 4))], columns=9).size == (6, 4)
     with pytest.raises(UserError, match="needs pictures"):
-        sampling.grid([], columns=2)
+        pictures.grid([], columns=2)
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -19,7 +19,7 @@ from finetune.conditioning import batch_of
 from finetune.config import Config, compose
 from finetune.distributed import World
 from finetune.loop import Parts, asked
-from finetune.sampling import grid
+from finetune.pictures import grid
 from finetune.validation import SEED, draw_samples, held_out_loss, shares, stratified_timesteps
 
 CPU = torch.device("cpu")

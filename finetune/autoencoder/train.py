@@ -412,7 +412,7 @@ def _save_grid(
 ) -> Path | None:
     """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
     from finetune.autoencoder.measure import comparison, reconstruct
-    from finetune.sampling import save_png
+    from finetune.pictures import save_png
 
     tops: list[np.ndarray] = []
     bottoms: list[np.ndarray] = []

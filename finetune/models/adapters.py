@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -89,6 +88,8 @@ def add_lora(
     if not own:
         raise UserError("LoRA with rank 0 everywhere trains nothing: raise adapter.rank or adapter.ranks")
     module.requires_grad_(False)
+    from peft import LoraConfig  # slow to import, and needed here alone
+
     with torch.random.fork_rng(devices=[]):  # peft draws weights that are drawn anew below
         cast(Any, module).add_adapter(
             LoraConfig(
