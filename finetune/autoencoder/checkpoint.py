@@ -3,6 +3,7 @@
     checkpoints/step-00001000/
         weights/vae/  ema/vae/      diffusers layout, float32 (ema/ only when EMA is on)
         optimizer/                  exp_avg.safetensors, exp_avg_sq.safetensors, by parameter name
+        discriminator/              once it has been trained: weights.safetensors, and the moments of its own AdamW
         trainer.json                written last: the clock, what the run depends on, sha256 of every file
 
 A folder is written under a temporary name and renamed when all of it is on the disk.
@@ -24,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import UserError
+from finetune.autoencoder.discriminator import Adversary
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.runs import complete_checkpoints
@@ -47,6 +49,7 @@ def save(
     vae: AutoencoderKL,
     average: Mapping[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    adversary: Adversary | None,
     *,
     step: int,
     images_seen: int,
@@ -54,6 +57,9 @@ def save(
     keep: int,
 ) -> Path:
     """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
+
+    Args:
+        adversary: the discriminator, when it has made a step.
 
     Raises:
         UserError: the disk is full or refuses; the checkpoints before this one stay.
@@ -66,10 +72,11 @@ def save(
         write_vae(temporary / "weights" / "vae", vae, parameters)
         if average is not None:
             write_vae(temporary / "ema" / "vae", vae, average)
-        (temporary / "optimizer").mkdir()
-        for part in MOMENTS:
-            moments = {name: optimizer.state[parameter][part] for name, parameter in parameters.items()}
-            _save_tensors(temporary / "optimizer" / f"{part}.safetensors", moments)
+        _save_moments(temporary / "optimizer", parameters, optimizer)
+        if adversary is not None:
+            judging = dict(adversary.model.named_parameters())
+            _save_moments(temporary / "discriminator", judging, adversary.optimizer)
+            _save_tensors(temporary / "discriminator" / "weights.safetensors", judging)
         write_record(temporary, {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)})
         publish(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -104,24 +111,62 @@ def restore(
     vae: AutoencoderKL,
     average: Mapping[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    adversary: Adversary | None,
+    adversary_steps: int,
 ) -> None:
-    """Copy a checkpoint into the model, its average and the optimizer, keeping their devices and layouts."""
+    """Copy a checkpoint into the model, its average and the optimizers, keeping their devices and layouts.
+
+    Args:
+        adversary: the discriminator of the run, if it has one.
+        adversary_steps: how many steps it has made by `step`; at 0 or below it has not begun.
+
+    Raises:
+        UserError: the run had no discriminator when this was saved.
+    """
     weights = load_file(folder / "weights" / "vae" / WEIGHTS_NAME)
-    moments = {part: load_file(folder / "optimizer" / f"{part}.safetensors") for part in MOMENTS}
-    fused = any(group.get("fused") for group in optimizer.param_groups)
-    for name, parameter in vae.named_parameters():
+    parameters = dict(vae.named_parameters())
+    for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-        # AdamW keeps its step counter on the CPU unless it is fused.
-        counter = torch.tensor(float(step), device=parameter.device if fused else "cpu")
-        optimizer.state[parameter] = {
-            "step": counter,
-            **{part: torch.zeros_like(parameter).copy_(moments[part][name]) for part in MOMENTS},
-        }
+    _restore_moments(folder / "optimizer", parameters, optimizer, step)
     if average is not None:
         source = folder / "ema" / "vae" / WEIGHTS_NAME
         saved = load_file(source) if source.exists() else weights  # EMA was switched on later
         for name, tensor in average.items():
             tensor.copy_(saved[name])
+    if adversary is not None and adversary_steps > 0:
+        path = folder / "discriminator" / "weights.safetensors"
+        if not path.exists():
+            raise UserError(
+                f"{folder} has no discriminator, and this run has had one for {adversary_steps} steps; put "
+                "loss.discriminator_weight back or choose another run.dir"
+            )
+        weights = load_file(path)
+        judging = dict(adversary.model.named_parameters())
+        for name, parameter in judging.items():
+            parameter.copy_(weights[name])
+        _restore_moments(folder / "discriminator", judging, adversary.optimizer, adversary_steps)
+
+
+def _save_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    folder.mkdir()
+    for part in MOMENTS:
+        moments = {name: optimizer.state[parameter][part] for name, parameter in parameters.items()}
+        _save_tensors(folder / f"{part}.safetensors", moments)
+
+
+def _restore_moments(
+    folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, steps: int
+) -> None:
+    """What `_save_moments` wrote, of an optimizer that had made `steps` steps."""
+    moments = {part: load_file(folder / f"{part}.safetensors") for part in MOMENTS}
+    fused = any(group.get("fused") for group in optimizer.param_groups)
+    for name, parameter in parameters.items():
+        # AdamW keeps its step counter on the CPU unless it is fused.
+        counter = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
+        optimizer.state[parameter] = {
+            "step": counter,
+            **{part: torch.zeros_like(parameter).copy_(moments[part][name]) for part in MOMENTS},
+        }
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

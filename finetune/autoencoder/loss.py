@@ -1,12 +1,13 @@
-"""The first stage's loss: reconstruction and a light KL term.
+"""The first stage's loss: reconstruction, a light KL term, and what a discriminator adds to them.
 
-Rombach et al. 2022 (arXiv 2112.10752), appendix G, without its adversarial and perceptual parts.
+Rombach et al. 2022 (arXiv 2112.10752), appendix G, without its perceptual part.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -42,3 +43,30 @@ def first_stage_loss(
     l1_B = (image_B3HW - recon_B3HW).abs().sum(dim=(1, 2, 3)) / elements
     kl_B = kl_to_standard_normal(mean_BCHW, logvar_BCHW)
     return FirstStageLoss(l1_B + kl_weight * kl_B / elements, l1_B, kl_B)
+
+
+def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What a discriminator minimises: mean max(0, 1 - real) and mean max(0, 1 + fake), averaged; a scalar.
+
+    Lim & Ye 2017 (arXiv 1705.02894), equation 21. Logits of any shape; above 0 means real.
+    """
+    return 0.5 * (torch.relu(1.0 - real).mean() + torch.relu(1.0 + fake).mean())
+
+
+def generator_loss(fake: Tensor) -> Tensor:
+    """What the decoder minimises against a discriminator: -mean(fake), a scalar (arXiv 1705.02894, equation 22)."""
+    return -fake.mean()
+
+
+def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, delta: float = 1e-6) -> Tensor:
+    """|d reconstruction / d last_layer| / (|d adversarial / d last_layer| + delta), a scalar without a gradient.
+
+    With it both losses pull on the decoder's last layer equally hard, whatever their units.
+
+    Esser et al. 2021 (arXiv 2012.09841), equation 7. Both losses are scalars; their graphs are kept.
+    """
+    norms = [
+        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        for loss in (reconstruction, adversarial)
+    ]
+    return norms[0] / (norms[1] + delta)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from finetune.autoencoder.config import AutoencoderConfig, Config
+    from finetune.autoencoder.discriminator import Adversary
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
 
@@ -43,6 +44,7 @@ examples:
   data-tools ingest folder pictures/ --out shards/
   finetune autoencoder data.shards=shards run.dir=runs/vae
   finetune autoencoder data.shards=shards run.dir=runs/vae model=kl_f4 data.size=256 train.steps=50000
+  finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
 """
 
@@ -120,23 +122,63 @@ def step_once(
     kl_weight: float,
     max_grad_norm: float,
     bf16: bool,
+    adversary: Adversary | None = None,
 ) -> dict[str, Tensor]:
-    """One optimizer step; returns detached scalars loss, l1, kl (batch means) and the gradient norm."""
+    """One step of the autoencoder, and then one of the discriminator on the same reconstructions, if there is one.
+
+    Returns:
+        Detached scalars: loss (what was minimised), l1, kl (batch means), gradient norm; with a discriminator
+        its loss, the loss that it gives to the autoencoder, and that one's weight.
+    """
     import torch
 
-    from finetune.autoencoder.loss import first_stage_loss
+    from finetune.autoencoder.loss import adaptive_weight, first_stage_loss, generator_loss
     from finetune.autoencoder.measure import posterior
 
     with torch.autocast(image_B3HW.device.type, torch.bfloat16, enabled=bf16):
         mean_BCHW, logvar_BCHW = posterior(vae, image_B3HW)
         recon_B3HW = vae.decode(mean_BCHW + torch.exp(0.5 * logvar_BCHW) * eps_BCHW).sample
-    loss = first_stage_loss(image_B3HW, recon_B3HW.float(), mean_BCHW, logvar_BCHW, kl_weight)
+    recon_B3HW = recon_B3HW.float()
+    loss = first_stage_loss(image_B3HW, recon_B3HW, mean_BCHW, logvar_BCHW, kl_weight)
+    total = loss.total.mean()
+    judged: dict[str, Tensor] = {}
+    if adversary is not None:
+        adversarial = generator_loss(adversary.judge(recon_B3HW, bf16))
+        last_layer = vae.decoder.conv_out.weight
+        weight = adversary.weight * adaptive_weight(loss.l1.mean(), adversarial, last_layer)
+        total = total + weight * adversarial
+        judged = {"adversarial": adversarial.detach(), "adversarial_weight": weight}
     optimizer.zero_grad(set_to_none=True)
-    loss.total.mean().backward()
+    total.backward(inputs=list(vae.parameters()))  # not the discriminator's: this step is not its own
     grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
     optimizer.step()
-    parts = {name: value.detach().mean() for name, value in loss._asdict().items()}
-    return {"loss": parts["total"], "l1": parts["l1"], "kl": parts["kl"], "grad_norm": grad_norm.detach()}
+    if adversary is not None:
+        judged["discriminator"] = adversary.learn(image_B3HW, recon_B3HW, max_grad_norm=max_grad_norm, bf16=bf16)
+    parts = {"l1": loss.l1.detach().mean(), "kl": loss.kl.detach().mean()}
+    return {"loss": total.detach(), **parts, **judged, "grad_norm": grad_norm.detach()}
+
+
+def build_adversary(config: Config, device: torch.device) -> Adversary | None:
+    """The discriminator that `config.loss` asks for, or None."""
+    import torch
+
+    from finetune.autoencoder.discriminator import Adversary, PatchDiscriminator
+
+    loss, optim = config.loss, config.optim
+    if loss.discriminator_weight == 0:
+        return None
+    model = PatchDiscriminator(loss.discriminator_layers, loss.discriminator_width, seed=config.seed).to(device)
+    if config.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=loss.discriminator_lr or optim.lr,
+        betas=(loss.discriminator_beta1, loss.discriminator_beta2),
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
+    )
+    return Adversary(model, optimizer, loss.discriminator_weight)
 
 
 def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
@@ -149,6 +191,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     import torch
 
     from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.discriminator import smallest_side
     from finetune.autoencoder.pictures import Pictures
     from finetune.checkpoint import RunFolder, require_same
     from finetune.data.order import Order, Source
@@ -186,6 +229,14 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        adversary = build_adversary(config, device)
+        if adversary is not None:
+            needed, shortest = smallest_side(config.loss.discriminator_layers), min(map(min, pictures.buckets))
+            if shortest < needed:
+                raise UserError(
+                    f"loss.discriminator_layers={config.loss.discriminator_layers} needs sides of {needed} pixels "
+                    f"at least, and the shortest of these pictures has {shortest}; lower it or give larger ones"
+                )
         depends_on = _depends_on(settings) | {"data.shards (manifest's sha256)": pictures.sha256}
         step = 0
         found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
@@ -193,7 +244,8 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             folder, record = found
             require_same(record["depends_on"], depends_on, folder)
             step = int(record["step"])
-            checkpoint.restore(folder, step, vae, average, optimizer)
+            judged = step - config.loss.discriminator_start
+            checkpoint.restore(folder, step, vae, average, optimizer, adversary, judged)
             print(f"resuming from {folder}")
         elif config.checkpoint.resume == "never" and any((run / "checkpoints").glob("step-*")):
             raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
@@ -208,7 +260,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}"
         )
-        _loop(config, run, pictures, order, vae, average, optimizer, device, step, depends_on)
+        _loop(config, run, pictures, order, vae, average, optimizer, adversary, device, step, depends_on)
         return _finish(config, run, pictures, vae, average, device)
 
 
@@ -220,6 +272,7 @@ def _loop(
     vae: AutoencoderKL,
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    adversary: Adversary | None,
     device: torch.device,
     step: int,
     depends_on: Mapping[str, Any],
@@ -264,6 +317,10 @@ def _loop(
             )
             for group in optimizer.param_groups:
                 group["lr"] = lr
+            judging = adversary if step > config.loss.discriminator_start else None
+            if judging is not None:
+                for group in judging.optimizer.param_groups:
+                    group["lr"] = lr * (config.loss.discriminator_lr or config.optim.lr) / config.optim.lr
             values = step_once(
                 vae,
                 optimizer,
@@ -272,6 +329,7 @@ def _loop(
                 kl_weight=config.loss.kl_weight,
                 max_grad_norm=config.optim.max_grad_norm,
                 bf16=config.train.precision == "bf16",
+                adversary=judging,
             )
             if average is not None:
                 keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
@@ -280,7 +338,7 @@ def _loop(
             saving = step % config.checkpoint.every == 0 or step == steps
             if step % config.tracker.every == 0 or saving:
                 scalars = {name: value.item() for name, value in values.items()}  # the only wait for the device
-                if not math.isfinite(scalars["loss"] + scalars["grad_norm"]):
+                if not math.isfinite(sum(scalars.values())):
                     raise UserError(
                         f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
                         "train.precision=fp32, and start again from the last checkpoint"
@@ -299,6 +357,7 @@ def _loop(
                     vae,
                     average,
                     optimizer,
+                    judging,
                     step=step,
                     images_seen=seen,
                     depends_on=depends_on,

@@ -40,6 +40,12 @@ SETTINGS = [
     "tracker.every=1",
     "sample.every=0",
 ]
+DISCRIMINATOR = [
+    "loss.discriminator_weight=0.5",
+    "loss.discriminator_layers=1",  # the shortest side of the pictures is 8
+    "loss.discriminator_width=8",
+    "loss.discriminator_lr=2e-3",
+]
 COMMAND = "import sys, finetune, finetune.autoencoder.train as t; finetune.run_cli(lambda: t.main(sys.argv[1:]))"
 
 
@@ -61,17 +67,24 @@ def arguments(shards: Path, run: Path, *more: str) -> list[str]:
     return [f"data.shards={shards}", f"run.dir={run}", *SETTINGS, *more]
 
 
-def losses(run: Path) -> list[tuple[float, ...]]:
-    keys = ("step", "images_seen", "loss", "l1", "kl", "grad_norm", "lr")
+def joining(step: int) -> list[str]:
+    return [*DISCRIMINATOR, f"loss.discriminator_start={step}"]
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    """What was logged at each step, without the speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[key] for key in keys) for line in lines if "loss" in line]
+    for line in lines:
+        line.pop("images_per_second", None)
+    return [line for line in lines if "loss" in line]
 
 
-def assert_same_run(one: Path, other: Path, step: int) -> None:
+def assert_same_run(one: Path, other: Path, step: int, discriminator: bool = False) -> None:
     folders = [run / "checkpoints" / f"step-{step:08d}" for run in (one, other)]
     files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*.safetensors")) for f in folders]
     assert files[0] == files[1]
-    assert len(files[0]) == 4  # weights, average, two moments
+    # weights, average, two moments; of the discriminator weights and two moments
+    assert len(files[0]) == (7 if discriminator else 4)
     for name in files[0]:
         a, b = (load_file(folder / name) for folder in folders)
         assert a.keys() == b.keys()
@@ -83,9 +96,12 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 
 @pytest.mark.slow
-def test_sigkill_and_the_same_command_end_in_the_same_bits(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("discriminator", [False, True])
+def test_sigkill_and_the_same_command_end_in_the_same_bits(
+    shards: Path, tmp_path: Path, discriminator: bool
+) -> None:
     steps = 40
-    more = (f"train.steps={steps}", "checkpoint.every=7")
+    more = (f"train.steps={steps}", "checkpoint.every=7", *(joining(10) if discriminator else ()))
     command = [sys.executable, "-c", COMMAND, *arguments(shards, tmp_path / "killed", *more)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     metrics = tmp_path / "killed" / "metrics.jsonl"
@@ -103,10 +119,50 @@ def test_sigkill_and_the_same_command_end_in_the_same_bits(shards: Path, tmp_pat
     assert "resuming from" in resumed.stdout
 
     main(arguments(shards, tmp_path / "straight", *more))
-    assert_same_run(tmp_path / "killed", tmp_path / "straight", steps)
-    assert [row[0] for row in losses(tmp_path / "killed")] == list(range(1, steps + 1))
+    assert_same_run(tmp_path / "killed", tmp_path / "straight", steps, discriminator)
+    rows = losses(tmp_path / "killed")
+    assert [row["step"] for row in rows] == list(range(1, steps + 1))
+    assert [row["step"] for row in rows if "adversarial" in row] == (list(range(11, 41)) if discriminator else [])
     kept = sorted(path.name for path in (tmp_path / "killed" / "checkpoints").iterdir())
     assert kept == ["step-00000028", "step-00000035", "step-00000040"]
+
+
+def test_a_run_goes_on_before_and_after_its_discriminator_joins(shards: Path, tmp_path: Path) -> None:
+    """From step 2 across its first step, 4, and from step 4 with its weights and moments: the same bits."""
+    more = ("train.steps=6", "checkpoint.every=2", *joining(3))
+    straight = tmp_path / "straight"
+    main(arguments(shards, straight, *more))
+    assert not (straight / "checkpoints/step-00000002/discriminator").exists()
+    for last in (2, 4):
+        resumed = tmp_path / f"from-{last}"
+        shutil.copytree(straight, resumed)
+        shutil.rmtree(resumed / "vae")
+        for folder in (resumed / "checkpoints").iterdir():
+            if folder.name > f"step-{last:08d}":
+                shutil.rmtree(folder)
+        main(arguments(shards, resumed, *more))
+        assert_same_run(straight, resumed, 6, discriminator=True)
+    plain = tmp_path / "plain"
+    main(arguments(shards, plain, *more, "loss.discriminator_start=5"))
+    assert losses(plain)[:3] == losses(straight)[:3]
+    assert losses(plain)[4]["l1"] != losses(straight)[4]["l1"]  # it did move the autoencoder
+
+
+def test_a_run_without_its_discriminators_state_is_refused(shards: Path, tmp_path: Path) -> None:
+    """As of a version that knew none: its settings are not in the record."""
+    run = tmp_path / "run"
+    main(arguments(shards, run, "train.steps=3"))
+    record = run / "checkpoints/step-00000003/trainer.json"
+    saved = json.loads(record.read_text())
+    saved["depends_on"] = {k: v for k, v in saved["depends_on"].items() if "discriminator" not in k}
+    record.write_text(json.dumps(saved))
+    with pytest.raises(UserError, match="has no discriminator, and this run has had one for 2 steps"):
+        main(arguments(shards, run, "train.steps=6", *joining(1)))
+
+
+def test_pictures_too_small_for_the_discriminator_are_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"discriminator_layers=2 needs sides of 12 pixels at least, .* has 8"):
+        main(arguments(shards, tmp_path / "run", "loss.discriminator_weight=1", "loss.discriminator_layers=2"))
 
 
 def test_pictures_may_be_moved_but_not_changed(shards: Path, tmp_path: Path) -> None:
