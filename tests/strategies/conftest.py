@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
-STEPS = 20
+STEPS = 12
 
 
 def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280, **variables: str) -> str:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from finetune import UserError
-from finetune.distributed import require_agreement
+from finetune.build import batch_sizes
+from finetune.config import Config, compose
+from finetune.distributed import World, require_agreement
 from tests.conftest import ROOT, environment, launch
 
 
@@ -43,6 +46,33 @@ def test_a_deepspeed_launch_that_the_strategy_would_ignore_is_refused(overrides,
     assert "strategy=ddp would ignore" in line
 
 
+@pytest.mark.parametrize(
+    ("total", "micro", "size", "expected"),
+    [
+        (7, None, 2, "train.global_batch=7 cannot be shared by 2 processes: take a multiple of 2"),
+        (2, None, 4, "train.global_batch=2 cannot be shared by 4 processes: take a multiple of 4"),
+        (
+            12,
+            4,
+            2,
+            r"train.micro_batch=4 does not divide the 6 samples of each rank \(train.global_batch=12 over 2",
+        ),
+    ],
+)
+def test_batches_that_cannot_be_cut_are_refused(total, micro, size, expected):
+    config = compose(
+        "train", ["data.shards=x", f"train.global_batch={total}", f"train.micro_batch={micro or 'null'}"], Config
+    )[0]
+    with pytest.raises(UserError, match=expected):
+        batch_sizes(config, World(0, size, 0, torch.device("cpu")))
+
+
+def test_batches_are_cut_into_equal_parts():
+    config = compose("train", ["data.shards=x", "train.global_batch=12", "train.micro_batch=3"], Config)[0]
+    assert batch_sizes(config, World(0, 2, 0, torch.device("cpu"))) == (3, 2)
+
+
+@pytest.mark.slow
 def test_a_global_batch_that_the_processes_cannot_share_is_refused(overrides, tmp_path):
     done = launch(2, [*overrides, "train.global_batch=7"])
     assert done.returncode != 0
