@@ -1,4 +1,4 @@
-"""What the commands have in common on the terminal: mistakes in one line, and libraries that keep quiet."""
+"""What the commands have in common on the terminal: one line for a mistake, quiet libraries, and names of ranks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from finetune import UserError, is_by_all
@@ -65,3 +65,15 @@ def quiet_libraries() -> None:
 
 def _is_error(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.ERROR
+
+
+def ranks_text(ranks: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "ranks 0-2, 5"; [3] as "rank 3"."""
+    spans: list[list[int]] = []
+    for rank in sorted(ranks):
+        if spans and rank == spans[-1][1] + 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    written = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank{'s' if len(ranks) > 1 else ''} {written}"

@@ -23,12 +23,12 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune import PEER_LOST, UserError, first_line
+from finetune.terminal import ranks_text
 
 LONG = 6.0
 """Times `stalled_s` that may be taken by what is long: loading, compiling, validating, sampling, saving."""
@@ -304,8 +304,8 @@ class Watch:
         if self._missing:
             here = [rank for rank in range(self.size) if rank not in self._missing]
             return _Verdict(
-                f"{_ranks(self._missing)} of {self.size} did not come within {seconds:.0f} s (watch.start_s); "
-                f"here: {_ranks(here)}"
+                f"{ranks_text(self._missing)} of {self.size} did not come within {seconds:.0f} s (watch.start_s); "
+                f"here: {ranks_text(here)}"
             )
         return _Verdict(
             f"the store of this run at {self.address[0]}:{self.address[1]} did not answer within {seconds:.0f} s "
@@ -332,7 +332,7 @@ class Watch:
         first = self._peers[lost[0]]
         hosts = sorted({self._peers[rank].host for rank in lost})
         return _Verdict(
-            f"{_ranks(lost)} on {', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''} "
+            f"{ranks_text(lost)} on {', '.join(hosts[:4])}{', ...' if len(hosts) > 4 else ''} "
             f"{'has' if len(lost) == 1 else 'have'} given no sign of life for {now - first.heard:.0f} s: killed, "
             f"frozen, or cut off; last seen {first.mark}",
             lost,
@@ -361,7 +361,7 @@ class Watch:
         host = self.host if behind[0] == self.rank else self._peers[behind[0]].host
         where = f" on {host}" if len({self._host(rank) for rank in behind}) == 1 else ""
         return _Verdict(
-            f"{_ranks(sorted(behind))}{where} {'hangs' if len(behind) == 1 else 'hang'}: {mark} for "
+            f"{ranks_text(sorted(behind))}{where} {'hangs' if len(behind) == 1 else 'hang'}: {mark} for "
             f"{seconds:.0f} s, while the others wait",
             sorted(behind),
         )
@@ -397,18 +397,6 @@ def _keep_flight_record(rank: int) -> None:
     thread = threading.Thread(target=write, daemon=True)  # it may wait for a lock that a hung collective holds
     thread.start()
     thread.join(5)
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """`rank 3`, `ranks 0-3, 7`."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][1] + 1:
-            runs[-1][1] = rank
-        else:
-            runs.append([rank, rank])
-    text = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return f"rank {text}" if len(ranks) == 1 else f"ranks {text}"
 
 
 def _is_of_connection(error: BaseException) -> bool:

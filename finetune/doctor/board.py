@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 
 from finetune import UserError, first_line, is_by_all
-from finetune.doctor.table import FAIL, Row, ranks_text
+from finetune.doctor.table import FAIL, Row
+from finetune.terminal import ranks_text
 
 TICK_S = 1.0  # between two beats
 SILENT_S = 30.0  # without a beat a rank is dead; loading a model holds Python's lock for seconds

@@ -13,8 +13,9 @@ from omegaconf import DictConfig
 from finetune.config import Config
 from finetune.distributed import World
 from finetune.doctor.board import Board, Outcome
-from finetune.doctor.table import FAIL, SKIPPED, Row, ranks_text
+from finetune.doctor.table import FAIL, SKIPPED, Row
 from finetune.loop import Parts
+from finetune.terminal import ranks_text
 
 LIMITS_S = {
     "hosts": 60.0,

@@ -22,10 +22,11 @@ from finetune.config import Config
 from finetune.data.loader import Data
 from finetune.distributed import StopRequest, World
 from finetune.doctor.context import Context, settle, skipped
-from finetune.doctor.table import FAIL, OK, Row, ranks_text
+from finetune.doctor.table import FAIL, OK, Row
 from finetune.doctor.weights import Weights, equal_rows, keep, moved_names, moved_rows, weights_of
 from finetune.loop import Parts
 from finetune.lr import learning_rate
+from finetune.terminal import ranks_text
 from finetune.tracking import Tracker
 
 STEPS = 2

@@ -77,18 +77,6 @@ def _show_table(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def ranks_text(ranks: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "ranks 0-2, 5"; [3] as "rank 3"."""
-    spans: list[list[int]] = []
-    for rank in sorted(ranks):
-        if spans and rank == spans[-1][1] + 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    written = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank{'s' if len(ranks) > 1 else ''} {written}"
-
-
 def size_text(count: float) -> str:
     """Bytes as "1.5 GiB" or "12 MiB"."""
     for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):

@@ -21,6 +21,7 @@ from finetune.doctor import files, launch, memory, network, saving, steps, table
 from finetune.doctor.board import Board
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
+from finetune.terminal import ranks_text
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8]
 
@@ -190,8 +191,8 @@ def test_what_was_skipped_for_one_reason_is_one_line():
 
 
 def test_ranks_are_named_shortly():
-    assert table.ranks_text([3]) == "rank 3"
-    assert table.ranks_text([5, 0, 1, 2, 9, 8]) == "ranks 0-2, 5, 8-9"
+    assert ranks_text([3]) == "rank 3"
+    assert ranks_text([5, 0, 1, 2, 9, 8]) == "ranks 0-2, 5, 8-9"
 
 
 def test_brackets_of_a_key_are_no_markup(monkeypatch, capsys):
