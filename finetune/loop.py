@@ -49,6 +49,13 @@ class Parts:
         return self.strategy.evaluating(self.average.tensors if self.average else None)
 
 
+def at_start(parts: Parts, depends_on: dict[str, Any]) -> Progress:
+    """The progress of a run that has not begun. `depends_on`: what must be as it was (see `Progress`)."""
+    encoder = parts.data.encoder
+    latents = {"scale": encoder.scale, "shift": encoder.shift, "encoder_sha256": encoder.sha256}
+    return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on, latents=latents)
+
+
 def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any]) -> Progress:
     """Restore the newest whole checkpoint, or the one that `checkpoint.resume` names, or start anew.
 
@@ -57,8 +64,7 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     Raises:
         UserError: the run has checkpoints but was told not to resume; what it depends on has changed.
     """
-    encoder = parts.data.encoder
-    latents = {"scale": encoder.scale, "shift": encoder.shift, "encoder_sha256": encoder.sha256}
+    fresh = at_start(parts, depends_on)
     wanted = config.checkpoint.resume
     if wanted == "auto" or wanted == "never":
         path = world.on_main(parts.checkpoints.latest)
@@ -69,12 +75,12 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     else:
         path = world.on_main(lambda: parts.checkpoints.named(wanted))
     if path is None:
-        return Progress(step=0, images_seen=0, steps_taken=0, depends_on=depends_on, latents=latents)
+        return fresh
     saved = parts.checkpoints.read(path)
     require_same(saved.depends_on, depends_on, path)
     parts.checkpoints.restore(path, parts.strategy, parts.averages)
     parts.notices.append(f"going on from {path}")
-    return replace(saved, depends_on=depends_on, latents=latents)
+    return replace(saved, depends_on=depends_on, latents=fresh.latents)
 
 
 def train(

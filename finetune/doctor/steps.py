@@ -191,14 +191,7 @@ def step_rows(context: Context) -> list[Row]:
 def at_start(context: Context) -> Progress:
     parts = context.parts
     assert parts is not None
-    encoder = parts.data.encoder
-    return Progress(
-        step=0,
-        images_seen=0,
-        steps_taken=0,
-        depends_on=build.depends_on(context.config, parts.data),
-        latents={"scale": encoder.scale, "shift": encoder.shift, "encoder_sha256": encoder.sha256},
-    )
+    return loop.at_start(parts, build.depends_on(context.config, parts.data))
 
 
 def _samples(context: Context, batches: list[Batch]) -> dict[str, Any]:
