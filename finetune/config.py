@@ -425,6 +425,11 @@ def is_free_form(key: str, schema: type) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in free)
 
 
+def quoted(value: str) -> str:
+    """A value as an override says it, whatever is in it."""
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def parse_override(text: str) -> tuple[Override, str]:
     """An override as Hydra reads it, and its text, quoted where a path's signs (~, =, umlauts) ask for it.
 

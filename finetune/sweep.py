@@ -26,7 +26,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import STOPPED, UserError, first_line
-from finetune.config import Config, compose, conf_dir, is_free_form, parse_override
+from finetune.config import Config, compose, conf_dir, is_free_form, parse_override, quoted
 
 USAGE = """\
 usage: finetune train --multirun KEY=VALUE,VALUE ... [hydra/launcher=submitit_slurm hydra.launcher.KEY=VALUE ...]
@@ -77,9 +77,9 @@ def main(words: Sequence[str]) -> int:
     keys = {word.partition("=")[0].lstrip("+") for word in given}
     excluded = sorted({parse_override(word)[0].key_or_group for word in ours} - set(swept))
     settings = {
-        "hydra.sweep.dir": _quoted(str(folder)),
+        "hydra.sweep.dir": quoted(str(folder)),
         "hydra.sweep.subdir": "'${hydra.job.override_dirname}'",
-        "hydra.job.config.override_dirname.exclude_keys": "[" + ",".join(map(_quoted, excluded)) + "]",
+        "hydra.job.config.override_dirname.exclude_keys": "[" + ",".join(map(quoted, excluded)) + "]",
         "hydra.output_subdir": "null",
         "hydra/job_logging": "stdout",
         **(_SLURM if _SUBMITIT in given else {}),
@@ -142,8 +142,8 @@ def point(config: DictConfig) -> None:
     settings = HydraConfig.get()
     folder = str(settings.runtime.output_dir)
     overrides = [word for word in settings.overrides.task if not re.match(r"(run\.dir|run\.name)=", word)]
-    overrides += [f"run.dir={_quoted(folder)}"]
-    overrides += [f"run.name={_quoted(f'{config.run.name} {settings.job.override_dirname}')}"]
+    overrides += [f"run.dir={quoted(folder)}"]
+    overrides += [f"run.name={quoted(f'{config.run.name} {settings.job.override_dirname}')}"]
     in_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
     requeue: Any = signal.getsignal(signal.SIGUSR1)  # submitit's, in a job of its
     if in_slurm:
@@ -197,10 +197,6 @@ def _hydras(word: str) -> str:
     override, text = parse_override(word)
     new = is_free_form(override.key_or_group, Config) and text.startswith(override.key_or_group)
     return f"++{text}" if new else text
-
-
-def _quoted(value: str) -> str:
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def _cause(error: RuntimeError) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune import UserError
-from finetune.config import Config, compose
+from finetune.config import Config, compose, quoted
 from launchers.slurm import queue
 from launchers.slurm.settings import KEYS, Job, read
 
@@ -156,7 +156,7 @@ def _quoted(value: str) -> str:
     """A value as an override says it."""
     if re.fullmatch(r"[A-Za-z0-9_./-]+", value):
         return value
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return quoted(value)
 
 
 def command(job: Job, overrides: Sequence[str], folder: Path, name: str) -> list[str]:
