@@ -14,6 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from finetune import STOPPED, UserError, run_cli
+from launchers.slurm import queue
 
 RAISED = {2: 250, STOPPED: 240}
 """Exit codes as srun's tasks say them, by those of training."""
@@ -94,10 +95,10 @@ def processes_per_node(environ: Mapping[str, str]) -> int:
 
 def head_address(environ: Mapping[str, str]) -> str:
     """Where the job's first node is reached: the address that Slurm itself uses for it, else its name."""
-    hosts = _ask("scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
+    hosts = queue.ask(os.environ, "scontrol", "show", "hostnames", environ["SLURM_JOB_NODELIST"]).split()
     if not hosts:
         raise UserError(f"Slurm does not name the nodes of {environ['SLURM_JOB_NODELIST']}: is its controller up?")
-    shown = _ask("scontrol", "--oneliner", "show", "node", hosts[0])
+    shown = queue.ask(os.environ, "scontrol", "--oneliner", "show", "node", hosts[0])
     return next((word[9:] for word in shown.split() if word.startswith("NodeAddr=")), hosts[0])
 
 
@@ -112,13 +113,6 @@ def _number(environ: Mapping[str, str], name: str) -> int:
     if not text.isdecimal():
         raise UserError(f"{name} is not set: start this through srun, or sbatch launchers/slurm/train.sbatch")
     return int(text)
-
-
-def _ask(*words: str) -> str:
-    try:
-        return subprocess.run(words, capture_output=True, text=True, timeout=60, check=False).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Partition:
 
 def partitions(environ: Mapping[str, str]) -> tuple[list[Partition], str]:
     """All partitions that Slurm shows, and the name of the default one; none where there is no Slurm to ask."""
-    shown = _ask(environ, "sinfo", "--noheader", "--Node", "--format=%N|%R|%P|%c|%m|%G|%f|%l|%s")
+    shown = ask(environ, "sinfo", "--noheader", "--Node", "--format=%N|%R|%P|%c|%m|%G|%f|%l|%s")
     found: dict[str, tuple[int | None, int | None, list[Node]]] = {}
     default = ""
     for line in shown.splitlines():
@@ -147,10 +147,10 @@ class Seen:
 
 def look(number: str, environ: Mapping[str, str]) -> Seen | None:
     """A job's state; None when Slurm doesn't say."""
-    shown = _ask(environ, "scontrol", "--oneliner", "show", "job", number)
+    shown = ask(environ, "scontrol", "--oneliner", "show", "job", number)
     said = dict(re.findall(r"(?:^|\s)(JobState|Reason|NodeList|ExitCode)=(\S*)", shown))
     if "JobState" not in said:  # forgotten some minutes after its end; the accounting remembers, where there is one
-        words = _ask(environ, "sacct", "-nPX", "-j", number, "-o", "State,ExitCode").strip().split("|")
+        words = ask(environ, "sacct", "-nPX", "-j", number, "-o", "State,ExitCode").strip().split("|")
         if len(words) != 2:
             return None
         said = {"JobState": words[0].split()[0], "ExitCode": words[1]}
@@ -224,7 +224,8 @@ def clock(seconds: int) -> str:
     return f"{days}-{text}" if days else text
 
 
-def _ask(environ: Mapping[str, str], *words: str) -> str:
+def ask(environ: Mapping[str, str], *words: str) -> str:
+    """What a command of Slurm's prints; nothing when it is not there or does not answer in a minute."""
     try:
         return subprocess.run(
             words, env=dict(environ), capture_output=True, text=True, timeout=60, check=False
