@@ -11,12 +11,14 @@ what was rounded; and a fine-tuning moves many weights by less than float16's sp
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +37,8 @@ LARGEST_RESIDUAL = 0.1
 _POSTHOC = "sigma_rel="  # before the length, in `Weights`
 _LENGTHS = np.arange(0.01, LARGEST_SIGMA_REL, 0.005)  # that a refusal looks at, to name what can be had
 _NOTHING = 1e-10  # a smaller share is lost in float32
+_MADE = ".made-"  # what folders of averages in the making are called
+_JUST_NOW_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -187,11 +191,41 @@ def made_afterwards(run: str | Path, sigma_rel: float, step: int | None = None) 
         )
     root = Path(run) / SNAPSHOTS
     place = root if os.access(root, os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix=".made-", dir=place, ignore_cleanup_errors=True) as folder:
+    if place is not None:
+        _remove_stale(place)
+    with (
+        tempfile.TemporaryDirectory(prefix=_MADE, dir=place, ignore_cleanup_errors=True) as folder,
+        _locked(Path(folder)),
+    ):
         parts = [(one.folder, share) for one, share in zip(kept, found.shares, strict=True)]
         counted = [part for part in parts[:-1] if abs(part[1]) > _NOTHING]
         combine([*counted, parts[-1]], Path(folder))
         yield Made(last.folder.parent, last.step, Path(folder), found)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold the folder's lock, until the process ends at the latest; whether it could be had."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        except OSError:  # another process's, or a disk without locks
+            held = False
+        yield held
+    finally:
+        os.close(descriptor)
+
+
+def _remove_stale(place: Path) -> None:
+    """Remove the folders of processes that were killed. One that was made just now may not be locked yet."""
+    for folder in place.glob(f"{_MADE}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - folder.stat().st_mtime > _JUST_NOW_SECONDS:
+                with _locked(folder) as held:
+                    if held:
+                        shutil.rmtree(folder, ignore_errors=True)
 
 
 def combine(parts: Sequence[tuple[Path, float]], out: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -144,6 +146,26 @@ def test_what_is_made_is_what_would_have_been_kept(tmp_path: Path, sigma_rel: fl
     profile = Profile(400 * BATCH, gamma_of(sigma_rel))
     assert off <= made.fit.residual * inner_product(profile, profile) ** 0.5 * way + 1e-5  # of float32's steps
     assert apart(wanted, walk[-1]) > 5 * off, "an average, not the last weights"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    write_run(tmp_path, steps=20, every=10)
+    left, young, used = (tmp_path / "snapshots" / f".made-{name}" for name in ("left", "young", "used"))
+    for folder in (left, young, used):
+        folder.mkdir()
+        (folder / "model.safetensors").touch()
+        if folder != young:
+            os.utime(folder, (0, 0))
+    descriptor = os.open(used, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with made_afterwards(tmp_path, 0.05) as made:
+        os.utime(made.weights, (0, 0))
+        with made_afterwards(tmp_path, 0.1):
+            assert made.weights.exists()
+        assert not left.exists() and young.exists() and used.exists()
+    os.close(descriptor)
+    with made_afterwards(tmp_path, 0.05):
+        assert not used.exists()
 
 
 def test_an_earlier_snapshot_gives_the_average_of_that_time(tmp_path: Path) -> None:
