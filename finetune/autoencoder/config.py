@@ -45,12 +45,15 @@ class PicturesConfig:
 
 @dataclass
 class LossConfig:
-    """Rombach et al. 2022 (arXiv 2112.10752), appendix G: L1, a very light KL term, and a patch discriminator.
+    """Rombach et al. 2022 (arXiv 2112.10752), appendix G: L1, LPIPS, a very light KL term, a patch discriminator.
 
     The discriminator has an AdamW of its own, with the eps, weight decay and clipping of `optim`.
     """
 
     kl_weight: float = 1e-6
+    lpips: str | None = None  # file of torchvision's VGG16 with the linear heads of LPIPS 0.1; null: no LPIPS
+    lpips_heads: str | None = None  # file of the heads, when they are not in the other
+    lpips_weight: float = 1.0
     # How hard a patch discriminator pulls on the last layer, as a share of the reconstruction; 0: none. Paper: 0.5.
     discriminator_weight: float = 0.0
     discriminator_start: int = 0  # steps without it at first; the paper's code waits for 50,001
@@ -143,6 +146,7 @@ def _check_values(config: Config) -> None:
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     require({"optim.lr": config.optim.lr}, lambda value: value > 0, "must be above 0")
+    _check_lpips(config.loss)
     _check_discriminator(config.loss, config.train.steps)
     require_choice(
         {
@@ -160,6 +164,16 @@ def _check_values(config: Config) -> None:
             )
     if not model.block_out_channels:
         raise UserError("model.block_out_channels is empty: give one width for each resolution")
+
+
+def _check_lpips(loss: LossConfig) -> None:
+    require({"loss.lpips_weight": loss.lpips_weight}, lambda value: value > 0, "must be above 0")
+    if loss.lpips is None:
+        for name in ("lpips_heads", "lpips_weight"):
+            if (value := getattr(loss, name)) != getattr(LossConfig(), name):
+                raise UserError(
+                    f"loss.{name}={value}, but there is no LPIPS: give the file of VGG16 as loss.lpips=FILE"
+                )
 
 
 def _check_discriminator(loss: LossConfig, steps: int) -> None:

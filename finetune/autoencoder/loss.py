@@ -1,6 +1,6 @@
 """The first stage's loss: reconstruction, a light KL term, and what a discriminator adds to them.
 
-Rombach et al. 2022 (arXiv 2112.10752), appendix G, without its perceptual part.
+Rombach et al. 2022 (arXiv 2112.10752), appendix G. The perceptual part of the reconstruction is in `lpips`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from torch import Tensor
 
 
 class FirstStageLoss(NamedTuple):
-    """[B] each: `total` is what is minimised; `l1` and `kl` are its parts before they are weighted."""
+    """[B] each: `total` is what is minimised; `l1` and `kl` are parts of it before they are weighted."""
 
     total: Tensor
+    reconstruction: Tensor  # total without its KL term
     l1: Tensor  # mean |x - x_hat| over image elements, pixels in [-1, 1]
     kl: Tensor  # nats, summed over latent elements
 
@@ -28,21 +29,30 @@ def kl_to_standard_normal(mean_BCHW: Tensor, logvar_BCHW: Tensor) -> Tensor:
 
 
 def first_stage_loss(
-    image_B3HW: Tensor, recon_B3HW: Tensor, mean_BCHW: Tensor, logvar_BCHW: Tensor, kl_weight: float
+    image_B3HW: Tensor,
+    recon_B3HW: Tensor,
+    mean_BCHW: Tensor,
+    logvar_BCHW: Tensor,
+    kl_weight: float,
+    perceptual_B: Tensor | None = None,
+    perceptual_weight: float = 1.0,
 ) -> FirstStageLoss:
-    """L1 plus `kl_weight` times KL, both summed over a picture, as the paper weighs them (1e-6).
+    """L1, `perceptual_weight` times a perceptual distance, and `kl_weight` times KL.
 
-    The sum is then divided by the number of image elements, which leaves the balance of the two terms and
-    makes losses and gradient norms comparable between picture sizes.
+    L1 and KL are summed over a picture, as the paper weighs them (1e-6), and the distance counts once for each
+    image element. The sum is then divided by the number of these, which leaves the balance of the terms and makes
+    losses and gradient norms comparable between picture sizes.
 
     Args:
         image_B3HW: pixels in [-1, 1], float32; the reconstruction likewise.
         mean_BCHW, logvar_BCHW: the posterior q(z|x) that the reconstruction was drawn from, float32.
+        perceptual_B: the distance of each reconstruction from its picture, if it is to count.
     """
     elements = image_B3HW[0].numel()
     l1_B = (image_B3HW - recon_B3HW).abs().sum(dim=(1, 2, 3)) / elements
     kl_B = kl_to_standard_normal(mean_BCHW, logvar_BCHW)
-    return FirstStageLoss(l1_B + kl_weight * kl_B / elements, l1_B, kl_B)
+    reconstruction_B = l1_B if perceptual_B is None else l1_B + perceptual_weight * perceptual_B
+    return FirstStageLoss(reconstruction_B + kl_weight * kl_B / elements, reconstruction_B, l1_B, kl_B)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

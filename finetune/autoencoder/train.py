@@ -26,13 +26,17 @@ if TYPE_CHECKING:
 
     from finetune.autoencoder.config import AutoencoderConfig, Config
     from finetune.autoencoder.discriminator import Adversary
+    from finetune.autoencoder.lpips import Lpips
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
 MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
-# The pictures are known by their manifest, not by where they lie.
-MAY_CHANGE_KEYS = ("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards")
+# Pictures and weights are known by their checksums, not by where they lie.
+MAY_CHANGE_KEYS = (
+    *("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards"),
+    *("loss.lpips", "loss.lpips_heads"),
+)
 
 USAGE = """\
 usage: finetune autoencoder [KEY=VALUE ...]
@@ -122,13 +126,15 @@ def step_once(
     kl_weight: float,
     max_grad_norm: float,
     bf16: bool,
+    lpips: Lpips | None = None,
+    lpips_weight: float = 1.0,
     adversary: Adversary | None = None,
 ) -> dict[str, Tensor]:
     """One step of the autoencoder, and then one of the discriminator on the same reconstructions, if there is one.
 
     Returns:
-        Detached scalars: loss (what was minimised), l1, kl (batch means), gradient norm; with a discriminator
-        its loss, the loss that it gives to the autoencoder, and that one's weight.
+        Detached scalars: loss (what was minimised), l1, kl, lpips (batch means), gradient norm; with a
+        discriminator its loss, the loss that it gives to the autoencoder, and that one's weight.
     """
     import torch
 
@@ -139,15 +145,16 @@ def step_once(
         mean_BCHW, logvar_BCHW = posterior(vae, image_B3HW)
         recon_B3HW = vae.decode(mean_BCHW + torch.exp(0.5 * logvar_BCHW) * eps_BCHW).sample
     recon_B3HW = recon_B3HW.float()
-    loss = first_stage_loss(image_B3HW, recon_B3HW, mean_BCHW, logvar_BCHW, kl_weight)
+    distance_B = None if lpips is None else lpips(image_B3HW, recon_B3HW, bf16)
+    loss = first_stage_loss(image_B3HW, recon_B3HW, mean_BCHW, logvar_BCHW, kl_weight, distance_B, lpips_weight)
     total = loss.total.mean()
-    judged: dict[str, Tensor] = {}
+    judged: dict[str, Tensor] = {} if distance_B is None else {"lpips": distance_B.detach().mean()}
     if adversary is not None:
         adversarial = generator_loss(adversary.judge(recon_B3HW, bf16))
         last_layer = vae.decoder.conv_out.weight
-        weight = adversary.weight * adaptive_weight(loss.l1.mean(), adversarial, last_layer)
+        weight = adversary.weight * adaptive_weight(loss.reconstruction.mean(), adversarial, last_layer)
         total = total + weight * adversarial
-        judged = {"adversarial": adversarial.detach(), "adversarial_weight": weight}
+        judged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
     optimizer.zero_grad(set_to_none=True)
     total.backward(inputs=list(vae.parameters()))  # not the discriminator's: this step is not its own
     grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
@@ -156,6 +163,18 @@ def step_once(
         judged["discriminator"] = adversary.learn(image_B3HW, recon_B3HW, max_grad_norm=max_grad_norm, bf16=bf16)
     parts = {"l1": loss.l1.detach().mean(), "kl": loss.kl.detach().mean()}
     return {"loss": total.detach(), **parts, **judged, "grad_norm": grad_norm.detach()}
+
+
+def build_lpips(config: Config, device: torch.device) -> tuple[Lpips | None, str | None]:
+    """LPIPS with the weights that `config.loss` names, and their sha256; without any a line says that it is off."""
+    from finetune.autoencoder.lpips import Lpips, read_lpips
+    from finetune.models.sources import weights_sha256
+
+    if config.loss.lpips is None:
+        print("LPIPS is off: with loss.lpips=FILE (VGG16 and LPIPS's heads) reconstructions get sharper")
+        return None, None
+    weights = read_lpips(config.loss.lpips, config.loss.lpips_heads)
+    return Lpips(weights).to(device), weights_sha256(weights)
 
 
 def build_adversary(config: Config, device: torch.device) -> Adversary | None:
@@ -192,6 +211,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
 
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.discriminator import smallest_side
+    from finetune.autoencoder.lpips import SMALLEST_SIDE
     from finetune.autoencoder.pictures import Pictures
     from finetune.checkpoint import RunFolder, require_same
     from finetune.data.order import Order, Source
@@ -229,15 +249,25 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        shortest = min(map(min, pictures.buckets))
+        lpips, lpips_sha256 = build_lpips(config, device)
+        if lpips is not None and shortest < SMALLEST_SIDE:
+            raise UserError(
+                f"loss.lpips needs sides of {SMALLEST_SIDE} pixels at least, and the shortest of these pictures "
+                f"has {shortest}; leave it out or give larger ones"
+            )
         adversary = build_adversary(config, device)
         if adversary is not None:
-            needed, shortest = smallest_side(config.loss.discriminator_layers), min(map(min, pictures.buckets))
+            needed = smallest_side(config.loss.discriminator_layers)
             if shortest < needed:
                 raise UserError(
                     f"loss.discriminator_layers={config.loss.discriminator_layers} needs sides of {needed} pixels "
                     f"at least, and the shortest of these pictures has {shortest}; lower it or give larger ones"
                 )
-        depends_on = _depends_on(settings) | {"data.shards (manifest's sha256)": pictures.sha256}
+        depends_on = _depends_on(settings) | {
+            "data.shards (manifest's sha256)": pictures.sha256,
+            "loss.lpips (weights' sha256)": lpips_sha256,
+        }
         step = 0
         found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
         if found is not None:
@@ -260,7 +290,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}"
         )
-        _loop(config, run, pictures, order, vae, average, optimizer, adversary, device, step, depends_on)
+        _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, device, step, depends_on)
         return _finish(config, run, pictures, vae, average, device)
 
 
@@ -272,6 +302,7 @@ def _loop(
     vae: AutoencoderKL,
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
+    lpips: Lpips | None,
     adversary: Adversary | None,
     device: torch.device,
     step: int,
@@ -329,6 +360,8 @@ def _loop(
                 kl_weight=config.loss.kl_weight,
                 max_grad_norm=config.optim.max_grad_norm,
                 bf16=config.train.precision == "bf16",
+                lpips=lpips,
+                lpips_weight=config.loss.lpips_weight,
                 adversary=judging,
             )
             if average is not None:

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune import UserError
 from finetune.autoencoder.train import main
 from finetune.data.shards import ShardSet, ShardWriter
 from finetune.models.autoencoder import encode_moments, load_autoencoder
+from tests.autoencoder.vgg import heads, vgg16
 
 SETTINGS = [
     "model.block_out_channels=[8,16]",
@@ -163,6 +164,35 @@ def test_a_run_without_its_discriminators_state_is_refused(shards: Path, tmp_pat
 def test_pictures_too_small_for_the_discriminator_are_refused(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"discriminator_layers=2 needs sides of 12 pixels at least, .* has 8"):
         main(arguments(shards, tmp_path / "run", "loss.discriminator_weight=1", "loss.discriminator_layers=2"))
+
+
+def test_lpips_is_named_when_it_is_off_and_known_by_its_weights(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its file may be moved, and a run goes on with the same bits; other weights are refused."""
+    tensors = vgg16() | heads()
+    first, moved, other = (tmp_path / name for name in ("lpips.safetensors", "moved.safetensors", "other.pth"))
+    save_file(tensors, first)
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    square = "data.size=16"  # VGG16 halves a side four times
+    main(arguments(shards, straight, square, f"loss.lpips={first}", "train.steps=4", "optim.schedule=constant"))
+    main(arguments(shards, run, square, f"loss.lpips={first}", "train.steps=2", "optim.schedule=constant"))
+    assert "LPIPS" not in capsys.readouterr().out
+    first.rename(moved)
+    main(arguments(shards, run, square, f"loss.lpips={moved}", "train.steps=4", "optim.schedule=constant"))
+    assert_same_run(run, straight, 4)
+    for row in losses(run):
+        assert row["lpips"] > 0
+        assert row["loss"] == pytest.approx(row["l1"] + row["lpips"] + 1e-6 * row["kl"] / (3 * 16 * 16), rel=1e-5)
+
+    torch.save(tensors | {"features.0.bias": torch.ones(64)}, other)
+    with pytest.raises(UserError, match=r"loss.lpips \(weights' sha256\) was '\w+' and is '\w+' now"):
+        main(arguments(shards, run, square, f"loss.lpips={other}", "train.steps=5", "optim.schedule=constant"))
+    with pytest.raises(UserError, match=r"loss.lpips \(weights' sha256\) was '\w+' and is None now"):
+        main(arguments(shards, run, square, "train.steps=5", "optim.schedule=constant"))
+    assert capsys.readouterr().out.count("LPIPS is off: with loss.lpips=FILE") == 1
+    with pytest.raises(UserError, match="loss.lpips needs sides of 16 pixels at least, and the shortest .* has 8"):
+        main(arguments(shards, tmp_path / "small", f"loss.lpips={moved}"))
 
 
 def test_pictures_may_be_moved_but_not_changed(shards: Path, tmp_path: Path) -> None:
