@@ -38,7 +38,7 @@ class PicturesConfig:
     shards: str = MISSING
     size: int | None = None  # pixels: shorter side resized to it, centre cropped; null: as stored
     flip: bool = False  # mirror half of the pictures, drawn anew each time
-    held_out: int = 64  # pictures kept out of training for PSNR and grids, at most a tenth of the set
+    held_out: int = 64  # pictures kept out of training for PSNR, SSIM and grids, at most a tenth of the set
     cache_gib: float = 2.0  # decoded pictures are kept in memory when all of them fit in this
     readers: int = 2  # threads that decode
 

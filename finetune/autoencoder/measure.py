@@ -1,4 +1,4 @@
-"""What the first stage is judged by: PSNR, the scale of its latents, reconstructions beside pictures."""
+"""What the first stage is judged by: PSNR and SSIM, the scale of its latents, reconstructions beside pictures."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from finetune.latents import LatentSpace, RunningMoments
 
@@ -43,6 +44,41 @@ def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
     mse = np.mean((a_BHW3.astype(np.float64) - b_BHW3.astype(np.float64)) ** 2, axis=axes)
     with np.errstate(divide="ignore"):
         return 10.0 * np.log10(255.0**2 / mse)
+
+
+SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels
+
+
+def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
+    """Mean structural similarity of each pair of uint8 pictures, [B], at most 1.
+
+    Wang et al. 2004 ("Image quality assessment", IEEE TIP 13), section III.B and C: an 11 x 11 Gaussian window of
+    sigma 1.5 that lies wholly within the picture, K1 = 0.01, K2 = 0.03, peak 255. The mean is over its places and
+    the three channels. Float64.
+
+    Raises:
+        ValueError: a side is shorter than the window.
+    """
+    if min(a_BHW3.shape[1:3]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, not {a_BHW3.shape[1]}x{a_BHW3.shape[2]}")
+    offsets = torch.arange(SSIM_WINDOW, dtype=torch.float64) - SSIM_WINDOW // 2
+    line = torch.exp(-offsets.square() / (2 * SSIM_SIGMA**2))
+    line = line / line.sum()
+
+    def blur(x_B1HW: Tensor) -> Tensor:  # the window is a product of two lines
+        return F.conv2d(F.conv2d(x_B1HW, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
+
+    def channels(x_BHW3: np.ndarray) -> Tensor:
+        return torch.from_numpy(x_BHW3).double().permute(0, 3, 1, 2).reshape(-1, 1, *x_BHW3.shape[1:3])
+
+    a, b = channels(a_BHW3), channels(b_BHW3)
+    mean_a, mean_b = blur(a), blur(b)
+    variance_a, variance_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
+    covariance = blur(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    luminance = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    structure = (2 * covariance + c2) / (variance_a + variance_b + c2)
+    return (luminance * structure).mean(dim=(1, 2, 3)).view(len(a_BHW3), -1).mean(dim=1).numpy()
 
 
 @torch.no_grad()

@@ -425,11 +425,11 @@ def _finish(
     average: dict[str, Tensor] | None,
     device: torch.device,
 ) -> Path:
-    """Measure the latents' scale and the held-out PSNR, write RUN/vae and the last grid."""
+    """Measure the latents' scale and held-out PSNR and SSIM, write RUN/vae and the last grid."""
     from tqdm import tqdm
 
     from finetune.autoencoder import checkpoint
-    from finetune.autoencoder.measure import latent_std, psnr, reconstruct
+    from finetune.autoencoder.measure import SSIM_WINDOW, latent_std, psnr, reconstruct, ssim
     from finetune.checkpoint import publish
 
     size = config.train.global_batch
@@ -449,16 +449,21 @@ def _finish(
         shutil.rmtree(temporary, ignore_errors=True)
         checkpoint.write_vae(temporary, vae, dict(vae.named_parameters()))
         publish(temporary, run / "vae")
-        decibels = [
-            value
-            for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size)
-            for value in psnr(pixels_BHW3, reconstruct(vae, pixels_BHW3, device)).tolist()
-        ]
+        decibels: list[float] = []
+        similarities: list[float] = []
+        for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size):
+            recon_BHW3 = reconstruct(vae, pixels_BHW3, device)
+            decibels += psnr(pixels_BHW3, recon_BHW3).tolist()
+            if min(pixels_BHW3.shape[1:3]) >= SSIM_WINDOW:
+                similarities += ssim(pixels_BHW3, recon_BHW3).tolist()
         grid = _save_grid(config, run, pictures, vae, device, config.train.steps)
     result: dict[str, Any] = {"step": config.train.steps, "latent_std": std, "scaling_factor": 1.0 / std}
     if decibels:
         result["held_out_psnr_db"] = sum(decibels) / len(decibels)
         print(f"held-out PSNR: {result['held_out_psnr_db']:.2f} dB over {len(decibels)} pictures")
+    if similarities:
+        result["held_out_ssim"] = sum(similarities) / len(similarities)
+        print(f"held-out SSIM: {result['held_out_ssim']:.4f} over {len(similarities)} pictures")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(result) + "\n")
     print(f"latents: std {std:.4f}, scaling_factor {1.0 / std:.5f}")

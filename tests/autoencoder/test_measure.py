@@ -1,4 +1,4 @@
-"""PSNR, the latents' scale, and the sheet of reconstructions."""
+"""PSNR, SSIM, the latents' scale, and the sheet of reconstructions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.autoencoder.config import AutoencoderConfig
-from finetune.autoencoder.measure import comparison, latent_std, psnr, reconstruct, to_signed, to_uint8
+from finetune.autoencoder.measure import comparison, latent_std, psnr, reconstruct, ssim, to_signed, to_uint8
 from finetune.autoencoder.train import build
 from finetune.latents import LatentSpace, sample_latents
 
@@ -41,6 +41,54 @@ def test_psnr_has_no_uint8_wrap_around() -> None:
     black, white = np.zeros((1, 2, 2, 3), np.uint8), np.full((1, 2, 2, 3), 255, np.uint8)
     assert psnr(black, white)[0] == pytest.approx(0.0)
     assert psnr(white, black)[0] == pytest.approx(0.0)
+
+
+def alike(count: int, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Smooth pictures and noisy, darker copies: what a reconstruction is like."""
+    generator = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    phases = generator.uniform(0, 6, (count, 1, 1, 3))
+    a = 127 + 90 * np.sin(0.3 * x[None, :, :, None] + phases) * np.cos(0.2 * y[None, :, :, None] + phases)
+    b = 0.9 * a + generator.normal(0, 12, a.shape)
+    return a.round().astype(np.uint8), b.clip(0, 255).round().astype(np.uint8)
+
+
+def test_ssim_is_that_of_the_paper_written_out() -> None:
+    """Window by window, by Wang et al. 2004, equations 13 to 17, with the weights of a two-dimensional Gaussian."""
+    a, b = alike(2, 14, 19)
+    y, x = np.mgrid[-5:6, -5:6]
+    window = np.exp(-(x**2 + y**2) / (2 * 1.5**2))
+    window = (window / window.sum())[:, :, None]
+    expected = []
+    for one, other in zip(a.astype(np.float64), b.astype(np.float64)):
+        values = []
+        for top in range(14 - 10):
+            for left in range(19 - 10):
+                p, q = (picture[top : top + 11, left : left + 11] for picture in (one, other))
+                mean_p, mean_q = (window * p).sum((0, 1)), (window * q).sum((0, 1))
+                var_p, var_q = (window * (p - mean_p) ** 2).sum((0, 1)), (window * (q - mean_q) ** 2).sum((0, 1))
+                cov = (window * (p - mean_p) * (q - mean_q)).sum((0, 1))
+                c1, c2 = 2.55**2, 7.65**2
+                numerator = (2 * mean_p * mean_q + c1) * (2 * cov + c2)
+                values.append(numerator / ((mean_p**2 + mean_q**2 + c1) * (var_p + var_q + c2)))
+        expected.append(np.mean(values))
+    assert ssim(a, b) == pytest.approx(expected, rel=1e-10)
+
+
+def test_ssim_is_that_of_scikit_image() -> None:
+    """structural_similarity(a, b, channel_axis=2, data_range=255, gaussian_weights=True, sigma=1.5,
+    use_sample_covariance=False) of scikit-image 0.26.0."""
+    a, b = alike(2, 40, 56)
+    assert ssim(a, b) == pytest.approx([0.8487514155352184, 0.8487472569227617], rel=1e-10)
+
+
+def test_ssim_has_its_bounds() -> None:
+    a, b = alike(3, 16, 16)
+    assert ssim(a, a) == pytest.approx([1.0] * 3)
+    assert ssim(a, b) == pytest.approx(ssim(b, a))
+    assert (ssim(a, 255 - a) < 0).all()  # as different in structure as can be
+    with pytest.raises(ValueError, match="sides of 11 pixels, not 16x10"):
+        ssim(a[:, :, :10], b[:, :, :10])
 
 
 def test_scaled_latents_have_unit_std() -> None:

@@ -249,6 +249,25 @@ def test_the_saved_autoencoder_has_unit_latents(shards: Path, finished: Path) ->
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
 
 
+def test_held_out_pictures_are_measured(shards: Path, finished: Path, tmp_path: Path) -> None:
+    """PSNR over all of them, SSIM over those with room for its window (8 x 24 has none)."""
+    from finetune.autoencoder.measure import psnr, reconstruct, ssim
+    from finetune.autoencoder.pictures import Pictures
+
+    vae = load_autoencoder(finished / "vae")
+    pictures = Pictures(str(shards), size=None, held_out=64, seed=0, multiple=2, cache_bytes=0, readers=1)
+    decibels, similarities = [], []
+    for bucket, ids in enumerate(pictures.held_out_ids):
+        pixels = pictures.read(bucket, ids)
+        recon = reconstruct(vae, pixels)
+        decibels += psnr(pixels, recon).tolist()
+        similarities += ssim(pixels, recon).tolist() if min(pixels.shape[1:3]) >= 11 else []
+    assert 0 < len(similarities) < len(decibels)
+    result = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["held_out_psnr_db"] == pytest.approx(np.mean(decibels), abs=0.01)
+    assert result["held_out_ssim"] == pytest.approx(np.mean(similarities), abs=1e-3)
+
+
 def test_the_average_is_what_is_saved(finished: Path) -> None:
     step = finished / "checkpoints/step-00000006"
     saved = load_file(finished / "vae/diffusion_pytorch_model.safetensors")
