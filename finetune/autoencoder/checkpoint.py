@@ -68,11 +68,12 @@ def save(
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     parameters = dict(vae.named_parameters())
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     try:
         write_vae(temporary / "weights" / "vae", vae, parameters)
         if average is not None:
             write_vae(temporary / "ema" / "vae", vae, average)
-        _save_moments(temporary / "optimizer", parameters, optimizer)
+        _save_moments(temporary / "optimizer", trained, optimizer)
         if adversary is not None:
             judging = dict(adversary.model.named_parameters())
             _save_moments(temporary / "discriminator", judging, adversary.optimizer)
@@ -127,7 +128,8 @@ def restore(
     parameters = dict(vae.named_parameters())
     for name, parameter in parameters.items():
         parameter.copy_(weights[name])
-    _restore_moments(folder / "optimizer", parameters, optimizer, step)
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
+    _restore_moments(folder / "optimizer", trained, optimizer, step)
     if average is not None:
         source = folder / "ema" / "vae" / WEIGHTS_NAME
         saved = load_file(source) if source.exists() else weights  # EMA was switched on later

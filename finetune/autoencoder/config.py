@@ -20,9 +20,11 @@ NAME = FOLDER = "autoencoder"  # of the root file and of its folder in conf/
 class AutoencoderConfig:
     """The shape of diffusers' `AutoencoderKL`; the defaults are Stable Diffusion's f = 8.
 
-    The downsampling factor f is 2^(number of entries in `block_out_channels` - 1).
+    The downsampling factor f is 2^(number of entries in `block_out_channels` - 1). With `pretrained` the shape and
+    the first weights are those of a given autoencoder: a folder, a hub id, or a single file.
     """
 
+    pretrained: str | None = None
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
     layers_per_block: int = 2
     latent_channels: int = 4
@@ -68,6 +70,7 @@ class LossConfig:
 class TrainConfig:
     steps: int = 10_000
     global_batch: int = 16
+    decoder_only: bool = False  # of model.pretrained: latents, scale and shift stay as they are
     precision: str = "fp32"  # fp32 | bf16 (autocast; the weights stay fp32)
     device: str = "auto"  # auto | cpu | cuda
     threads: int | None = None  # CPU threads; null: torch's choice
@@ -87,7 +90,7 @@ class LogConfig:
 
 @dataclass
 class LatentScaleConfig:
-    pictures: int = 2048  # the latents' std is measured on up to so many training pictures
+    pictures: int = 2048  # the latents' std is measured on up to so many training pictures (not by decoder_only)
 
 
 @dataclass
@@ -162,6 +165,10 @@ def _check_values(config: Config) -> None:
                 f"model.block_out_channels has {channels}, which model.norm_num_groups="
                 f"{model.norm_num_groups} does not divide"
             )
+    if config.train.decoder_only and model.pretrained is None:
+        raise UserError(
+            "train.decoder_only=true needs an encoder to keep: give an autoencoder as model.pretrained=..."
+        )
     if not model.block_out_channels:
         raise UserError("model.block_out_channels is empty: give one width for each resolution")
 

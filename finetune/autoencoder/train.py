@@ -35,7 +35,7 @@ MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
 # Pictures and weights are known by their checksums, not by where they lie.
 MAY_CHANGE_KEYS = (
     *("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards"),
-    *("loss.lpips", "loss.lpips_heads"),
+    *("model.pretrained", "loss.lpips", "loss.lpips_heads"),
 )
 
 USAGE = """\
@@ -49,6 +49,7 @@ examples:
   finetune autoencoder data.shards=shards run.dir=runs/vae
   finetune autoencoder data.shards=shards run.dir=runs/vae model=kl_f4 data.size=256 train.steps=50000
   finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
+  finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
 """
 
@@ -117,6 +118,42 @@ def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
     return vae
 
 
+def load_given(model: AutoencoderConfig) -> tuple[AutoencoderKL, str]:
+    """The autoencoder `model.pretrained` in float32, all of it to be trained, and the sha256 of its weights.
+
+    Raises:
+        UserError: it can't be loaded, or `model` asks for another shape than it has.
+    """
+    from finetune.autoencoder.config import AutoencoderConfig
+    from finetune.models.autoencoder import load_autoencoder
+    from finetune.models.sources import weights_sha256
+
+    assert model.pretrained is not None
+    vae, default = load_autoencoder(model.pretrained), AutoencoderConfig()
+    for name, value in vars(model).items():
+        if name in vae.config and value not in (getattr(default, name), (given := _plain(vae.config[name]))):
+            raise UserError(
+                f"model.{name}={value}, but {model.pretrained} has {given}: leave it out, the given shape is kept"
+            )
+    vae.register_to_config(_name_or_path="")  # diffusers would write where it lay into RUN/vae
+    return vae.requires_grad_(True), weights_sha256(vae.state_dict())
+
+
+def keep_latents(vae: AutoencoderKL) -> None:
+    """Freeze what latents come from, the encoder and `quant_conv`; the decoder stays to be trained."""
+    vae.encoder.requires_grad_(False)
+    if vae.quant_conv is not None:
+        vae.quant_conv.requires_grad_(False)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else value
+
+
+def _trained(vae: AutoencoderKL) -> list[Tensor]:
+    return [parameter for parameter in vae.parameters() if parameter.requires_grad]
+
+
 def step_once(
     vae: AutoencoderKL,
     optimizer: torch.optim.Optimizer,
@@ -156,7 +193,7 @@ def step_once(
         total = total + weight * adversarial
         judged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
     optimizer.zero_grad(set_to_none=True)
-    total.backward(inputs=list(vae.parameters()))  # not the discriminator's: this step is not its own
+    total.backward(inputs=_trained(vae))  # not the discriminator's: this step is not its own
     grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
     optimizer.step()
     if adversary is not None:
@@ -216,18 +253,26 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     from finetune.checkpoint import RunFolder, require_same
     from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
+    from finetune.models.autoencoder import downsample_factor
 
     run = Path(config.run.dir)
     device = _device(config.train.device)
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     batch = config.train.global_batch
+    pretrained_sha256 = None
+    if config.model.pretrained is None:
+        vae = build(config.model, config.seed)
+    else:
+        vae, pretrained_sha256 = load_given(config.model)
+    if config.train.decoder_only:
+        keep_latents(vae)
     pictures = Pictures(
         config.data.shards,
         size=config.data.size,
         held_out=config.data.held_out,
         seed=config.seed,
-        multiple=2 ** (len(config.model.block_out_channels) - 1),
+        multiple=downsample_factor(vae),
         cache_bytes=int(config.data.cache_gib * 2**30),
         readers=config.data.readers,
     )
@@ -236,13 +281,14 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         (run / "samples").mkdir(exist_ok=True)
         (run / "checkpoints").mkdir(exist_ok=True)
 
-        vae = build(config.model, config.seed).to(device)
+        vae = vae.to(device)
         if config.train.channels_last:
             vae = vae.to(memory_format=torch.channels_last)
-        vae.register_to_config(sample_size=max(pictures.buckets[0]))
+        if config.model.pretrained is None:
+            vae.register_to_config(sample_size=max(pictures.buckets[0]))
         average = {n: p.detach().clone() for n, p in vae.named_parameters()} if config.ema.enabled else None
         optimizer = torch.optim.AdamW(
-            vae.parameters(),
+            _trained(vae),
             lr=config.optim.lr,
             betas=(config.optim.beta1, config.optim.beta2),
             eps=config.optim.eps,
@@ -267,6 +313,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         depends_on = _depends_on(settings) | {
             "data.shards (manifest's sha256)": pictures.sha256,
             "loss.lpips (weights' sha256)": lpips_sha256,
+            "model.pretrained (weights' sha256)": pretrained_sha256,
         }
         step = 0
         found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
@@ -289,6 +336,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         print(
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}"
+            + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
         _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, device, step, depends_on)
         return _finish(config, run, pictures, vae, average, device)
@@ -315,9 +363,10 @@ def _loop(
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.measure import to_signed
     from finetune.lr import learning_rate
+    from finetune.models.autoencoder import downsample_factor
 
     steps, batch = config.train.steps, config.train.global_batch
-    downsample = 2 ** (len(config.model.block_out_channels) - 1)
+    downsample = downsample_factor(vae)
     weights = list(vae.parameters())
     if step < steps:
         with tqdm(total=len(pictures), desc="reading", unit="img", disable=not pictures.cached) as bar:
@@ -336,7 +385,7 @@ def _loop(
                 mirrored = rng.integers(config.seed, "mirror", ids_B, 2).bool().view(-1, 1, 1, 1)
                 image = torch.where(mirrored, image.flip(3), image)
             height, width = (side // downsample for side in image.shape[2:])
-            eps = rng.normal(config.seed, "posterior", ids_B, (config.model.latent_channels, height, width))
+            eps = rng.normal(config.seed, "posterior", ids_B, (vae.config["latent_channels"], height, width))
             step, seen = step + 1, seen + batch
             lr = learning_rate(
                 seen,
@@ -426,25 +475,17 @@ def _finish(
     device: torch.device,
 ) -> Path:
     """Measure the latents' scale and held-out PSNR and SSIM, write RUN/vae and the last grid."""
-    from tqdm import tqdm
-
     from finetune.autoencoder import checkpoint
-    from finetune.autoencoder.measure import SSIM_WINDOW, latent_std, psnr, reconstruct, ssim
+    from finetune.autoencoder.measure import SSIM_WINDOW, psnr, reconstruct, ssim
     from finetune.checkpoint import publish
 
     size = config.train.global_batch
-    share = min(1.0, config.scale.pictures / sum(map(len, pictures.train_ids)))
-    measured = [_spread(ids, math.ceil(share * len(ids))) for ids in pictures.train_ids]
+    result: dict[str, Any] = {"step": config.train.steps}
     with _averaged(vae, average):
-        with tqdm(total=sum(map(len, measured)), desc="latent scale", unit="img") as bar:
-
-            def batches() -> Iterator[np.ndarray]:
-                for pixels_BHW3 in _read_all(pictures, measured, size):
-                    yield pixels_BHW3
-                    bar.update(len(pixels_BHW3))
-
-            std = latent_std(vae, batches(), device)
-        vae.register_to_config(scaling_factor=1.0 / std)
+        if not config.train.decoder_only:
+            std = _latent_std(config, pictures, vae, device)
+            vae.register_to_config(scaling_factor=1.0 / std)
+            result |= {"latent_std": std, "scaling_factor": 1.0 / std}
         temporary = run / ".tmp-vae"
         shutil.rmtree(temporary, ignore_errors=True)
         checkpoint.write_vae(temporary, vae, dict(vae.named_parameters()))
@@ -457,7 +498,6 @@ def _finish(
             if min(pixels_BHW3.shape[1:3]) >= SSIM_WINDOW:
                 similarities += ssim(pixels_BHW3, recon_BHW3).tolist()
         grid = _save_grid(config, run, pictures, vae, device, config.train.steps)
-    result: dict[str, Any] = {"step": config.train.steps, "latent_std": std, "scaling_factor": 1.0 / std}
     if decibels:
         result["held_out_psnr_db"] = sum(decibels) / len(decibels)
         print(f"held-out PSNR: {result['held_out_psnr_db']:.2f} dB over {len(decibels)} pictures")
@@ -466,11 +506,30 @@ def _finish(
         print(f"held-out SSIM: {result['held_out_ssim']:.4f} over {len(similarities)} pictures")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(result) + "\n")
-    print(f"latents: std {std:.4f}, scaling_factor {1.0 / std:.5f}")
+    of_latents = f"std {result['latent_std']:.4f}" if "latent_std" in result else "as they were"
+    print(f"latents: {of_latents}, scaling_factor {vae.config['scaling_factor']:.5f}")
     if grid is not None:
         print(f"pictures and their reconstructions: {grid}")
     print(f"autoencoder: {run / 'vae'}")
     return run / "vae"
+
+
+def _latent_std(config: Config, pictures: Pictures, vae: AutoencoderKL, device: torch.device) -> float:
+    """The latents' standard deviation over `config.scale.pictures` of the training pictures."""
+    from tqdm import tqdm
+
+    from finetune.autoencoder.measure import latent_std
+
+    share = min(1.0, config.scale.pictures / sum(map(len, pictures.train_ids)))
+    measured = [_spread(ids, math.ceil(share * len(ids))) for ids in pictures.train_ids]
+    with tqdm(total=sum(map(len, measured)), desc="latent scale", unit="img") as bar:
+
+        def batches() -> Iterator[np.ndarray]:
+            for pixels_BHW3 in _read_all(pictures, measured, config.train.global_batch):
+                yield pixels_BHW3
+                bar.update(len(pixels_BHW3))
+
+        return latent_std(vae, batches(), device)
 
 
 def _spread(ids: np.ndarray, count: int) -> np.ndarray:

@@ -58,6 +58,7 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "loss.lpips_heads=y.pth"], "loss.lpips_heads=y.pth, but there is no LPIPS"),
         (["data.shards=x", "loss.lpips_weight=2"], "loss.lpips_weight=2.0, but there is no LPIPS"),
         (["data.shards=x", "loss.lpips=y.pth", "loss.lpips_weight=0"], "loss.lpips_weight=0.0 must be above 0"),
+        (["data.shards=x", "train.decoder_only=true"], "train.decoder_only=true needs an encoder to keep"),
         (["data.shards=x", "this is no override"], "cannot read the override"),
         (["--steps", "3"], "unknown option --steps"),
         (["data.shards=nowhere", "run.dir=unused"], "nowhere"),

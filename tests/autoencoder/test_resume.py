@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
@@ -15,32 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from finetune import UserError
 from finetune.autoencoder.train import main
 from finetune.data.shards import ShardSet, ShardWriter
 from finetune.models.autoencoder import encode_moments, load_autoencoder
+from tests.autoencoder.runs import arguments, assert_same_run, losses
 from tests.autoencoder.vgg import heads, vgg16
 
-SETTINGS = [
-    "model.block_out_channels=[8,16]",
-    "model.layers_per_block=1",
-    "model.norm_num_groups=4",
-    "model.mid_block_add_attention=false",
-    "data.flip=true",
-    "optim.lr=1e-3",
-    "optim.schedule=cosine",
-    "optim.warmup_images=20",
-    "optim.weight_decay=0.01",
-    "ema.halflife_images=50",
-    "train.global_batch=4",
-    "train.threads=1",
-    "train.device=cpu",
-    "tracker.every=1",
-    "sample.every=0",
-]
 DISCRIMINATOR = [
     "loss.discriminator_weight=0.5",
     "loss.discriminator_layers=1",  # the shortest side of the pictures is 8
@@ -50,50 +32,8 @@ DISCRIMINATOR = [
 COMMAND = "import sys, finetune, finetune.autoencoder.train as t; finetune.run_cli(lambda: t.main(sys.argv[1:]))"
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("data") / "shards"
-    generator = np.random.default_rng(0)
-    with ShardWriter(root, "images") as writer:
-        for number in range(30):
-            size = (16, 16) if number % 3 else (8, 24)
-            buffer = io.BytesIO()
-            Image.fromarray(generator.integers(0, 256, (*size, 3), dtype=np.uint8)).save(buffer, "PNG")
-            writer.write(f"{number:03d}", {"png": buffer.getvalue()}, size)
-        writer.finish()
-    return root
-
-
-def arguments(shards: Path, run: Path, *more: str) -> list[str]:
-    return [f"data.shards={shards}", f"run.dir={run}", *SETTINGS, *more]
-
-
 def joining(step: int) -> list[str]:
     return [*DISCRIMINATOR, f"loss.discriminator_start={step}"]
-
-
-def losses(run: Path) -> list[dict[str, float]]:
-    """What was logged at each step, without the speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    for line in lines:
-        line.pop("images_per_second", None)
-    return [line for line in lines if "loss" in line]
-
-
-def assert_same_run(one: Path, other: Path, step: int, discriminator: bool = False) -> None:
-    folders = [run / "checkpoints" / f"step-{step:08d}" for run in (one, other)]
-    files = [sorted(p.relative_to(f).as_posix() for p in f.rglob("*.safetensors")) for f in folders]
-    assert files[0] == files[1]
-    # weights, average, two moments; of the discriminator weights and two moments
-    assert len(files[0]) == (7 if discriminator else 4)
-    for name in files[0]:
-        a, b = (load_file(folder / name) for folder in folders)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-    assert losses(one) == losses(other)
-    final = [load_file(run / "vae" / "diffusion_pytorch_model.safetensors") for run in (one, other)]
-    assert all(torch.equal(final[0][key], final[1][key]) for key in final[0])
-    assert (one / "vae" / "config.json").read_text() == (other / "vae" / "config.json").read_text()
 
 
 @pytest.mark.slow
