@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from finetune import UserError
 from finetune.autoencoder import config as schema
-from finetune.autoencoder.train import main
+from finetune.autoencoder.train import build, main
 from finetune.config import defaults, groups
 
 CHOICES = groups(schema.NAME, schema.FOLDER)
@@ -27,6 +28,18 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_the_model() -> 
     assert config.data.shards == "data_tools/emoji/fluent-emoji"
 
 
+@pytest.mark.parametrize(("factor", "channels"), [(2, 2), (4, 3), (8, 4), (16, 16), (32, 64)])
+def test_models_have_the_latents_of_the_paper(factor: int, channels: int) -> None:
+    """Rombach et al. 2022, table 8, the rows of KL kind: the best for each factor."""
+    config, _ = schema.load(["data.shards=x", f"model=kl_f{factor}"])
+    with torch.device("meta"):
+        vae = build(config.model, seed=0)
+        posterior = vae.encode(torch.empty(1, 3, 64, 96)).latent_dist
+        decoded = vae.decode(posterior.mean).sample
+    assert posterior.mean.shape == (1, channels, 64 // factor, 96 // factor)
+    assert decoded.shape == (1, 3, 64, 96)
+
+
 @pytest.mark.parametrize("choice", [f"{g}={c}" for g, names in CHOICES.items() for c in names])
 def test_every_choice_composes(choice: str) -> None:
     schema.load(["data.shards=x", choice])
@@ -37,7 +50,7 @@ def test_every_choice_composes(choice: str) -> None:
     [
         ([], "no value for data.shards: give data.shards=..."),
         (["data.shards=x", "trian.steps=3"], "unknown override 'trian.steps': did you mean 'train.steps'?"),
-        (["data.shards=x", "model=kl_f3"], "model=kl_f3 is not known: did you mean kl_f8? choose one of kl_f4"),
+        (["data.shards=x", "model=kl_f3"], "model=kl_f3 is not known: did you mean kl_f32? choose one of kl_f16"),
         (["data.shards=x", "train.steps=many"], "train.steps"),
         (["data.shards=x", "train.steps=0"], "train.steps=0 must be at least 1"),
         (["data.shards=x", "train.steps=1,2"], "several values"),
