@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from finetune import UserError
 from finetune.distributed import optimizers
+from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer, matrix_of
 from finetune.distributed.world import World
 
@@ -426,6 +427,9 @@ class DataParallel(Strategy):
                 gradient_as_bucket_view=True,
             )
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        # Over several ranks DDP's own hooks run in backward passes, which a graph would leave out.
+        graphed = world.device.type == "cuda" and world.size == 1
+        self.graphs = Graphs(self._passes, self.parameters.values()) if graphed else None
         self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
         if optimizer.kind == "adafactor":
             self.keys = {name: matrix_of(p) for name, p in self.parameters.items()}
@@ -441,13 +445,18 @@ class DataParallel(Strategy):
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
+        if self.graphs is not None:
+            return self.graphs(args, global_batch)
         synced = last or self.world.size == 1
         with contextlib.nullcontext() if synced else self.wrapped.no_sync():  # type: ignore[operator]
-            with self._autocast():
-                loss_B = self.wrapped(*args)
-            total = loss_B.float().sum()
-            # DDP averages over ranks; what is wanted is the sum over all samples by their number.
-            self.scaler.scale(total * (self.world.size / global_batch)).backward()
+            return self._passes(args, global_batch)
+
+    def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
+        with self._autocast():
+            loss_B = self.wrapped(*args)
+        total = loss_B.float().sum()
+        # DDP averages over ranks; what is wanted is the sum over all samples by their number.
+        self.scaler.scale(total * (self.world.size / global_batch)).backward()
         return total.detach()
 
     def step(self, lr: float) -> StepStats:

@@ -1,0 +1,305 @@
+"""Images per second of training on one GPU: the stock loop, ours plain and ours fast, in the same run.
+
+    python -m benchmarks.train_speed                                  # every work of the table
+    python -m benchmarks.train_speed --works sd21_full,sd15_lora --seconds 60 --out benchmarks/results/train_speed.jsonl
+    python -m benchmarks.train_speed --works tiny --seconds 1         # on a CPU
+
+Latents and states of captions are given (random); the optimizer is AdamW, gradients are clipped, weights are float32
+under bf16 autocast. Each variant runs in a process of its own.
+
+stock       the loop of diffusers' examples: eager, torch's default AdamW and memory layout
+compiled    the same with channels-last, fused AdamW and `torch.compile` of the whole U-Net
+eager       `optimizer_step` as `finetune train model.fast=false` runs it
+ours        as `finetune train` runs it on a GPU
+ours_ema    with an average of the weights
+
+`of_peak`: of the rate of a bf16 product of 8192^3 in the same run, by the floating-point operations of forward and
+backward passes as `torch.utils.flop_counter` counts them in diffusers' model, without what is computed twice under
+gradient checkpointing. `warm_s`: from the first call to the end of the step after which none is slower than twice the
+median. One JSON line each, a table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.common import context, record
+from benchmarks.works import SEED, SHAPES, SPACE, batches, make_model, make_unet, trained_of, with_added
+from finetune import diffusion
+from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
+from finetune.ema import Average, HalfLife
+from finetune.latents import sample_latents
+from finetune.models.fast import make_fast
+from finetune.step import optimizer_step
+
+LR, MAX_GRAD_NORM = 1e-5, 1.0
+BLOCK = 4  # steps between two looks at the clock
+
+
+@dataclass(frozen=True)
+class Work:
+    """`accumulation`: micro-batches of a step; `reach`, `stretch`: images/s on one H100 that we aim for."""
+
+    shape: str
+    batch: int
+    adapter: str = "full"
+    checkpointing: bool = False
+    accumulation: int = 1
+    reach: float | None = None
+    stretch: float | None = None
+
+
+WORKS = {
+    "sd21_full": Work("sd21_512", 64, reach=165, stretch=185),
+    "sd15_full": Work("sd15_512", 64, reach=150, stretch=170),
+    "sd15_lora": Work("sd15_512", 64, "lora", reach=210, stretch=240),
+    "sdxl_lora": Work("sdxl_1024", 8, "lora", reach=24, stretch=30),
+    "sdxl_full": Work("sdxl_1024", 8, checkpointing=True, reach=17, stretch=20),
+    "sd21_micro4": Work("sd21_512", 4, reach=110, stretch=140),
+    "tiny": Work("tiny", 4),
+    "tiny_lora": Work("tiny", 4, "lora"),
+}
+VARIANTS = ("stock", "compiled", "eager", "ours", "ours_ema")
+
+
+def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], Tensor]:
+    """diffusers' training loop; a call makes one step and returns its loss."""
+    unet = make_unet(work.shape, adapter=work.adapter, checkpointing=work.checkpointing).to(device)
+    optimizer = torch.optim.AdamW(trained_of(unet).values(), lr=LR, fused=compiled)
+    if compiled:
+        unet.to(memory_format=torch.channels_last)
+        unet.compile()
+    called = with_added(unet, work.shape, work.batch, device)
+    schedule = make_model(nn.Identity(), work.shape, device).schedule
+    source = batches(work.shape, work.batch, device)
+
+    def step() -> Tensor:
+        for _ in range(work.accumulation):
+            one = next(source)
+            assert one.text_states is not None
+            moments = one.moments.to(device, non_blocking=True).float()
+            states = one.text_states.to(device, non_blocking=True)
+            posterior, noise = (torch.randn_like(moments[:, :4]) for _ in range(2))
+            timesteps = torch.randint(0, len(schedule), (work.batch,), device=device)
+            z = sample_latents(moments, posterior, SPACE)
+            noised = diffusion.mix(z, noise, *schedule.at(timesteps))
+            with torch.autocast(device.type, torch.bfloat16):
+                predicted = called(noised, timesteps, states, return_dict=False)[0]
+            loss = nn.functional.mse_loss(predicted.float(), noise)
+            (loss / work.accumulation).backward()
+        nn.utils.clip_grad_norm_(trained_of(unet).values(), MAX_GRAD_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def ours(work: Work, device: torch.device, *, fast: bool, ema: bool) -> Callable[[], Tensor]:
+    """`finetune train`'s step; a call makes one and returns its loss."""
+    unet = make_unet(work.shape, adapter=work.adapter, checkpointing=work.checkpointing)
+    if fast:
+        unet.to(memory_format=torch.channels_last)
+        make_fast(unet, compiled=device.type == "cuda")
+    module = with_added(unet, work.shape, work.batch, device)
+    model = make_model(module, work.shape, device)
+    group = ParamGroup("unet", {f"unet.{name}": p for name, p in trained_of(module).items()})
+    strategy = DataParallel(
+        World(0, 1, 0, device),
+        model,
+        [group],
+        optimizer=OptimizerSettings(),
+        max_grad_norm=MAX_GRAD_NORM,
+        precision="bf16",
+    )
+    averages = []
+    if ema:
+        averages = [Average.starting_at([s.master for s in strategy.shards], HalfLife(500_000, 0.05))]
+    source = batches(work.shape, work.batch, device)
+    whole, steps = work.batch * work.accumulation, 0
+
+    def step() -> Tensor:
+        nonlocal steps
+        steps += 1
+        done = optimizer_step(
+            strategy,
+            model.conditioner,
+            source,
+            micro_batches=work.accumulation,
+            global_batch=whole,
+            lr=LR,
+            dropout=0.0,
+            seed=SEED,
+            averages=averages,
+            images_seen=steps * whole,
+        )
+        return done.loss_sum / whole
+
+    return step
+
+
+MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
+    "stock": partial(stock, compiled=False),
+    "compiled": partial(stock, compiled=True),
+    "eager": partial(ours, fast=False, ema=False),
+    "ours": partial(ours, fast=True, ema=False),
+    "ours_ema": partial(ours, fast=True, ema=True),
+}
+
+
+def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: torch.device) -> dict[str, Any]:
+    """Seconds a step (median of blocks), seconds until steps are quick, GiB, and the first losses."""
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    step = make()
+    wait()
+    started = time.perf_counter()
+    ends, losses = [], []
+    for _ in range(8):
+        losses.append(step())
+        wait()
+        ends.append(time.perf_counter() - started)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    blocks: list[float] = []
+    began = time.perf_counter()
+    while not blocks or time.perf_counter() < began + seconds:
+        before = time.perf_counter()
+        for _ in range(BLOCK):
+            step()
+        wait()
+        blocks.append((time.perf_counter() - before) / BLOCK)
+    median = statistics.median(blocks)
+    each = [after - before for before, after in zip([0.0, *ends], ends)]
+    slow = max((index for index, one in enumerate(each) if one > 2 * median), default=-1)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return {
+        "step_s": median,
+        "slowest_s": max(blocks),
+        "steps": len(blocks) * BLOCK,
+        "warm_s": ends[slow + 1] if slow + 1 < len(ends) else math.nan,
+        "memory_gib": memory,
+        "losses": [round(float(loss), 6) for loss in losses],
+    }
+
+
+def tflop(work: Work) -> float:
+    """Of forward and backward passes of one image, counted in diffusers' model without computing anything."""
+    shape = SHAPES[work.shape]
+    size, width = shape["size"], shape["unet"]["cross_attention_dim"]
+    # Attention as two products, which are counted on any device.
+    fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
+    with fake, plain, FlopCounterMode(display=False) as counter:
+        unet = make_unet(work.shape)
+        unet.requires_grad_(work.adapter == "full")  # an adapter's own operations are few
+        called = with_added(unet, work.shape, 1, torch.device("cpu"))
+        noised, states = torch.randn(1, 4, size, size), torch.randn(1, shape["tokens"], width)
+        noised.requires_grad_(work.adapter != "full")
+        called(noised, torch.zeros(1), states, return_dict=False)[0].sum().backward()
+    return counter.get_total_flops() / 1e12
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Of a bf16 product of two 8192x8192 matrices of random numbers."""
+    if device.type != "cuda":
+        return None
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    times = []
+    for _ in range(30):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        a @ b
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return 2 * 8192**3 / statistics.median(times[10:]) / 1e12
+
+
+def run(name: str, variant: str, seconds: float) -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = WORKS[name]
+    measured = measure(partial(MAKERS[variant], work, device), seconds, device)
+    rate = work.batch * work.accumulation / measured["step_s"]
+    peak, needed = peak_tflops(device), tflop(work)
+    return {
+        "work": name,
+        "variant": variant,
+        "batch": work.batch,
+        "images_per_s": round(rate, 2),
+        "of_peak": peak and round(rate * needed / peak, 4),
+        "tflop_per_image": round(needed, 4),
+        **{key: value if isinstance(value, list) else round(value, 4) for key, value in measured.items()},
+    }
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    usual = [name for name in WORKS if name.startswith("tiny") != on_gpu]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--works", default=",".join(usual), help=f"of {', '.join(WORKS)}")
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--seconds", type=float, default=30.0 if on_gpu else 2.0, help="measured time of each")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds that a variant may take in all")
+    parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    works, variants = arguments.works.split(","), arguments.variants.split(",")
+    for known, given in ((WORKS, works), (VARIANTS, variants)):
+        if unknown := set(given) - set(known):
+            parser.error(f"{sorted(unknown)[0]} is not one of {', '.join(known)}")
+    if arguments.one:
+        print(json.dumps(run(works[0], variants[0], arguments.seconds)), flush=True)
+        return
+    table = []
+    for name in works:
+        base = None
+        for variant in variants:
+            command = [sys.executable, "-m", "benchmarks.train_speed", "--one", "--works", name]
+            command += ["--variants", variant, "--seconds", str(arguments.seconds)]
+            row: dict[str, Any] = {"work": name, "variant": variant}
+            try:
+                done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
+                lines = done.stdout.splitlines()
+                row = json.loads(lines[-1]) if not done.returncode else row | {"error": done.stderr[-2000:]}
+            except subprocess.TimeoutExpired:
+                row["error"] = f"took longer than {arguments.limit:g} s"
+            if "images_per_s" in row:
+                base = base or row["images_per_s"]
+                row["to_first"] = round(row["images_per_s"] / base, 3)
+            record(arguments.out, row | context())
+            table.append(row)
+    print(f"\n{'work':<14}{'variant':<12}{'images/s':>9}{'to first':>9}{'of peak':>9}{'GiB':>7}{'warm s':>8}  aim")
+    for row in table:
+        if "error" in row:
+            print(f"{row['work']:<14}{row['variant']:<12}failed: {row['error'].strip().splitlines()[-1][:100]}")
+            continue
+        work, share = WORKS[row["work"]], row["of_peak"]
+        aim = f"{work.reach:g} / {work.stretch:g}" if work.reach else ""
+        print(
+            f"{row['work']:<14}{row['variant']:<12}{row['images_per_s']:>9.1f}{row['to_first']:>9.2f}"
+            f"{f'{share:.1%}' if share else '-':>9}{row['memory_gib']:>7.1f}{row['warm_s']:>8.1f}  {aim}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""What benchmarks train: shapes of known U-Nets with random weights, and random batches as the loader would give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune import diffusion
+from finetune.batch import Batch
+from finetune.conditioning.text import Text
+from finetune.latents import LatentSpace
+from finetune.models.adapters import add_lora
+from finetune.models.unet import build_unet, enable_gradient_checkpointing
+from finetune.objective import LatentDiffusion, Objective
+
+SEED = 0
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
+SPACE = LatentSpace(0.18215)
+RANK = 16  # of adapters
+
+# `size`: of the latents' sides; `tokens`: of a caption.
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd15_512": {
+        "size": 64,
+        "tokens": 77,
+        "unet": {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+    },
+    "sd21_512": {
+        "size": 64,
+        "tokens": 77,
+        "unet": {
+            "sample_size": 64,
+            "cross_attention_dim": 1024,
+            "attention_head_dim": [5, 10, 20, 20],
+            "use_linear_projection": True,
+        },
+    },
+    "sdxl_1024": {
+        "size": 128,
+        "tokens": 77,
+        "unet": {
+            "sample_size": 128,
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "transformer_layers_per_block": [1, 2, 10],
+            "attention_head_dim": [5, 10, 20],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    },
+    "tiny": {
+        "size": 8,
+        "tokens": 16,
+        "unet": {
+            "sample_size": 8,
+            "cross_attention_dim": 32,
+            "attention_head_dim": 4,
+            "block_out_channels": [32, 64],
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+            "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+        },
+    },
+}
+
+
+class WithAdded(nn.Module):
+    """A U-Net that is told the same pooled text and sizes at each call, as SDXL's is of each sample."""
+
+    def __init__(self, unet: nn.Module, batch: int, device: torch.device) -> None:
+        super().__init__()
+        self.unet = unet
+        generator = torch.Generator().manual_seed(1)
+        self.text_embeds = torch.randn(batch, 1280, generator=generator).to(device)
+        self.time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * batch, device=device)
+
+    def forward(self, noised: Tensor, *args: Any, **settings: Any) -> Any:
+        added = {"text_embeds": self.text_embeds.to(noised.dtype), "time_ids": self.time_ids}
+        return self.unet(noised, *args, added_cond_kwargs=added, **settings)
+
+
+def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False) -> nn.Module:
+    """The U-Net on the CPU; what is trained requires gradients."""
+    unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train()
+    if adapter == "lora":
+        unet.requires_grad_(False)
+        add_lora(unet, RANK, float(RANK), seed=SEED)
+    if checkpointing:
+        enable_gradient_checkpointing(unet)
+    return unet
+
+
+def with_added(unet: nn.Module, shape: str, batch: int, device: torch.device) -> nn.Module:
+    """The U-Net as both loops call it."""
+    return WithAdded(unet, batch, device) if SHAPES[shape]["unet"].get("addition_embed_type") else unet
+
+
+def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def make_model(unet: nn.Module, shape: str, device: torch.device) -> LatentDiffusion:
+    """What a strategy wraps, told the states of captions by its batches."""
+    tokens, width = SHAPES[shape]["tokens"], SHAPES[shape]["unet"]["cross_attention_dim"]
+    conditioner = Text(
+        None,
+        lambda texts: torch.zeros(len(texts), tokens, dtype=torch.long),
+        nn.Identity(),
+        lambda ids: ids,
+        width=width,
+    )
+    conditioner.empty_states_LD = torch.zeros(tokens, width, dtype=torch.float16)
+    return LatentDiffusion(
+        unet,
+        conditioner,
+        schedule=diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device),
+        space=SPACE,
+        objective=Objective(),
+        seed=SEED,
+    ).train()
+
+
+def batches(shape: str, batch: int, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    """Random moments and states in page-locked memory; each visit has clocks of its own, as from the loader."""
+    size, tokens = SHAPES[shape]["size"], SHAPES[shape]["tokens"]
+    generator = torch.Generator().manual_seed(rank)
+    made = []
+    for _ in range(4):
+        moments = torch.randn(batch, 8, size, size, generator=generator)
+        moments[:, 4:] = moments[:, 4:].abs() * 0.1
+        states = torch.randn(batch, tokens, SHAPES[shape]["unet"]["cross_attention_dim"], generator=generator)
+        pair = (moments.half(), states.half())
+        made.append([one.pin_memory() for one in pair] if device.type == "cuda" else pair)
+    step = 0
+    while True:
+        moments, states = made[step % 4]
+        clock = (step * ranks + rank) * batch + torch.arange(batch)
+        yield Batch(moments, ["x"] * batch, clock, clock, (size * 8,) * 2, text_states=states)
+        step += 1

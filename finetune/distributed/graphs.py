@@ -1,0 +1,118 @@
+"""Forward and backward passes of a micro-batch as one CUDA graph, where launching kernels takes longer than they do.
+
+With small micro-batches a GPU waits for the host, which has thousands of kernels to launch. A graph launches them
+all at once (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). It computes the same with the same
+kernels; its activations lie in memory of its own.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from finetune import first_line
+
+_WARM_UP = 3  # calls of one shape that compile and choose kernels
+_BOUND = 0.9  # launching takes this share of the kernels' time, or more: the host is what is waited for
+
+
+@dataclass
+class _Shape:
+    """What is known of the calls of one shape."""
+
+    calls: int = 0
+    is_bound: bool | None = None
+    # By whether gradients were there before: (graph, its inputs, its output, gradients as it leaves them).
+    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Any], Tensor, list[Tensor | None]]] = field(
+        default_factory=dict
+    )
+
+
+class Graphs:
+    """Calls `passes`, through a graph where that is faster.
+
+    Args:
+        passes: forward and backward of one micro-batch: takes tensors in any nesting, adds to the gradients of
+            `parameters`, and returns a tensor. It must not wait for the device or depend on values on the host.
+        parameters: those that it leaves gradients in.
+    """
+
+    def __init__(self, passes: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
+        self.passes, self.parameters = passes, list(parameters)
+        self.shapes: dict[Any, _Shape] = {}
+        self.pool: Any = None
+
+    def __call__(self, *args: Any) -> Tensor:
+        leaves, spec = pytree.tree_flatten(args)
+        key = (spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        shape = self.shapes.setdefault(key, _Shape())
+        shape.calls += 1
+        if shape.calls <= _WARM_UP or shape.is_bound is False:
+            return self.passes(*args)
+        if shape.is_bound is None:
+            return self._timed(shape, args)
+        adds = any(p.grad is not None for p in self.parameters)
+        if adds and not self._are_held(shape):
+            return self.passes(*args)  # a step that began without a graph goes on so
+        if adds not in shape.graphs:
+            try:
+                shape.graphs[adds] = self._captured(leaves, spec)
+            except (
+                RuntimeError
+            ) as error:  # no memory for it beside what is there, or passes that wait for the device
+                shape.is_bound = False
+                warnings.warn(f"this micro-batch gets no CUDA graph: {first_line(error)}", stacklevel=2)
+                torch.cuda.empty_cache()
+                return self.passes(*args)
+        graph, inputs, output, gradients = shape.graphs[adds]
+        for held, given in zip(inputs, leaves, strict=True):
+            if isinstance(held, Tensor):
+                held.copy_(given, non_blocking=True)
+        graph.replay()
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        return output.clone()
+
+    def _are_held(self, shape: _Shape) -> bool:
+        """Whether gradients so far lie where the graph of a first micro-batch leaves them."""
+        if False not in shape.graphs:
+            return False
+        *_, gradients = shape.graphs[False]
+        return all(p.grad is held for p, held in zip(self.parameters, gradients, strict=True))
+
+    def _timed(self, shape: _Shape, args: tuple[Any, ...]) -> Tensor:
+        """Find out whether the host or the device is waited for."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        began = time.perf_counter()
+        output = self.passes(*args)
+        launched_s = time.perf_counter() - began
+        end.record()
+        end.synchronize()
+        shape.is_bound = launched_s > _BOUND * start.elapsed_time(end) / 1e3
+        return output
+
+    def _captured(self, leaves: list[Any], spec: Any) -> Any:
+        inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        args = pytree.tree_unflatten(inputs, spec)
+        before = [p.grad for p in self.parameters]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what earlier calls took is the graph's now
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                output = self.passes(*args)
+        except BaseException:
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
+            raise
+        self.pool = graph.pool()
+        return graph, inputs, output, [p.grad for p in self.parameters]

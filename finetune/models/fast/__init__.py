@@ -1,0 +1,43 @@
+"""What makes a diffusers U-Net train fast on a GPU; its weights, their names and its outputs stay the same.
+
+kernels   group norm and GEGLU with what stands beside them, in Triton
+lora      adapters merged into the product that they adapt
+blocks    forward passes of diffusers' blocks that keep maps channels-last and call these
+
+Weights stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths linear layers
+wait for memory, not for arithmetic), FlashAttention 3 (no torch that we support carries it).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from finetune.models.fast import blocks
+
+__all__ = ["available", "make_fast"]
+
+
+def available(device: torch.device) -> bool:
+    """Whether `make_fast` gains anything there: on GPUs from Ampere on, with Triton."""
+    if device.type != "cuda" or blocks.kernels is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def make_fast(unet: nn.Module, *, compiled: bool) -> None:
+    """Exchange forward passes in place, and compile block by block.
+
+    Each block is compiled by itself: equal ones once, so that a start takes a fraction of the whole model's time; and
+    over several ranks the gradients of one are reduced while those of the blocks before it are computed.
+    """
+    blocks.exchange(unet)
+    if not compiled:
+        return
+    # Blocks of one class run the same code, each kind and each bucket with shapes of its own.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 1024)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8192)
+    for module in unet.modules():
+        if isinstance(module, blocks.Region):
+            module.compiled = torch.compile(module.plain, dynamic=False)

@@ -1,0 +1,22 @@
+"""Triton kernels behind custom operators, which `torch.compile` sees through. Importing this needs Triton.
+
+norm      group norm with a shift before it and SiLU after it
+geglu     GEGLU with its projection's bias
+"""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from finetune.models.fast.kernels.geglu import geglu
+from finetune.models.fast.kernels.norm import group_norm
+
+__all__ = ["geglu", "group_norm", "takes"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, by TRITON_INTERPRET=1: for tests
+
+
+def takes(x: Tensor) -> bool:
+    """Whether the kernels run where `x` lies."""
+    return x.is_cuda or INTERPRETED

@@ -1,0 +1,123 @@
+"""GEGLU (Shazeer 2020, arXiv 2002.05202, section 2): half the features times the exact GELU of the others, as Triton
+kernels. The bias of the projection before it comes in here, so that its gradient needs no pass of its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+_ROWS, _TILE_R, _TILE_D, _WARPS = 256, 16, 128, 4
+
+
+@triton.jit
+def _gate(x_R2D, bias_2D, y_RD, R, D, BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+    first, d = tl.program_id(0) * ROWS, tl.program_id(1) * TD + tl.arange(0, TD)
+    x_R2D += first.to(tl.int64) * 2 * D
+    y_RD += first.to(tl.int64) * D
+    bias_a = tl.zeros((TD,), tl.float32)
+    bias_g = tl.zeros((TD,), tl.float32)
+    if BIASED:
+        bias_a = tl.load(bias_2D + d, mask=d < D, other=0.0).to(tl.float32)
+        bias_g = tl.load(bias_2D + D + d, mask=d < D, other=0.0).to(tl.float32)
+    for row in range(0, ROWS, TR):
+        r = row + tl.arange(0, TR)
+        there = (first + r < R)[:, None] & (d < D)[None, :]
+        at = r[:, None] * 2 * D + d[None, :]
+        a = tl.load(x_R2D + at, mask=there, other=0.0).to(tl.float32) + bias_a[None, :]
+        g = tl.load(x_R2D + at + D, mask=there, other=0.0).to(tl.float32) + bias_g[None, :]
+        y = a * g * 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))
+        tl.store(y_RD + r[:, None] * D + d[None, :], y.to(y_RD.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D, BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+    """The gradient of x; and of each feature its sum over a chunk of ROWS rows."""
+    chunk, d = tl.program_id(0), tl.program_id(1) * TD + tl.arange(0, TD)
+    first = chunk * ROWS
+    x_R2D += first.to(tl.int64) * 2 * D
+    dx_R2D += first.to(tl.int64) * 2 * D
+    dy_RD += first.to(tl.int64) * D
+    bias_a = tl.zeros((TD,), tl.float32)
+    bias_g = tl.zeros((TD,), tl.float32)
+    if BIASED:
+        bias_a = tl.load(bias_2D + d, mask=d < D, other=0.0).to(tl.float32)
+        bias_g = tl.load(bias_2D + D + d, mask=d < D, other=0.0).to(tl.float32)
+    sum_a = tl.zeros((TR, TD), tl.float32)
+    sum_g = tl.zeros((TR, TD), tl.float32)
+    for row in range(0, ROWS, TR):
+        r = row + tl.arange(0, TR)
+        there = (first + r < R)[:, None] & (d < D)[None, :]
+        at = r[:, None] * 2 * D + d[None, :]
+        a = tl.load(x_R2D + at, mask=there, other=0.0).to(tl.float32) + bias_a[None, :]
+        g = tl.load(x_R2D + at + D, mask=there, other=0.0).to(tl.float32) + bias_g[None, :]
+        dy = tl.load(dy_RD + r[:, None] * D + d[None, :], mask=there, other=0.0).to(tl.float32)
+        below = 0.5 * (1.0 + tl.erf(g * 0.7071067811865476))  # the normal distribution's function; then its density
+        density = 0.3989422804014327 * tl.exp(-0.5 * g * g)
+        da = dy * g * below
+        dg = dy * a * (below + g * density)
+        tl.store(dx_R2D + at, da.to(dx_R2D.dtype.element_ty), mask=there)
+        tl.store(dx_R2D + at + D, dg.to(dx_R2D.dtype.element_ty), mask=there)
+        if BIASED:
+            sum_a += da
+            sum_g += dg
+    if BIASED:
+        tl.store(sums_N2D + chunk * 2 * D + d, tl.sum(sum_a, 0), mask=d < D)
+        tl.store(sums_N2D + chunk * 2 * D + D + d, tl.sum(sum_g, 0), mask=d < D)
+
+
+def _grid(rows: int, features: int) -> tuple[int, int]:
+    return triton.cdiv(rows, _ROWS), triton.cdiv(features, _TILE_D)
+
+
+_TILE = {"ROWS": _ROWS, "TR": _TILE_R, "TD": _TILE_D, "num_warps": _WARPS}
+
+
+@triton_op("ldm_finetune::geglu", mutates_args={})
+def _geglu(x_R2D: Tensor, bias_2D: Tensor | None) -> Tensor:
+    rows, features = x_R2D.shape[0], x_R2D.shape[1] // 2
+    y_RD = torch.empty((rows, features), dtype=x_R2D.dtype, device=x_R2D.device)
+    bias = x_R2D if bias_2D is None else bias_2D  # never read where there is none
+    wrap_triton(_gate)[_grid(rows, features)](
+        x_R2D, bias, y_RD, rows, features, BIASED=bias_2D is not None, **_TILE
+    )
+    return y_RD
+
+
+@triton_op("ldm_finetune::geglu_backward", mutates_args={})
+def _geglu_backward(dy_RD: Tensor, x_R2D: Tensor, bias_2D: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradient of x, and float32 [N, 2D] whose sum is the bias's (empty without one)."""
+    rows, features = dy_RD.shape
+    biased = bias_2D is not None
+    bias = x_R2D if bias_2D is None else bias_2D
+    dx_R2D = torch.empty_like(x_R2D)
+    chunks = triton.cdiv(rows, _ROWS)
+    sums_N2D = torch.empty((chunks if biased else 0, 2 * features), dtype=torch.float32, device=x_R2D.device)
+    wrap_triton(_gate_gradient)[_grid(rows, features)](
+        x_R2D, bias, dy_RD, dx_R2D, sums_N2D, rows, features, BIASED=biased, **_TILE
+    )
+    return dx_R2D, sums_N2D
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
+    x_R2D, bias_2D = ctx.saved_tensors
+    needs_bias = ctx.needs_input_grad[1]
+    dx_R2D, sums_N2D = _geglu_backward(dy_RD.contiguous(), x_R2D, bias_2D)
+    return dx_R2D, sums_N2D.sum(0).to(bias_2D.dtype) if needs_bias else None
+
+
+torch.library.register_autograd("ldm_finetune::geglu", _gradients, setup_context=_keep)
+
+
+def geglu(x: Tensor, bias_2D: Tensor | None) -> Tensor:
+    """(x + bias)'s first half of features times the GELU of its second: [..., 2D] to [..., D], in the dtype of x."""
+    return _geglu(x.flatten(0, -2).contiguous(), bias_2D).unflatten(0, x.shape[:-1])

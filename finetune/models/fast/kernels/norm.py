@@ -1,0 +1,317 @@
+"""Group norm (Wu & He 2018, arXiv 1803.08494, eq. 1 to 4) of channels-last maps, with what stands beside it in a U-Net:
+a shift of each channel before it (the embedded time, a convolution's bias) and SiLU after it.
+
+torch's own returns NCHW for channels-last input, so that each norm copies its map twice. Here three Triton kernels
+read it twice and write it once: moments of chunks, moments of groups, the map itself; backward likewise. Moments are
+float32 and merged as Chan et al. 1979 do (pairs of counts, means and sums of squares), so that a large mean costs no
+digits; there are no atomics, so results are the same at each run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+_TILE_S, _TILE_C, _WARPS = 32, 64, 4
+_CHUNKS = 64  # of a map's cells at most; each has its own moments
+
+
+@triton.jit
+def _moments(x_BSC, shift_BC, mean_BNC, m2_BNC, S, C, ROWS: tl.constexpr, SHIFTED: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+    """Mean and sum of squared distances from it, of each channel over a chunk of ROWS cells."""
+    sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
+    first = chunk * ROWS
+    last = tl.minimum(first + ROWS, S)
+    x_BSC += sample.to(tl.int64) * S * C
+    # Distances from the chunk's first cell: squares of the values themselves would lose digits to a large mean.
+    pivot = tl.load(x_BSC + first * C + c, mask=c < C, other=0.0).to(tl.float32)
+    total = tl.zeros((TS, TC), tl.float32)
+    squares = tl.zeros((TS, TC), tl.float32)
+    for row in range(0, ROWS, TS):
+        s = first + row + tl.arange(0, TS)
+        there = (s < last)[:, None] & (c < C)[None, :]
+        x = tl.load(x_BSC + s[:, None] * C + c[None, :], mask=there, other=0.0).to(tl.float32)
+        apart = tl.where(there, x - pivot[None, :], 0.0)
+        total += apart
+        squares += apart * apart
+    count = (last - first).to(tl.float32)
+    sum_C = tl.sum(total, 0)
+    mean_C = pivot + sum_C / count
+    if SHIFTED:
+        mean_C += tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    to = (sample * tl.num_programs(1) + chunk) * C + c
+    tl.store(mean_BNC + to, mean_C, mask=c < C)
+    tl.store(m2_BNC + to, tl.sum(squares, 0) - sum_C * sum_C / count, mask=c < C)
+
+
+@triton.jit
+def _merge(mean_BNC, m2_BNC, mean_BG, rstd_BG, S, C, N, rows, eps, CG, TN: tl.constexpr, TG: tl.constexpr):  # fmt: skip
+    """Mean and inverse deviation of a group of CG channels, from those of its chunks and channels."""
+    sample, group = tl.program_id(0), tl.program_id(1)
+    n, g = tl.arange(0, TN), tl.arange(0, TG)
+    there = (n < N)[:, None] & (g < CG)[None, :]
+    at = (sample * N + n)[:, None] * C + (group * CG + g)[None, :]
+    mean = tl.load(mean_BNC + at, mask=there, other=0.0)
+    m2 = tl.load(m2_BNC + at, mask=there, other=0.0)
+    count = tl.maximum(tl.minimum(rows, S - n * rows), 0).to(tl.float32)[:, None]
+    size = S * CG * 1.0
+    whole = tl.sum(tl.sum(count * mean, 1), 0) / size
+    apart = tl.where(there, mean - whole, 0.0)
+    variance = tl.sum(tl.sum(m2 + count * apart * apart, 1), 0) / size
+    to = sample * (C // CG) + group
+    tl.store(mean_BG + to, whole)
+    tl.store(rstd_BG + to, 1.0 / tl.sqrt(variance + eps))
+
+
+@triton.jit
+def _normalize(x_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, y_BSC, S, C, CG,
+               ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+    sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
+    first = chunk * ROWS
+    last = tl.minimum(first + ROWS, S)
+    x_BSC += sample.to(tl.int64) * S * C
+    y_BSC += sample.to(tl.int64) * S * C
+    at = sample * (C // CG) + c // CG
+    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
+    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
+    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
+    if SHIFTED:
+        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    scale = rstd_C * weight
+    for row in range(0, ROWS, TS):
+        s = first + row + tl.arange(0, TS)
+        there = (s < last)[:, None] & (c < C)[None, :]
+        at_SC = s[:, None] * C + c[None, :]
+        x = tl.load(x_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
+        y = (x - mean_C[None, :]) * scale[None, :] + bias[None, :]
+        if SILU:
+            y = y * tl.sigmoid(y)
+        tl.store(y_BSC + at_SC, y.to(y_BSC.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _sums(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC, S, C, CG, stride,
+          ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+    """Of each channel over a chunk: sums of the gradient before SiLU, of it times the normalized map, and of that."""
+    sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
+    first = chunk * ROWS
+    last = tl.minimum(first + ROWS, S)
+    x_BSC += sample.to(tl.int64) * S * C
+    dy_BSC += sample.to(tl.int64) * S * C
+    at = sample * (C // CG) + c // CG
+    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
+    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
+    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
+    if SHIFTED:
+        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    sum_du = tl.zeros((TS, TC), tl.float32)
+    sum_dun = tl.zeros((TS, TC), tl.float32)
+    sum_n = tl.zeros((TS, TC), tl.float32)
+    for row in range(0, ROWS, TS):
+        s = first + row + tl.arange(0, TS)
+        there = (s < last)[:, None] & (c < C)[None, :]
+        at_SC = s[:, None] * C + c[None, :]
+        x = tl.load(x_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
+        du = tl.load(dy_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
+        normal = tl.where(there, (x - mean_C[None, :]) * rstd_C[None, :], 0.0)
+        if SILU:
+            u = normal * weight[None, :] + bias[None, :]
+            gate = tl.sigmoid(u)
+            du = du * gate * (1.0 + u * (1.0 - gate))
+        sum_du += du
+        sum_dun += du * normal
+        if SHIFTED:
+            sum_n += normal
+    to = (sample * tl.num_programs(1) + chunk) * C + c
+    tl.store(sums_3BNC + to, tl.sum(sum_du, 0), mask=c < C)
+    tl.store(sums_3BNC + stride + to, tl.sum(sum_dun, 0), mask=c < C)
+    if SHIFTED:
+        tl.store(sums_3BNC + 2 * stride + to, tl.sum(sum_n, 0), mask=c < C)
+
+
+@triton.jit
+def _merge_sums(sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, S, C, N, stride, BC, BG, CG,
+                SHIFTED: tl.constexpr, TN: tl.constexpr, TG: tl.constexpr):  # fmt: skip
+    """Sums of a sample's channels; and of its group the two means that are taken out of the gradient."""
+    sample, group = tl.program_id(0), tl.program_id(1)
+    n, g = tl.arange(0, TN), tl.arange(0, TG)
+    there = (n < N)[:, None] & (g < CG)[None, :]
+    c = group * CG + g
+    at = (sample * N + n)[:, None] * C + c[None, :]
+    sum_du = tl.sum(tl.load(sums_3BNC + at, mask=there, other=0.0), 0)
+    sum_dun = tl.sum(tl.load(sums_3BNC + stride + at, mask=there, other=0.0), 0)
+    weight = tl.load(weight_C + c, mask=g < CG, other=0.0).to(tl.float32)
+    size = S * CG * 1.0
+    mean_du = tl.sum(weight * sum_du, 0) / size
+    mean_dun = tl.sum(weight * sum_dun, 0) / size
+    tl.store(sums_2BC + sample * C + c, sum_du, mask=g < CG)
+    tl.store(sums_2BC + BC + sample * C + c, sum_dun, mask=g < CG)
+    to = sample * (C // CG) + group
+    tl.store(means_2BG + to, mean_du)
+    tl.store(means_2BG + BG + to, mean_dun)
+    if SHIFTED:
+        sum_n = tl.sum(tl.load(sums_3BNC + 2 * stride + at, mask=there, other=0.0), 0)
+        dshift = tl.load(rstd_BG + to) * (weight * sum_du - S * mean_du - mean_dun * sum_n)
+        tl.store(dshift_BC + sample * C + c, dshift, mask=g < CG)
+
+
+@triton.jit
+def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BSC, S, C, CG, BG,
+              ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+    sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
+    first = chunk * ROWS
+    last = tl.minimum(first + ROWS, S)
+    x_BSC += sample.to(tl.int64) * S * C
+    dy_BSC += sample.to(tl.int64) * S * C
+    dx_BSC += sample.to(tl.int64) * S * C
+    at = sample * (C // CG) + c // CG
+    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
+    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
+    mean_du = tl.load(means_2BG + at, mask=c < C, other=0.0)
+    mean_dun = tl.load(means_2BG + BG + at, mask=c < C, other=0.0)
+    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
+    if SHIFTED:
+        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    for row in range(0, ROWS, TS):
+        s = first + row + tl.arange(0, TS)
+        there = (s < last)[:, None] & (c < C)[None, :]
+        at_SC = s[:, None] * C + c[None, :]
+        x = tl.load(x_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
+        du = tl.load(dy_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
+        normal = (x - mean_C[None, :]) * rstd_C[None, :]
+        if SILU:
+            u = normal * weight[None, :] + bias[None, :]
+            gate = tl.sigmoid(u)
+            du = du * gate * (1.0 + u * (1.0 - gate))
+        dx = rstd_C[None, :] * (weight[None, :] * du - mean_du[None, :] - normal * mean_dun[None, :])
+        tl.store(dx_BSC + at_SC, dx.to(dx_BSC.dtype.element_ty), mask=there)
+
+
+def _chunks(cells: int) -> tuple[int, int]:
+    """(number of chunks, cells of one): enough programs for a GPU, few enough to merge in one."""
+    rows = max(4 * _TILE_S, triton.next_power_of_2(triton.cdiv(cells, _CHUNKS)))
+    return triton.cdiv(cells, rows), rows
+
+
+@triton_op("ldm_finetune::group_norm", mutates_args={})
+def _group_norm(
+    x_BCHW: Tensor, shift_BC: Tensor | None, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The map [B, C, H, W], channels-last in the dtype of `x_BCHW`, and float32 [B, groups] means and deviations.
+
+    `x_BCHW` is channels-last, the others are contiguous.
+    """
+    batch, channels, height, width = x_BCHW.shape
+    cells, of_group = height * width, channels // groups
+    number, rows = _chunks(cells)
+    new = {"dtype": torch.float32, "device": x_BCHW.device}
+    y_BCHW = torch.empty_like(x_BCHW)  # keeps the layout
+    mean_BNC = torch.empty((batch, number, channels), **new)  # type: ignore[call-overload]
+    m2_BNC = torch.empty_like(mean_BNC)
+    mean_BG = torch.empty((batch, groups), **new)  # type: ignore[call-overload]
+    rstd_BG = torch.empty_like(mean_BG)
+    shift = x_BCHW if shift_BC is None else shift_BC  # never read where there is none
+    shifted = shift_BC is not None
+    grid = (batch, number, triton.cdiv(channels, _TILE_C))
+    tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
+    wrap_triton(_moments)[grid](x_BCHW, shift, mean_BNC, m2_BNC, cells, channels, SHIFTED=shifted, **tile)
+    merged = {"TN": triton.next_power_of_2(number), "TG": triton.next_power_of_2(of_group)}
+    wrap_triton(_merge)[(batch, groups)](
+        mean_BNC, m2_BNC, mean_BG, rstd_BG, cells, channels, number, rows, eps, of_group, **merged
+    )
+    wrap_triton(_normalize)[grid](
+        x_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, y_BCHW, cells, channels, of_group,
+        SHIFTED=shifted, SILU=silu, **tile,
+    )  # fmt: skip
+    return y_BCHW, mean_BG, rstd_BG
+
+
+@triton_op("ldm_finetune::group_norm_backward", mutates_args={})
+def _group_norm_backward(
+    dy_BCHW: Tensor,
+    x_BCHW: Tensor,
+    shift_BC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    mean_BG: Tensor,
+    rstd_BG: Tensor,
+    silu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the map, of the shift (empty without one), and float32 [2, B, C] of bias and weight by sample."""
+    batch, channels, height, width = x_BCHW.shape
+    groups = mean_BG.shape[1]
+    cells, of_group = height * width, channels // groups
+    number, rows = _chunks(cells)
+    new = {"dtype": torch.float32, "device": x_BCHW.device}
+    shifted = shift_BC is not None
+    shift = x_BCHW if shift_BC is None else shift_BC
+    sums_3BNC = torch.empty((3 if shifted else 2, batch, number, channels), **new)  # type: ignore[call-overload]
+    sums_2BC = torch.empty((2, batch, channels), **new)  # type: ignore[call-overload]
+    means_2BG = torch.empty((2, batch, groups), **new)  # type: ignore[call-overload]
+    dshift_BC = torch.empty((batch, channels) if shifted else (0,), **new)  # type: ignore[call-overload]
+    dx_BCHW = torch.empty_like(x_BCHW)
+    grid = (batch, number, triton.cdiv(channels, _TILE_C))
+    tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
+    stride = batch * number * channels
+    wrap_triton(_sums)[grid](
+        x_BCHW, dy_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC, cells, channels, of_group, stride,
+        SHIFTED=shifted, SILU=silu, **tile,
+    )  # fmt: skip
+    merged = {"TN": triton.next_power_of_2(number), "TG": triton.next_power_of_2(of_group)}
+    wrap_triton(_merge_sums)[(batch, groups)](
+        sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, cells, channels, number, stride,
+        batch * channels, batch * groups, of_group, SHIFTED=shifted, **merged,
+    )  # fmt: skip
+    wrap_triton(_gradient)[grid](
+        x_BCHW, dy_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BCHW, cells, channels, of_group,
+        batch * groups, SHIFTED=shifted, SILU=silu, **tile,
+    )  # fmt: skip
+    return dx_BCHW, dshift_BC, sums_2BC
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x_BCHW, shift_BC, weight_C, bias_C, _, _, silu = inputs
+    _, mean_BG, rstd_BG = output
+    ctx.mark_non_differentiable(mean_BG, rstd_BG)
+    ctx.save_for_backward(x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG)
+    ctx.silu = silu
+
+
+def _backward(ctx: Any, dy_BCHW: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG = ctx.saved_tensors
+    dy_BCHW = dy_BCHW.contiguous(memory_format=torch.channels_last)
+    dx_BCHW, dshift_BC, sums_2BC = _group_norm_backward(
+        dy_BCHW, x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, ctx.silu
+    )
+    _, needs_shift, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+    return (
+        dx_BCHW,
+        dshift_BC.to(shift_BC.dtype) if needs_shift else None,
+        sums_2BC[1].sum(0).to(weight_C.dtype) if needs_weight else None,
+        sums_2BC[0].sum(0).to(bias_C.dtype) if needs_bias else None,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd("ldm_finetune::group_norm", _backward, setup_context=_keep)
+
+
+def group_norm(
+    x_BCHW: Tensor, shift_BC: Tensor | None, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
+) -> Tensor:
+    """Normalized `x_BCHW + shift_BC` [B, C, H, W], in its dtype and channels-last, times weight, plus bias; then SiLU.
+
+    Args:
+        x_BCHW: channels-last; shift_BC: contiguous. Both float32, bfloat16 or float16.
+    """
+    return _group_norm(x_BCHW, shift_BC, weight_C, bias_C, groups, eps, silu)[0]

@@ -1,0 +1,43 @@
+"""Low-rank adapters (Hu et al. 2021, arXiv 2106.09685, eq. 3) as one product with W + s B A.
+
+peft computes x W + s (x A) B: three passes more over maps of tokens, forward, and six backward, each bound by memory,
+for few operations. Weights are small beside the tokens of a batch: their sum costs next to nothing, and gradients of A
+and B follow from that of the sum, by one more product of the kind that full fine-tuning makes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
+
+
+class Linear(lora.Linear):
+    """peft's adapted linear layer with one plain adapter, without dropout."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or self.merged:
+            return super().forward(x, *args, **kwargs)
+        (name,) = self.active_adapters
+        base: Any = self.get_base_layer()
+        with torch.autocast(x.device.type, enabled=False):  # what an adapter adds would drown in bf16's last bit
+            update_OI = self.lora_B[name].weight.float() @ self.lora_A[name].weight.float()
+            weight_OI = base.weight + (self.scaling[name] * update_OI).to(base.weight.dtype)
+        return F.linear(x, weight_OI, base.bias)
+
+
+def takes(layer: nn.Module) -> bool:
+    """Whether `Linear` computes what this layer does."""
+    return (
+        type(layer) is lora.Linear
+        and type(layer.get_base_layer()) is nn.Linear
+        and len(layer.lora_A) == 1
+        and list(layer.active_adapters) == list(layer.lora_A)
+        and not layer.lora_variant  # DoRA
+        and not layer.fan_in_fan_out
+        and not any(layer.lora_bias.values())
+        and all(isinstance(dropout, nn.Identity) for dropout in layer.lora_dropout.values())
+    )
