@@ -27,11 +27,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import context, record
-from benchmarks.train_step import WORKS, trained
+from benchmarks.train_speed import Work, stepping, trained
+from benchmarks.works import SHAPES
 from finetune.checkpoint import Checkpoints, Layout, Progress
 from finetune.checkpoint.host import HostMemory
 from finetune.distributed import MOMENTS, DataParallel
 from finetune.ema import Average
+from finetune.models import fast
 
 _PIECE_BYTES = 1 << 23
 
@@ -112,7 +114,7 @@ def while_saving(
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", choices=WORKS, default="sd15_512" if on_gpu else "tiny")
+    parser.add_argument("--work", choices=SHAPES, default="sd15_512" if on_gpu else "tiny")
     parser.add_argument("--batch", type=int, default=32 if on_gpu else 4)
     parser.add_argument("--steps", type=int, default=20, help="quiet steps that are measured")
     parser.add_argument("--saves", type=int, default=3)
@@ -131,9 +133,9 @@ def main() -> None:
         record(arguments.out, rows[-1] | context())
 
     try:
-        step, strategy, averages = trained(
-            WORKS[arguments.work], arguments.batch, device, torch.bfloat16, ema=True, channels_last=not on_gpu
-        )
+        work = Work(arguments.work, arguments.batch)
+        what = trained(work, device, is_fast=fast.available(device), ema=True)
+        step, strategy, averages = stepping(work, device, what), what.strategy, what.averages
         components = {"unet": strategy.module.unet}
         checkpoints = Checkpoints(folder / "run", Layout(components), keep=1)  # type: ignore[arg-type]
         prepare_s = timed(lambda: checkpoints.prepare(strategy, averages), wait)

@@ -1,10 +1,10 @@
 """Where the time of a training step goes on a GPU, by class of kernel.
 
-    python -m benchmarks.profile_step --work sd21_full --variants compiled,ours --out benchmarks/results/profile_step.jsonl
+    python -m benchmarks.profile_step --work sd21_full --variants compiled,ours --kernels
     python -m benchmarks.profile_step --work tiny               # on a CPU: operators instead of kernels
 
-Milliseconds of a step's kernels, which may overlap; `idle` is the step's time without any. Works and variants are those
-of `benchmarks.train_speed`. One JSON line each, a table last.
+Milliseconds of a step's kernels, which may overlap; `idle` is the step's time without any. Works and variants are
+those of `benchmarks.train_speed`. One JSON line each, a table last.
 """
 
 from __future__ import annotations

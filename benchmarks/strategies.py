@@ -7,7 +7,8 @@
 Each variant runs in processes of its own, started by torchrun. Peers are a plain loop over a diffusers U-Net:
 torch's DDP with bf16 autocast and channels-last, and `deepspeed.initialize` with ZeRO 1 to 3 in bf16 and its
 defaults. Ours run `optimizer_step` as `finetune train` does; `one` and `peer_one` take one GPU. A variant may name
-its layout, as `zero2@nhwc` or `ddp@nchw`; without one it has the layout that a run has by default. `--adapter lora`
+its layout, as `zero2@nhwc` or `ddp@nchw`, and is then as with `model.fast=false`; without one it is as a run is by
+default. `--adapter lora`
 trains an adapter of rank 16 instead of all weights.
 
 All see the same random moments, states of captions, noise and timesteps while their first losses are taken; `apart`
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,74 +37,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from benchmarks import train_step
 from benchmarks.common import context, record
-from benchmarks.train_step import BETAS
+from benchmarks.works import BETAS, SEED, SPACE, batches, make_model, make_unet, trained_of, with_added
 from finetune import diffusion, distributed, rng
-from finetune.batch import Batch
-from finetune.conditioning.text import Text
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
-from finetune.latents import LatentSpace, sample_latents
-from finetune.models.adapters import add_lora
+from finetune.latents import sample_latents
+from finetune.models import fast
 from finetune.models.layout import store_channels_last
-from finetune.models.unet import build_unet, enable_gradient_checkpointing
-from finetune.objective import LatentDiffusion, Objective
 from finetune.step import optimizer_step
 
-WORKS: dict[str, dict[str, Any]] = {
-    "sd21_512": {
-        "batch": 48,
-        "size": 64,
-        "tokens": 77,
-        "unet": {
-            "sample_size": 64,
-            "cross_attention_dim": 1024,
-            "attention_head_dim": [5, 10, 20, 20],
-            "use_linear_projection": True,
-        },
-    },
-    "sdxl_1024": {
-        "batch": 8,
-        "size": 128,
-        "tokens": 77,
-        "checkpointing": True,
-        "unet": {
-            "sample_size": 128,
-            "block_out_channels": [320, 640, 1280],
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "transformer_layers_per_block": [1, 2, 10],
-            "attention_head_dim": [5, 10, 20],
-            "cross_attention_dim": 2048,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": 2816,
-        },
-    },
-    "tiny": {"batch": 4, "size": 8, "tokens": 16, "unet": train_step.WORKS["tiny"]["unet"]},
-}
+# Images of one rank, and whether activations are computed again in the backward pass.
+WORKS: dict[str, tuple[int, bool]] = {"sd21_512": (48, False), "sdxl_1024": (8, True), "tiny": (4, False)}
 OURS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
 LAYOUTS = {"": None, "nchw": False, "nhwc": True}
-LR, MAX_GRAD_NORM, SEED = 1e-5, 1.0, 0
+LR, MAX_GRAD_NORM = 1e-5, 1.0
 BLOCK = 4  # steps between two looks at the clock
 _ENDING_S = 60.0  # torchrun leaves its workers 30 s before it kills them
-
-
-class WithAdded(nn.Module):
-    """A U-Net that is told the same pooled text and sizes at each call, as SDXL's is of each sample."""
-
-    def __init__(self, unet: nn.Module, batch: int, device: torch.device) -> None:
-        super().__init__()
-        self.unet = unet
-        generator = torch.Generator().manual_seed(1)
-        self.text_embeds = torch.randn(batch, 1280, generator=generator).to(device)
-        self.time_ids = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * batch, device=device)
-
-    def forward(self, noised: Tensor, *args: Any, **settings: Any) -> Any:
-        added = {"text_embeds": self.text_embeds.to(noised.dtype), "time_ids": self.time_ids}
-        return self.unet(noised, *args, added_cond_kwargs=added, **settings)
 
 
 @dataclass
@@ -119,66 +69,29 @@ class Job:
     out: str  # rank 0 leaves its result there
 
 
-def make_unet(job: Job, work: dict[str, Any], world: World) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    """The U-Net on the CPU, and its parameters that are trained, by name."""
-    unet = build_unet(work["unet"], seed=SEED).train()
-    if job.adapter == "lora":
-        add_lora(unet, 16, 16.0, seed=SEED)
-    if work.get("checkpointing"):
-        enable_gradient_checkpointing(unet)
-    module: nn.Module = unet
-    if work["unet"].get("addition_embed_type"):
-        module = WithAdded(unet, job.batch, world.device)
-    return module, {name: p for name, p in module.named_parameters() if p.requires_grad}
+def make_module(job: Job, world: World) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    """The U-Net on the CPU as it is called, and its parameters that are trained, by name."""
+    unet = make_unet(job.work, adapter=job.adapter, checkpointing=WORKS[job.work][1])
+    module = with_added(unet, job.work, job.batch, world.device)
+    return module, trained_of(module)
 
 
-def batches(job: Job, work: dict[str, Any], world: World) -> Iterator[Batch]:
-    """Random moments and states in pinned memory; each visit has clocks of its own, as from the loader."""
-    generator = torch.Generator().manual_seed(world.rank)
-    made = []
-    for _ in range(4):
-        moments = torch.randn(job.batch, 8, work["size"], work["size"], generator=generator)
-        moments[:, 4:] = moments[:, 4:].abs() * 0.1
-        states = torch.randn(job.batch, work["tokens"], work["unet"]["cross_attention_dim"], generator=generator)
-        pair = (moments.half(), states.half())
-        made.append([one.pin_memory() for one in pair] if world.device.type == "cuda" else pair)
-    step = 0
-    while True:
-        moments, states = made[step % 4]
-        clock = (step * world.size + world.rank) * job.batch + torch.arange(job.batch)
-        yield Batch(moments, ["x"] * job.batch, clock, clock, (work["size"] * 8,) * 2, text_states=states)
-        step += 1
-
-
-def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
+def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
     """`finetune train`'s step; returns this rank's sum of losses."""
-    unet, trained = make_unet(job, work, world)
-    width = work["unet"]["cross_attention_dim"]
-    conditioner = Text(
-        None,
-        lambda texts: torch.zeros(len(texts), work["tokens"], dtype=torch.long),
-        nn.Identity(),
-        lambda ids: ids,
-        width=width,
-    )
-    conditioner.empty_states_LD = torch.zeros(work["tokens"], width, dtype=torch.float16)
-    model = LatentDiffusion(
-        unet,
-        conditioner,
-        schedule=diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(world.device),
-        space=LatentSpace(0.18215),
-        objective=Objective(),
-        seed=SEED,
-    ).train()
+    unet, trained = make_module(job, world)
+    is_fast = layout is None and "zero3" not in kind and fast.available(world.device)
+    if is_fast:
+        fast.make_fast(getattr(unet, "unet", unet), compiled=True)
+    model = make_model(unet, job.work, world.device)
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
     strategy: Strategy
     if kind in ("one", "ddp"):
-        if layout:
+        if layout or is_fast:
             unet.to(memory_format=torch.channels_last)
         strategy = DataParallel(world, model, groups, **common)
     else:
-        if layout:
+        if layout or is_fast:
             store_channels_last(unet)
         strategy = ZeRO(
             world,
@@ -190,13 +103,13 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
             micro_batch=job.batch,
             accumulation=1,
         )
-    source = batches(job, work, world)
+    source = batches(job.work, job.batch, world.device, rank=world.rank, ranks=world.size)
     whole = job.batch * world.size
 
     def step(index: int) -> Tensor:
         done = optimizer_step(
             strategy,
-            conditioner,
+            model.conditioner,
             source,
             micro_batches=1,
             global_batch=whole,
@@ -211,9 +124,9 @@ def ours(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
     return step
 
 
-def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
+def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
     """A plain loop over a diffusers U-Net; returns this rank's sum of losses."""
-    unet, trained = make_unet(job, work, world)
+    unet, trained = make_module(job, world)
     device, batch = world.device, job.batch
     optimizer = torch.optim.AdamW(trained.values(), lr=LR)
     engine: Any = None
@@ -239,7 +152,7 @@ def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
         }
         engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=config, dist_init_required=False)
     schedule = diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device)
-    source = batches(job, work, world)
+    source = batches(job.work, job.batch, world.device, rank=world.rank, ranks=world.size)
 
     def step(index: int) -> Tensor:
         one = next(source)
@@ -253,7 +166,7 @@ def peer(job: Job, work: dict[str, Any], world: World, kind: str, layout: bool |
         else:
             timesteps = torch.randint(0, len(schedule), (batch,), device=device)
             posterior, noise = (torch.randn(batch, *shape, device=device) for _ in range(2))
-        z = sample_latents(moments, posterior, LatentSpace(0.18215))
+        z = sample_latents(moments, posterior, SPACE)
         noised = diffusion.mix(z, noise, *schedule.at(timesteps))
         if engine is not None:
             predicted = engine(noised.to(dtype), timesteps, states.to(dtype), return_dict=False)[0]
@@ -279,10 +192,9 @@ def worker(job: Job) -> None:
     variant, _, layout_name = job.variant.partition("@")
     world = distributed.start("auto", uses_deepspeed="zero" in variant)
     on_gpu = world.device.type == "cuda"
-    work = WORKS[job.work]
     started = time.perf_counter()
     make = peer if variant.startswith("peer_") else ours
-    step = make(job, work, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
+    step = make(job, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
 
     def wait() -> None:
         if on_gpu:
@@ -411,7 +323,7 @@ def main() -> None:
             parser.error(f"{variant} is no variant: {', '.join([*PEERS, *OURS])}, with @nchw or @nhwc behind it")
     if on_gpu and arguments.gpus > torch.cuda.device_count():
         parser.error(f"--gpus {arguments.gpus}: there are {torch.cuda.device_count()}")
-    batch = arguments.batch or WORKS[arguments.work]["batch"]
+    batch = arguments.batch or WORKS[arguments.work][0]
     # DDP before what is compared with it; one GPU and the peers first.
     order = [name for name in (*PEERS, *OURS) for _ in range(variants.count(name))]
     variants = order + [name for name in variants if "@" in name]

@@ -1,11 +1,11 @@
 """Images per second of training on one GPU: the stock loop, ours plain and ours fast, in the same run.
 
     python -m benchmarks.train_speed                                  # every work of the table
-    python -m benchmarks.train_speed --works sd21_full,sd15_lora --seconds 60 --out benchmarks/results/train_speed.jsonl
+    python -m benchmarks.train_speed --works sd21_full,sd15_lora --variants stock,ours --seconds 60
     python -m benchmarks.train_speed --works tiny --seconds 1         # on a CPU
 
-Latents and states of captions are given (random); the optimizer is AdamW, gradients are clipped, weights are float32
-under bf16 autocast. Each variant runs in a process of its own.
+Latents and states of captions are given (random); the optimizer is AdamW, gradients are clipped, weights are
+float32 under bf16 autocast. Each variant runs in a process of its own.
 
 stock       the loop of diffusers' examples: eager, torch's default AdamW and memory layout
 compiled    the same with channels-last, fused AdamW and `torch.compile` of the whole U-Net
@@ -15,13 +15,14 @@ ours_ema    with an average of the weights
 
 `of_peak`: of the rate of a bf16 product of 8192^3 in the same run, by the floating-point operations of forward and
 backward passes as `torch.utils.flop_counter` counts them in diffusers' model, without what is computed twice under
-gradient checkpointing. `warm_s`: from the first call to the end of the step after which none is slower than twice the
-median. One JSON line each, a table last.
+gradient checkpointing. `warm_s`: from the first call to the end of the step after which none is slower than twice
+the median. One JSON line each, a table last.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -32,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,8 @@ from finetune import diffusion
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import sample_latents
-from finetune.models.fast import make_fast
+from finetune.models import fast
+from finetune.objective import LatentDiffusion
 from finetune.step import optimizer_step
 
 LR, MAX_GRAD_NORM = 1e-5, 1.0
@@ -66,6 +68,12 @@ class Work:
     stretch: float | None = None
 
 
+class Trained(NamedTuple):
+    model: LatentDiffusion
+    strategy: DataParallel
+    averages: list[Average]
+
+
 WORKS = {
     "sd21_full": Work("sd21_512", 64, reach=165, stretch=185),
     "sd15_full": Work("sd15_512", 64, reach=150, stretch=170),
@@ -76,7 +84,6 @@ WORKS = {
     "tiny": Work("tiny", 4),
     "tiny_lora": Work("tiny", 4, "lora"),
 }
-VARIANTS = ("stock", "compiled", "eager", "ours", "ours_ema")
 
 
 def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], Tensor]:
@@ -112,12 +119,13 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
     return step
 
 
-def ours(work: Work, device: torch.device, *, fast: bool, ema: bool) -> Callable[[], Tensor]:
-    """`finetune train`'s step; a call makes one and returns its loss."""
+def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool) -> Trained:
+    """What `finetune train` trains."""
     unet = make_unet(work.shape, adapter=work.adapter, checkpointing=work.checkpointing)
-    if fast:
+    if is_fast or device.type == "cpu":  # as `model.channels_last` is by default
         unet.to(memory_format=torch.channels_last)
-        make_fast(unet, compiled=device.type == "cuda")
+    if is_fast:
+        fast.make_fast(unet, compiled=device.type == "cuda")
     module = with_added(unet, work.shape, work.batch, device)
     model = make_model(module, work.shape, device)
     group = ParamGroup("unet", {f"unet.{name}": p for name, p in trained_of(module).items()})
@@ -132,6 +140,15 @@ def ours(work: Work, device: torch.device, *, fast: bool, ema: bool) -> Callable
     averages = []
     if ema:
         averages = [Average.starting_at([s.master for s in strategy.shards], HalfLife(500_000, 0.05))]
+    return Trained(model, strategy, averages)
+
+
+def ours(work: Work, device: torch.device, *, is_fast: bool = True, ema: bool = False) -> Callable[[], Tensor]:
+    """`finetune train`'s step; a call makes one and returns its loss."""
+    return stepping(work, device, trained(work, device, is_fast=is_fast, ema=ema))
+
+
+def stepping(work: Work, device: torch.device, what: Trained) -> Callable[[], Tensor]:
     source = batches(work.shape, work.batch, device)
     whole, steps = work.batch * work.accumulation, 0
 
@@ -139,15 +156,15 @@ def ours(work: Work, device: torch.device, *, fast: bool, ema: bool) -> Callable
         nonlocal steps
         steps += 1
         done = optimizer_step(
-            strategy,
-            model.conditioner,
+            what.strategy,
+            what.model.conditioner,
             source,
             micro_batches=work.accumulation,
             global_batch=whole,
             lr=LR,
             dropout=0.0,
             seed=SEED,
-            averages=averages,
+            averages=what.averages,
             images_seen=steps * whole,
         )
         return done.loss_sum / whole
@@ -158,9 +175,9 @@ def ours(work: Work, device: torch.device, *, fast: bool, ema: bool) -> Callable
 MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
     "stock": partial(stock, compiled=False),
     "compiled": partial(stock, compiled=True),
-    "eager": partial(ours, fast=False, ema=False),
-    "ours": partial(ours, fast=True, ema=False),
-    "ours_ema": partial(ours, fast=True, ema=True),
+    "eager": partial(ours, is_fast=False),
+    "ours": ours,
+    "ours_ema": partial(ours, ema=True),
 }
 
 
@@ -190,7 +207,7 @@ def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: to
         wait()
         blocks.append((time.perf_counter() - before) / BLOCK)
     median = statistics.median(blocks)
-    each = [after - before for before, after in zip([0.0, *ends], ends)]
+    each = [after - before for before, after in itertools.pairwise([0.0, *ends])]
     slow = max((index for index, one in enumerate(each) if one > 2 * median), default=-1)
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
     return {
@@ -254,17 +271,18 @@ def run(name: str, variant: str, seconds: float) -> dict[str, Any]:
 
 def main() -> None:
     on_gpu = torch.cuda.is_available()
+    variants = [name for name in MAKERS if on_gpu or name != "compiled"]
     usual = [name for name in WORKS if name.startswith("tiny") != on_gpu]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--works", default=",".join(usual), help=f"of {', '.join(WORKS)}")
-    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--variants", default=",".join(variants))
     parser.add_argument("--seconds", type=float, default=30.0 if on_gpu else 2.0, help="measured time of each")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that a variant may take in all")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     works, variants = arguments.works.split(","), arguments.variants.split(",")
-    for known, given in ((WORKS, works), (VARIANTS, variants)):
+    for known, given in ((WORKS, works), (MAKERS, variants)):
         if unknown := set(given) - set(known):
             parser.error(f"{sorted(unknown)[0]} is not one of {', '.join(known)}")
     if arguments.one:

@@ -1,4 +1,4 @@
-"""What benchmarks train: shapes of known U-Nets with random weights, and random batches as the loader would give them."""
+"""What benchmarks train: shapes of known U-Nets with random weights, and random batches as from the loader."""
 
 from __future__ import annotations
 

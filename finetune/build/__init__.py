@@ -36,6 +36,7 @@ from finetune.data.loader import Data
 from finetune.distributed import ORDERED, DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.ema import Average
 from finetune.loop import Parts
+from finetune.models import fast
 from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
 from finetune.models.autoencoder import encoder_sha256, load_autoencoder
 from finetune.models.layout import store_channels_last
@@ -278,14 +279,19 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if config.model.gradient_checkpointing:
         for part in adapted.values():
             enable_gradient_checkpointing(part)
+    # ZeRO-3 gathers the weights of a module when it is called: code that takes weights from outside finds none.
+    is_fast = config.model.fast and config.strategy.stage != 3 and fast.available(world.device)
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
-        channels_last = world.device.type == "cpu" and config.optim.kind not in ORDERED and not config.adapter.dora
+        gains = is_fast or world.device.type == "cpu"
+        channels_last = gains and config.optim.kind not in ORDERED and not config.adapter.dora
     if channels_last and config.strategy.kind == "ddp":
         unet.to(memory_format=torch.channels_last)
     elif channels_last:
         store_channels_last(unet)
+    if is_fast:
+        fast.make_fast(unet, compiled=True)
 
     schedule = config.model.scheduler
     model = LatentDiffusion(

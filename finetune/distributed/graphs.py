@@ -1,4 +1,4 @@
-"""Forward and backward passes of a micro-batch as one CUDA graph, where launching kernels takes longer than they do.
+"""Forward and backward passes of a micro-batch as one CUDA graph, where launching kernels takes longer than they.
 
 With small micro-batches a GPU waits for the host, which has thousands of kernels to launch. A graph launches them
 all at once (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). It computes the same with the same

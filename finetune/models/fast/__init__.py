@@ -4,11 +4,14 @@ kernels   group norm and GEGLU with what stands beside them, in Triton
 lora      adapters merged into the product that they adapt
 blocks    forward passes of diffusers' blocks that keep maps channels-last and call these
 
-Weights stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths linear layers
-wait for memory, not for arithmetic), FlashAttention 3 (no torch that we support carries it).
+Weights stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths linear
+layers wait for memory, not for arithmetic), FlashAttention 3 (torch carries none).
 """
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,12 +31,15 @@ def available(device: torch.device) -> bool:
 def make_fast(unet: nn.Module, *, compiled: bool) -> None:
     """Exchange forward passes in place, and compile block by block.
 
-    Each block is compiled by itself: equal ones once, so that a start takes a fraction of the whole model's time; and
-    over several ranks the gradients of one are reduced while those of the blocks before it are computed.
+    Each block is compiled by itself: equal ones once, so that a start takes a fraction of the whole model's time;
+    and over several ranks the gradients of one are reduced while those of the blocks before it are computed.
     """
     blocks.exchange(unet)
     if not compiled:
         return
+    # torch's own place is a temporary folder, which a node may have forgotten by the next job.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "ldm-finetune" / "compiled"))
     # Blocks of one class run the same code, each kind and each bucket with shapes of its own.
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 1024)

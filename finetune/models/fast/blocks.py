@@ -71,7 +71,7 @@ class NormSiLU(nn.GroupNorm):
 
 
 class Region(nn.Module):
-    """A block that is compiled by itself, for training alone: pictures are drawn at sizes that come once or twice."""
+    """A block that is compiled by itself, for training alone: pictures are drawn at sizes that come once."""
 
     compiled: Any = None
 
@@ -86,11 +86,11 @@ class Region(nn.Module):
 class Resnet(Region, ResnetBlock2D):
     """`ResnetBlock2D` (BigGAN's block as Dhariwal & Nichol 2021, arXiv 2105.05233, have it).
 
-    The first convolution's bias and the embedded time go into the second norm, as one shift of each channel: no pass
-    over the map adds them, and none sums their gradients.
+    The first convolution's bias and the embedded time go into the second norm, as one shift of each channel: no
+    pass over the map adds them, and none sums their gradients.
     """
 
-    def plain(self, x_BCHW: Tensor, temb: Tensor | None = None, skip_BCHW: Tensor | None = None) -> Tensor:
+    def plain(self: Any, x_BCHW: Tensor, temb: Tensor | None = None, skip_BCHW: Tensor | None = None) -> Tensor:
         """`skip_BCHW`: further channels of the input; joined here, so that the gradient is made in two parts."""
         if skip_BCHW is not None:
             x_BCHW = torch.cat([x_BCHW, skip_BCHW], dim=1)

@@ -1,8 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, arXiv 2106.09685, eq. 3) as one product with W + s B A.
 
-peft computes x W + s (x A) B: three passes more over maps of tokens, forward, and six backward, each bound by memory,
-for few operations. Weights are small beside the tokens of a batch: their sum costs next to nothing, and gradients of A
-and B follow from that of the sum, by one more product of the kind that full fine-tuning makes.
+peft computes x W + s (x A) B: three passes more over maps of tokens, forward, and six backward, each bound by
+memory, for few operations. Weights are small beside the tokens of a batch: their sum costs next to nothing, and
+gradients of A and B follow from that of the sum, by one more product of the kind that full fine-tuning makes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Linear(lora.Linear):
         return F.linear(x, weight_OI, base.bias)
 
 
-def takes(layer: nn.Module) -> bool:
+def takes(layer: Any) -> bool:
     """Whether `Linear` computes what this layer does."""
     return (
         type(layer) is lora.Linear

@@ -1,5 +1,6 @@
-"""GEGLU (Shazeer 2020, arXiv 2002.05202, section 2): half the features times the exact GELU of the others, as Triton
-kernels. The bias of the projection before it comes in here, so that its gradient needs no pass of its own.
+"""GEGLU (Shazeer 2020, arXiv 2002.05202, section 2): half the features times the exact GELU of the others.
+
+The bias of the projection before it comes in here, so that its gradient needs no pass of its own.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ _ROWS, _TILE_R, _TILE_D, _WARPS = 256, 16, 128, 4
 
 
 @triton.jit
-def _gate(x_R2D, bias_2D, y_RD, R, D, BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+def _gate(x_R2D, bias_2D, y_RD, R, D,
+          BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
     first, d = tl.program_id(0) * ROWS, tl.program_id(1) * TD + tl.arange(0, TD)
     x_R2D += first.to(tl.int64) * 2 * D
     y_RD += first.to(tl.int64) * D
@@ -36,7 +38,8 @@ def _gate(x_R2D, bias_2D, y_RD, R, D, BIASED: tl.constexpr, ROWS: tl.constexpr, 
 
 
 @triton.jit
-def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D, BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D,
+                   BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
     """The gradient of x; and of each feature its sum over a chunk of ROWS rows."""
     chunk, d = tl.program_id(0), tl.program_id(1) * TD + tl.arange(0, TD)
     first = chunk * ROWS
@@ -119,5 +122,5 @@ torch.library.register_autograd("ldm_finetune::geglu", _gradients, setup_context
 
 
 def geglu(x: Tensor, bias_2D: Tensor | None) -> Tensor:
-    """(x + bias)'s first half of features times the GELU of its second: [..., 2D] to [..., D], in the dtype of x."""
+    """The first half of (x + bias)'s features times the GELU of the second: [..., 2D] to [..., D], as x is."""
     return _geglu(x.flatten(0, -2).contiguous(), bias_2D).unflatten(0, x.shape[:-1])

@@ -1,10 +1,11 @@
-"""Group norm (Wu & He 2018, arXiv 1803.08494, eq. 1 to 4) of channels-last maps, with what stands beside it in a U-Net:
-a shift of each channel before it (the embedded time, a convolution's bias) and SiLU after it.
+"""Group norm (Wu & He 2018, arXiv 1803.08494, eq. 1 to 4) of channels-last maps, with what stands beside it.
+
+In a U-Net that is a shift of each channel before it (the embedded time, a convolution's bias) and SiLU after it.
 
 torch's own returns NCHW for channels-last input, so that each norm copies its map twice. Here three Triton kernels
-read it twice and write it once: moments of chunks, moments of groups, the map itself; backward likewise. Moments are
-float32 and merged as Chan et al. 1979 do (pairs of counts, means and sums of squares), so that a large mean costs no
-digits; there are no atomics, so results are the same at each run.
+read it twice and write it once: moments of chunks, moments of groups, the map itself; backward likewise. Moments
+are float32 and merged as Chan et al. 1979 do (pairs of counts, means and sums of squares), so that a large mean
+costs no digits; there are no atomics, so results are the same at each run.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ _CHUNKS = 64  # of a map's cells at most; each has its own moments
 
 
 @triton.jit
-def _moments(x_BSC, shift_BC, mean_BNC, m2_BNC, S, C, ROWS: tl.constexpr, SHIFTED: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+def _moments(x_BSC, shift_BC, mean_BNC, m2_BNC, S, C,
+             ROWS: tl.constexpr, SHIFTED: tl.constexpr,
+             TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
     """Mean and sum of squared distances from it, of each channel over a chunk of ROWS cells."""
     sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
     first = chunk * ROWS
@@ -50,7 +53,8 @@ def _moments(x_BSC, shift_BC, mean_BNC, m2_BNC, S, C, ROWS: tl.constexpr, SHIFTE
 
 
 @triton.jit
-def _merge(mean_BNC, m2_BNC, mean_BG, rstd_BG, S, C, N, rows, eps, CG, TN: tl.constexpr, TG: tl.constexpr):  # fmt: skip
+def _merge(mean_BNC, m2_BNC, mean_BG, rstd_BG, S, C, N, rows, eps, CG,
+           TN: tl.constexpr, TG: tl.constexpr):  # fmt: skip
     """Mean and inverse deviation of a group of CG channels, from those of its chunks and channels."""
     sample, group = tl.program_id(0), tl.program_id(1)
     n, g = tl.arange(0, TN), tl.arange(0, TG)
@@ -70,7 +74,8 @@ def _merge(mean_BNC, m2_BNC, mean_BG, rstd_BG, S, C, N, rows, eps, CG, TN: tl.co
 
 @triton.jit
 def _normalize(x_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, y_BSC, S, C, CG,
-               ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+               ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+               TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
     sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
     first = chunk * ROWS
     last = tl.minimum(first + ROWS, S)
@@ -97,8 +102,9 @@ def _normalize(x_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, y_BSC, S, C,
 
 @triton.jit
 def _sums(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC, S, C, CG, stride,
-          ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
-    """Of each channel over a chunk: sums of the gradient before SiLU, of it times the normalized map, and of that."""
+          ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+          TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+    """Of a chunk, by channel: sums of the gradient before SiLU, of it times the normalized map, of that map."""
     sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
     first = chunk * ROWS
     last = tl.minimum(first + ROWS, S)
@@ -164,7 +170,8 @@ def _merge_sums(sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, S,
 
 @triton.jit
 def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BSC, S, C, CG, BG,
-              ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr, TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
+              ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+              TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
     sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
     first = chunk * ROWS
     last = tl.minimum(first + ROWS, S)
@@ -245,7 +252,7 @@ def _group_norm_backward(
     rstd_BG: Tensor,
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the map, of the shift (empty without one), and float32 [2, B, C] of bias and weight by sample."""
+    """Gradients of the map and the shift (empty without one), and float32 [2, B, C] of bias and weight."""
     batch, channels, height, width = x_BCHW.shape
     groups = mean_BG.shape[1]
     cells, of_group = height * width, channels // groups
@@ -309,7 +316,7 @@ torch.library.register_autograd("ldm_finetune::group_norm", _backward, setup_con
 def group_norm(
     x_BCHW: Tensor, shift_BC: Tensor | None, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
 ) -> Tensor:
-    """Normalized `x_BCHW + shift_BC` [B, C, H, W], in its dtype and channels-last, times weight, plus bias; then SiLU.
+    """Normalized `x_BCHW + shift_BC` times weight plus bias, then SiLU: [B, C, H, W], channels-last, as x is.
 
     Args:
         x_BCHW: channels-last; shift_BC: contiguous. Both float32, bfloat16 or float16.
