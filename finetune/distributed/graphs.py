@@ -108,7 +108,8 @@ class Graphs:
         torch.cuda.empty_cache()  # what earlier calls took is the graph's now
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads may take page-locked memory meanwhile: the loader, a checkpoint.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = self.passes(*args)
         except BaseException:
             for parameter, gradient in zip(self.parameters, before, strict=True):
