@@ -79,7 +79,7 @@ def make_module(job: Job, world: World) -> tuple[nn.Module, dict[str, nn.Paramet
 def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
     """`finetune train`'s step; returns this rank's sum of losses."""
     unet, trained = make_module(job, world)
-    is_fast = layout is None and "zero3" not in kind and fast.available(world.device)
+    is_fast = layout is None and kind in ("one", "ddp") and fast.available(world.device)
     if is_fast:
         fast.make_fast(getattr(unet, "unet", unet), compiled=True)
     model = make_model(unet, job.work, world.device)
@@ -91,7 +91,7 @@ def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
             unet.to(memory_format=torch.channels_last)
         strategy = DataParallel(world, model, groups, **common)
     else:
-        if layout or is_fast:
+        if layout:
             store_channels_last(unet)
         strategy = ZeRO(
             world,

@@ -82,7 +82,7 @@ class ModelConfig:
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    fast: bool = True  # compiled blocks, kernels and graphs of our own, on GPUs that have them; not under zero3
+    fast: bool = True  # compiled blocks, our own kernels and CUDA graphs, on GPUs from Ampere on; under ddp
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -280,7 +280,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
         for part in adapted.values():
             enable_gradient_checkpointing(part)
     # ZeRO-3 gathers the weights of a module when it is called: code that takes weights from outside finds none.
-    is_fast = config.model.fast and config.strategy.stage != 3 and fast.available(world.device)
+    # Stages 1 and 2 were not run so on a GPU yet.
+    is_fast = config.model.fast and config.strategy.kind == "ddp" and fast.available(world.device)
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.

@@ -42,6 +42,7 @@ def make_fast(unet: nn.Module, *, compiled: bool) -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "ldm-finetune" / "compiled"))
     # Blocks of one class run the same code, each kind and each bucket with shapes of its own.
     config = torch._dynamo.config
+    config.optimize_ddp = False  # it would split graphs by DDP's buckets: blocks are small already
     config.recompile_limit = max(config.recompile_limit, 1024)
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 8192)
     for module in unet.modules():
