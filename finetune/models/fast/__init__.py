@@ -11,6 +11,7 @@ layers wait for memory, not for arithmetic), FlashAttention 3 (torch carries non
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -18,14 +19,21 @@ from torch import nn
 
 from finetune.models.fast import blocks
 
-__all__ = ["available", "make_fast"]
+__all__ = ["available", "make_fast", "missing"]
 
 
 def available(device: torch.device) -> bool:
-    """Whether `make_fast` gains anything there: on GPUs from Ampere on, with Triton."""
-    if device.type != "cuda" or blocks.kernels is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    """Whether `make_fast` is for this device: GPUs from Ampere on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def missing() -> str | None:
+    """What `make_fast` needs beside the device and does not find."""
+    if blocks.kernels is None:
+        return "Triton"
+    # Triton compiles the code that launches its kernels.
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return None if any(name and shutil.which(name) for name in compilers) else "a C compiler"
 
 
 def make_fast(unet: nn.Module, *, compiled: bool) -> None:

@@ -48,26 +48,15 @@ def group_norm(x_BCHW: Tensor, norm: nn.GroupNorm, *, silu: bool, shift_BC: Tens
         return kernels.group_norm(x_BCHW, shift_BC, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
     if shift_BC is not None:
         x_BCHW = x_BCHW + shift_BC[:, :, None, None]
-    x_BCHW = norm(x_BCHW)
+    x_BCHW = F.group_norm(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(x_BCHW) if silu else x_BCHW
-
-
-class Norm(nn.GroupNorm):
-    """A group norm that stands alone."""
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        if _on_kernels(x_BCHW):
-            return group_norm(x_BCHW, self, silu=False)
-        return super().forward(x_BCHW)
 
 
 class NormSiLU(nn.GroupNorm):
     """A group norm whose SiLU, elsewhere a module of its own, comes with it."""
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        if _on_kernels(x_BCHW):
-            return group_norm(x_BCHW, self, silu=True)
-        return F.silu(super().forward(x_BCHW))
+        return group_norm(x_BCHW, self, silu=True)
 
 
 class Region(nn.Module):
@@ -102,7 +91,7 @@ class Resnet(Region, ResnetBlock2D):
         conv = self.conv1
         if isinstance(conv, nn.Conv2d) and shift_BC is not None and conv.bias is not None:
             h_BCHW = conv._conv_forward(h_BCHW, conv.weight, None)
-            shift_BC = shift_BC + conv.bias.to(shift_BC.dtype)
+            shift_BC = shift_BC.float() + conv.bias.float()
         else:  # an adapter's
             h_BCHW = conv(h_BCHW)
         h_BCHW = self.conv2(self.dropout(group_norm(h_BCHW, self.norm2, silu=True, shift_BC=shift_BC)))
