@@ -29,10 +29,8 @@ class _Shape:
 
     calls: int = 0
     is_bound: bool | None = None
-    # By whether gradients were there before: (graph, its inputs, its output, gradients as it leaves them).
-    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Any], Tensor, list[Tensor | None]]] = field(
-        default_factory=dict
-    )
+    # By whether it adds to gradients that were there before: (graph, its inputs, its output).
+    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = field(default_factory=dict)
 
 
 class Graphs:
@@ -48,6 +46,7 @@ class Graphs:
         self.passes, self.parameters = passes, list(parameters)
         self.shapes: dict[Any, _Shape] = {}
         self.pool: Any = None
+        self.gradients: list[Tensor | None] = []  # where graphs leave them; none before there is one
 
     def __call__(self, *args: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten(args)
@@ -59,33 +58,40 @@ class Graphs:
         if shape.is_bound is None:
             return self._timed(shape, args)
         adds = any(p.grad is not None for p in self.parameters)
-        if adds and not self._are_held(shape):
+        if adds and not self._are_held():
             return self.passes(*args)  # a step that began without a graph goes on so
+        if not adds and self.gradients and False not in shape.graphs:
+            # Gradients have one memory for all shapes: the first shape's graph sets it, graphs of others add to it.
+            torch._foreach_zero_([gradient for gradient in self.gradients if gradient is not None])
+            self._hold()
+            adds = True
         if adds not in shape.graphs:
             try:
                 shape.graphs[adds] = self._captured(leaves, spec)
             except (
                 RuntimeError
-            ) as error:  # no memory for it beside what is there, or passes that wait for the device
+            ) as error:  # it has no memory beside what is there, or the passes wait for the device
                 shape.is_bound = False
                 warnings.warn(f"this micro-batch gets no CUDA graph: {first_line(error)}", stacklevel=2)
                 torch.cuda.empty_cache()
                 return self.passes(*args)
-        graph, inputs, output, gradients = shape.graphs[adds]
+        graph, inputs, output = shape.graphs[adds]
         for held, given in zip(inputs, leaves, strict=True):
             if isinstance(held, Tensor):
                 held.copy_(given, non_blocking=True)
         graph.replay()
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+        self._hold()
         return output.clone()
 
-    def _are_held(self, shape: _Shape) -> bool:
-        """Whether gradients so far lie where the graph of a first micro-batch leaves them."""
-        if False not in shape.graphs:
-            return False
-        *_, gradients = shape.graphs[False]
-        return all(p.grad is held for p, held in zip(self.parameters, gradients, strict=True))
+    def _are_held(self) -> bool:
+        """Whether gradients so far lie where graphs leave them."""
+        return bool(self.gradients) and all(
+            p.grad is held for p, held in zip(self.parameters, self.gradients, strict=True)
+        )
+
+    def _hold(self) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
 
     def _timed(self, shape: _Shape, args: tuple[Any, ...]) -> Tensor:
         """Find out whether the host or the device is waited for."""
@@ -116,4 +122,5 @@ class Graphs:
                 parameter.grad = gradient
             raise
         self.pool = graph.pool()
-        return graph, inputs, output, [p.grad for p in self.parameters]
+        self.gradients = self.gradients or [p.grad for p in self.parameters]
+        return graph, inputs, output
