@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton: its kernels run on the CPU
+
 import io
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence

@@ -1,0 +1,307 @@
+"""Triton kernels, run by Triton's interpreter on the CPU, against torch's own operations in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+kernels = pytest.importorskip("finetune.models.fast.kernels", reason="no Triton for this machine")
+pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off (TRITON_INTERPRET=0)")
+
+
+def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Distance over the norm of what is wanted."""
+    assert found.shape == wanted.shape
+    found, wanted = found.detach().double(), wanted.detach().double()
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def leaves(*shapes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
+    """Random tensors that need gradients; None where there is no shape."""
+    generator = torch.Generator().manual_seed(seed)
+    made = [shape and torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return [None if one is None else one.requires_grad_() for one in made]
+
+
+def with_gradients(function, tensors: list[Any], dy: torch.Tensor) -> list[torch.Tensor]:
+    """The output, and the gradients of those tensors that need one."""
+    y = function(*tensors)
+    needed = [x for x in tensors if x is not None and x.requires_grad]
+    return [y, *torch.autograd.grad(y, needed, dy.to(y.dtype))]
+
+
+def cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """float64 `x` in another type. The interpreter cuts bf16's last bits off, where a GPU rounds."""
+    if dtype != torch.bfloat16:
+        return x.to(dtype)
+    return (x.float().view(torch.int32) & ~0xFFFF).view(torch.float32)
+
+
+def assert_rounded_once(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
+    """Each is as near to what is exact as its type allows: nothing inside was rounded to that type."""
+    for one, exact in zip(found, wanted, strict=True):
+        assert apart(one, exact) <= 1.01 * apart(cut(exact, one.dtype), exact) + 1e-6
+
+
+def in_float64(tensors: list[Any]) -> list[Any]:
+    return [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
+
+
+# --- group norm -----------------------------------------------------------------------------------
+
+
+def norm_inputs(shape, *, shifted=True, dtype=torch.float32, mean=0.0, std=1.0, seed=0) -> list[Any]:
+    """Map, shift, weight, bias."""
+    channels = shape[1]
+    x, shift = leaves(shape, shape[:2] if shifted else None, dtype=dtype, seed=seed)
+    weight, bias = leaves((channels,), (channels,), seed=seed + 1)
+    with torch.no_grad():
+        x = (x * std + mean).contiguous(memory_format=torch.channels_last)
+        weight.add_(1)
+    return [x.requires_grad_(), shift, weight, bias]
+
+
+def norm_of_torch(groups: int, silu: bool):
+    def compute(x, shift, weight, bias):
+        x = x if shift is None else x + shift[:, :, None, None]
+        # torch 2.13's own, of a channels-last map on a CPU, dies of a segmentation fault where x needs no gradient.
+        y = F.group_norm(x.contiguous(), groups, weight, bias, 1e-5)
+        return F.silu(y) if silu else y
+
+    return compute
+
+
+def norm_of_ours(groups: int, silu: bool):
+    return lambda x, shift, weight, bias: kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)
+
+
+def both_norms(inputs: list[Any], groups: int, silu: bool, seed: int = 9):
+    """[output, gradients...] of ours, and of torch in float64."""
+    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed))
+    dy = dy.to(inputs[0].dtype)  # NCHW: gradients come as they come
+    return (
+        with_gradients(norm_of_ours(groups, silu), inputs, dy),
+        with_gradients(norm_of_torch(groups, silu), in_float64(inputs), dy),
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "groups", "silu", "shifted"),
+    [
+        ((2, 16, 4, 4), 4, True, True),
+        ((1, 40, 5, 7), 4, True, False),  # an odd size
+        ((2, 24, 16, 9), 3, False, True),  # more cells than a chunk's 128, the last one not full
+        ((1, 6, 1, 3), 1, False, False),  # fewer cells than a tile, and one group
+        ((2, 70, 13, 11), 7, True, True),  # channels of two tiles, the second not full, and chunks
+        ((1, 8, 2, 2), 8, True, False),  # groups of one channel
+    ],
+)
+def test_group_norm_and_its_gradients_are_those_of_torch(shape, groups, silu, shifted):
+    ours, wanted = both_norms(norm_inputs(shape, shifted=shifted), groups, silu)
+    assert ours[0].is_contiguous(memory_format=torch.channels_last) and ours[0].dtype == torch.float32
+    assert ours[1].is_contiguous(memory_format=torch.channels_last)
+    assert len(ours) == len(wanted) == 4 + shifted
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("where", ["map", "shift"])
+def test_a_large_mean_costs_no_digits(where, silu):
+    """E[x^2] - E[x]^2 in float32 would lose six of seven."""
+    inputs = norm_inputs((1, 8, 15, 10), mean=50.0 if where == "map" else 0.0, std=2.0)
+    if where == "shift":
+        with torch.no_grad():
+            inputs[1].add_(50.0)
+    ours, wanted = both_norms(inputs, 2, silu)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_a_group_whose_channels_differ_widely_is_merged_exactly():
+    """Chan's formula: channels and chunks with means of their own."""
+    inputs = norm_inputs((1, 4, 20, 8))
+    with torch.no_grad():
+        inputs[0].add_(torch.tensor([-100.0, 3.0, 40.0, 0.0])[:, None, None])
+        inputs[0][:, :, 16:] += 30.0  # the second chunk
+    ours, wanted = both_norms(inputs, 1, True)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_group_norm_rounds_half_precision_once(dtype):
+    inputs = norm_inputs((2, 16, 12, 11), dtype=dtype, mean=1.0)
+    ours, wanted = both_norms(inputs, 4, True)
+    assert [one.dtype for one in ours] == [dtype, dtype, dtype, torch.float32, torch.float32]
+    assert_rounded_once(ours, wanted)
+
+
+def test_group_norm_by_weights_in_half_precision():
+    """As under ZeRO, whose weights are bf16."""
+    inputs = [x.detach().to(torch.bfloat16).requires_grad_() for x in norm_inputs((2, 16, 6, 5))]
+    ours, wanted = both_norms(inputs, 4, True)
+    assert {one.dtype for one in ours} == {torch.bfloat16}
+    assert_rounded_once(ours, wanted)
+
+
+@pytest.mark.parametrize("frozen", [(2, 3), (0,), (1, 2), (0, 1, 3)])
+def test_what_needs_no_gradient_gets_none(frozen):
+    inputs = norm_inputs((1, 8, 5, 3))
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    ours, wanted = both_norms(inputs, 2, True)
+    assert len(ours) == 5 - len(frozen)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("how", ["sum", "sliced", "NCHW"])
+def test_gradients_that_come_in_other_layouts(how):
+    """A sum's is expanded (strides of 0), a joined map's is a slice of a wider one."""
+    inputs = norm_inputs((2, 8, 5, 3))
+
+    def through(norm):
+        def compute(*tensors):
+            y = norm(*tensors)
+            if how == "sum":
+                return y.sum()
+            if how == "sliced":
+                wide = torch.cat([y, y.detach() * 2, y * 3], dim=1)
+                return (wide * torch.arange(wide.numel(), dtype=wide.dtype).view(wide.shape).cos()).sum()
+            return (y.contiguous() * torch.arange(y.numel(), dtype=y.dtype).view(y.shape).cos()).sum()
+
+        return compute
+
+    ones = torch.ones(())
+    ours = with_gradients(through(norm_of_ours(2, True)), inputs, ones)
+    wanted = with_gradients(through(norm_of_torch(2, True)), in_float64(inputs), ones)
+    for one, other in zip(ours[1:], wanted[1:], strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_the_same_bits_at_each_run():
+    inputs = norm_inputs((2, 8, 16, 12))
+    first, second = (both_norms(inputs, 2, True)[0] for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second))
+
+
+def test_samples_are_normalized_each_by_itself():
+    inputs = norm_inputs((3, 8, 13, 10))
+    whole = norm_of_ours(2, True)(*inputs)
+    for index in range(3):
+        x, shift = (one[index : index + 1].contiguous(memory_format=torch.channels_last) if one.dim() == 4
+                    else one[index : index + 1] for one in inputs[:2])  # fmt: skip
+        assert torch.equal(norm_of_ours(2, True)(x, shift, *inputs[2:]), whole[index : index + 1])
+
+
+# --- GEGLU ----------------------------------------------------------------------------------------
+
+
+def gate_of_torch(x, bias):
+    a, g = (x if bias is None else x + bias).chunk(2, dim=-1)
+    return a * F.gelu(g)
+
+
+def both_gates(inputs: list[Any], seed: int = 9):
+    shape = (*inputs[0].shape[:-1], inputs[0].shape[-1] // 2)
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(inputs[0].dtype)
+    dy = dy.transpose(-1, -2).contiguous().transpose(-1, -2)  # not contiguous
+    return (
+        with_gradients(kernels.geglu, inputs, dy),
+        with_gradients(gate_of_torch, in_float64(inputs), dy),
+    )
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 24),
+        (1, 1, 2),
+        (300, 6),  # rows of two chunks
+        (2, 3, 2 * 130),  # features of two tiles, the second not full
+        (2, 2, 3, 10),
+    ],
+)
+def test_geglu_and_its_gradients_are_those_of_torch(shape, biased):
+    ours, wanted = both_gates(leaves(shape, (shape[-1],) if biased else None))
+    assert len(ours) == 2 + biased and ours[0].is_contiguous()
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_geglu_far_from_zero():
+    """Where erf is 1 and the density is 0, and where GELU is flat."""
+    x = torch.tensor([[1.0, 2.0, -3.0, 4.0, 20.0, -20.0, 0.0, -1e4]], requires_grad=True)
+    ours, wanted = both_gates([x, None])
+    for one, other in zip(ours, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_geglu_rounds_half_precision_once(dtype):
+    (x,), (bias,) = leaves((2, 40, 32), dtype=dtype), leaves((32,), seed=1)
+    ours, wanted = both_gates([x, bias])
+    assert [one.dtype for one in ours] == [dtype, dtype, torch.float32]
+    assert_rounded_once(ours, wanted)
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_geglu_of_what_needs_no_gradient(frozen):
+    inputs = leaves((7, 12), (12,))
+    inputs[frozen].requires_grad_(False)
+    ours, wanted = both_gates(inputs)
+    assert len(ours) == 2
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_geglu_of_views():
+    """Tokens may be a slice of others, or broadcast."""
+    (wide,) = leaves((3, 10, 32))
+    for view in (wide[:, 2:7, 4:20], wide.transpose(0, 1)[..., ::2], wide[:1].expand(2, -1, -1)):
+        found, wanted = kernels.geglu(view, None), gate_of_torch(view.double(), None)
+        assert apart(found, wanted) < 1e-6
+        assert apart(*(torch.autograd.grad(y.square().sum(), wide)[0] for y in (found, wanted))) < 1e-5
+
+
+# --- as torch's operators -------------------------------------------------------------------------
+
+# Fake tensors have no memory that the interpreter could read, so that the rest of `opcheck` needs a GPU.
+CHECKS = ("test_schema", "test_autograd_registration")
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_group_norm_keeps_the_rules_of_custom_operators(shifted):
+    inputs = norm_inputs((1, 8, 3, 3), shifted=shifted)
+    operator = torch.ops.ldm_finetune.group_norm.default
+    torch.library.opcheck(operator, (*inputs, 2, 1e-5, True), test_utils=CHECKS)
+    outputs = operator(*inputs, 2, 1e-5, True)
+    assert [one.requires_grad for one in outputs] == [True, False, False]
+    for one, function in zip(
+        outputs[1:], (lambda x: x.mean(-1), lambda x: (x.var(-1, correction=0) + 1e-5).rsqrt())
+    ):
+        x = inputs[0] + inputs[1][:, :, None, None] if shifted else inputs[0]
+        torch.testing.assert_close(one, function(x.reshape(1, 2, -1)))
+    backward = torch.ops.ldm_finetune.group_norm_backward.default
+    plain = [one if one is None else one.detach() for one in (*inputs, *outputs[1:])]
+    torch.library.opcheck(backward, (plain[0].clone(), *plain, True), test_utils=("test_schema",))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_geglu_keeps_the_rules_of_custom_operators(biased):
+    inputs = leaves((5, 12), (12,) if biased else None)
+    torch.library.opcheck(torch.ops.ldm_finetune.geglu.default, tuple(inputs), test_utils=CHECKS)
+    plain = [one if one is None else one.detach() for one in inputs]
+    backward = torch.ops.ldm_finetune.geglu_backward.default
+    torch.library.opcheck(backward, (torch.ones(5, 6), *plain), test_utils=("test_schema",))
+
+
+def test_the_kernels_take_what_lies_where_they_run(monkeypatch):
+    assert kernels.takes(torch.zeros(1))
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert not kernels.takes(torch.zeros(1))
