@@ -1,0 +1,372 @@
+"""CUDA graphs of micro-batches, on a device that is played on the CPU: gradients are those of plain calls.
+
+As on a GPU, what is captured is not computed: it leaves memory as it was, or unwritten; and a replay computes what
+was captured from what lies in the captured inputs, and leaves it in the captured memory, without Python's doing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune import build
+from finetune.config import Config, compose
+from finetune.distributed import World
+from finetune.distributed.graphs import Graphs
+from finetune.step import optimizer_step
+
+
+class Device:
+    """Plays `torch.cuda`: graphs of calls of `passes`, which has to be `watch`ed."""
+
+    def __init__(self) -> None:
+        self.capturing: Graph | None = None
+        self.captured: list[Graph] = []
+        self.replays = 0
+        self.device_s = 0.0  # what kernels of one call take: none makes the host what is waited for
+        self.fails: Callable[[], None] = lambda: None
+
+    def watch(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> Callable[..., Tensor]:
+        self.parameters = parameters
+
+        def watched(*args: Any) -> Tensor:
+            output = passes(*args)
+            if self.capturing is not None:
+                self.capturing.passes, self.capturing.args, self.capturing.output = passes, args, output
+                self.fails()  # in the midst of it: gradients are there already
+            return output
+
+        return watched
+
+    @contextlib.contextmanager
+    def graph(self, graph: Graph, pool: Any = None) -> Iterator[None]:
+        assert self.capturing is None
+        assert pool == (self.captured[0].pool() if self.captured else None)
+        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        self.capturing, drawn = graph, torch.get_rng_state()
+        try:
+            yield
+        finally:
+            self.capturing = None
+            torch.set_rng_state(drawn)
+            for p, values in zip(self.parameters, before, strict=True):
+                if values is not None:
+                    p.grad.copy_(values)
+                elif p.grad is not None:
+                    p.grad.fill_(torch.nan)
+        graph.adds = [values is not None for values in before]
+        graph.gradients = [p.grad for p in self.parameters]
+        graph.output.fill_(torch.nan)
+        self.captured.append(graph)
+
+
+class Graph:
+    device: Device
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.device.replays += 1
+        parameters = self.device.parameters
+        kept = [p.grad for p in parameters]
+        for p, adds, gradient in zip(parameters, self.adds, self.gradients, strict=True):
+            p.grad = gradient.clone() if adds else None
+        output = self.passes(*self.args)
+        with torch.no_grad():
+            self.output.copy_(output)
+            for p, gradient in zip(parameters, self.gradients, strict=True):
+                if gradient is not None:
+                    gradient.copy_(p.grad)
+        for p, gradient in zip(parameters, kept, strict=True):
+            p.grad = gradient
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    made = Device()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        record = synchronize = lambda self: None
+
+        def elapsed_time(self, _: Event) -> float:
+            return made.device_s * 1e3
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", type("Captured", (Graph,), {"device": made}))
+    monkeypatch.setattr(torch.cuda, "graph", made.graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    return made
+
+
+class Model(nn.Module):
+    """A layer that is not called has no gradient, as a frozen one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.never = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(2, 2)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def passes(self, given: dict[str, Any], factor: int) -> Tensor:
+        """Takes tensors in any nesting, one of which may be None."""
+        x, (y, weight) = given["x"], given["rest"]
+        loss = (self.second(F.silu(self.first(x))) - y).square().sum() / factor
+        loss = loss if weight is None else loss * weight.mean()
+        loss.backward()
+        return loss.detach()
+
+
+class Pair:
+    """Two models with the same weights: one called through graphs, one plainly."""
+
+    def __init__(self, device: Device) -> None:
+        self.device, self.ours, self.plain = device, Model(), Model()
+        parameters = list(self.ours.parameters())
+        self.graphs = Graphs(device.watch(self.ours.passes, parameters), parameters)
+        self.draws = torch.Generator().manual_seed(1)
+        self.outputs: list[tuple[Tensor, Tensor]] = []
+
+    def draw(self, rows: int, weighted: bool = False) -> dict[str, Any]:
+        x, y, w = (torch.randn(rows, width, generator=self.draws) for width in (6, 3, 1))
+        return {"x": x, "rest": (y, w if weighted else None)}
+
+    def call(self, rows: int = 4, factor: int = 8, weighted: bool = False) -> None:
+        given = self.draw(rows, weighted)
+        before = given["x"].clone()
+        self.outputs.append((self.graphs(given, factor), self.plain.passes(given, factor)))
+        assert torch.equal(given["x"], before)
+        self.compare()
+
+    def compare(self) -> None:
+        for one, other in zip(self.ours.parameters(), self.plain.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.equal(one.grad, other.grad)
+
+    def step(self) -> None:
+        """As an optimizer: gradients are clipped where they lie, weights change, gradients are dropped."""
+        for model in (self.ours, self.plain):
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+                    parameter.data.sub_(0.01 * parameter.grad)
+                    parameter.grad = None
+
+    def finish(self) -> None:
+        """Outputs are still what they were: a graph's own memory has been written since."""
+        for one, other in self.outputs:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 3])
+def test_gradients_are_those_of_plain_calls(device, accumulation):
+    pair = Pair(device)
+    for _ in range(12):
+        for _ in range(accumulation):
+            pair.call()
+        pair.step()
+    pair.finish()
+    assert len(device.captured) == min(accumulation, 2)  # a first micro-batch, and one that adds
+    plain = 4 + (-4) % accumulation  # three that warm up and one that is timed, and what is left of that step
+    assert device.replays == 12 * accumulation - plain
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_two_shapes_by_turns_have_graphs_of_their_own(device, accumulation):
+    pair = Pair(device)
+    for step in range(20):
+        for _ in range(accumulation):
+            pair.call(rows=(4, 7)[step % 2])
+        pair.step()
+    pair.finish()
+    assert len(device.captured) == 2 * min(accumulation, 2)
+    assert device.replays >= 20 * accumulation - 2 * (4 + accumulation)
+
+
+def test_two_shapes_within_a_step(device):
+    """What a graph adds to is its own; a step that another shape began goes on plainly."""
+    pair = Pair(device)
+    for rows in [(4, 4)] * 4 + [(7, 7)] * 4 + [(4, 7, 4), (7, 4), (4, 4, 7), (7, 7), (4, 4)] * 2:
+        for count in rows:
+            pair.call(count)
+        pair.step()
+    pair.finish()
+    assert len(device.captured) == 4
+
+
+def test_gradients_from_elsewhere_are_added_to(device):
+    """A step that begins before there is a graph, and gradients that something else left."""
+    pair = Pair(device)
+    for _ in range(6):
+        given = pair.draw(5)
+        for model in (pair.ours, pair.plain):
+            model.passes(given, 3)
+        pair.call()
+        pair.call()
+        pair.step()
+    assert not device.captured
+    for _ in range(2):
+        pair.call()
+        pair.call()
+        pair.step()
+    pair.finish()
+    assert len(device.captured) == 2 and device.replays == 4
+
+
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
+def test_what_cannot_be_captured_is_called_plainly_from_then_on(device, error, adds):
+    pair = Pair(device)
+
+    def fail() -> None:
+        if adds == bool(device.captured):
+            raise error("operation not permitted when stream is capturing\nand more")
+
+    device.fails = fail
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(8):
+            for _ in range(2):
+                pair.call()
+            pair.step()
+    pair.finish()
+    (warning,) = [one for one in seen if "CUDA graph" in str(one.message)]
+    assert str(warning.message).endswith("gets no CUDA graph: operation not permitted when stream is capturing")
+    assert device.replays == adds and len(device.captured) == adds
+    # Another shape has its own chance.
+    device.fails = lambda: None
+    for _ in range(6):
+        pair.call(rows=3)
+        pair.step()
+    assert len(device.captured) == adds + 1
+    pair.finish()
+
+
+def test_an_interruption_leaves_gradients_as_they_were(device):
+    pair = Pair(device)
+    for _ in range(4):
+        pair.call()
+        pair.step()
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    device.fails = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        pair.call()
+    assert all(p.grad is None for p in pair.ours.parameters())
+
+
+def test_what_is_no_tensor_is_part_of_the_shape(device):
+    """A graph holds the values that it was captured with."""
+    pair = Pair(device)
+    for factor in [8] * 6 + [5] * 6 + [8, 5] * 2:
+        pair.call(factor=factor)
+        pair.step()
+    for weighted in [True] * 6 + [False, True]:
+        pair.call(weighted=weighted)
+        pair.step()
+    pair.finish()
+    assert len(device.captured) == 3
+    assert device.replays == 3 * 2 + 4 + 2
+
+
+@pytest.mark.parametrize("of", ["x", "y"])
+def test_types_of_tensors_are_part_of_the_shape(device, of):
+    pair = Pair(device)
+    parameters = list(pair.ours.parameters())
+    pair.graphs = Graphs(
+        device.watch(lambda x, y: pair.ours.passes({"x": x.float(), "rest": (y.float(), None)}, 1), parameters),
+        parameters,
+    )
+    for index in range(14):
+        x, y = torch.randn(4, 6), torch.randn(4, 3)
+        if index >= 7:
+            x, y = (x.half(), y) if of == "x" else (x, y.half())
+        pair.graphs(x, y)
+        pair.plain.passes({"x": x.float(), "rest": (y.float(), None)}, 1)
+        pair.compare()
+        pair.step()
+    assert len(device.captured) == 2
+
+
+def test_no_graph_where_the_device_is_what_is_waited_for(device):
+    """Large micro-batches: graphs would only take memory."""
+    pair = Pair(device)
+    device.device_s = 1e3
+    for _ in range(10):
+        pair.call()
+        pair.step()
+    pair.finish()
+    assert not device.captured and device.replays == 0
+    device.device_s = 0.0
+    for _ in range(6):  # smaller ones
+        pair.call(rows=1)
+        pair.step()
+    assert len(device.captured) == 1 and device.replays == 2
+
+
+# --- in a run ---------------------------------------------------------------------------------------
+
+
+def losses_of(overrides: list[str], device: Device | None, steps: int = 8) -> tuple[list[float], list[Tensor]]:
+    """Of each step, and the weights at the end."""
+    config, _ = compose("train", overrides, Config)
+    run = Path(config.run.dir)
+    run.mkdir(parents=True)
+    parts = build.build(config, World(0, 1, 0, torch.device("cpu")), run)
+    strategy = parts.strategy
+    assert strategy.graphs is None  # on a CPU
+    if device is not None:
+        parameters = list(strategy.parameters.values())
+        strategy.graphs = Graphs(device.watch(strategy._passes, parameters), parameters)
+    loader = parts.data.loader(seed=config.seed, micro_batch=parts.micro_batch, rank=0, world_size=1)
+    batches = iter(loader)
+    losses = []
+    for step in range(steps):
+        done = optimizer_step(
+            strategy,
+            parts.model.conditioner,
+            batches,
+            micro_batches=parts.accumulation,
+            global_batch=config.train.global_batch,
+            lr=1e-3,
+            dropout=config.task.dropout,
+            seed=config.seed,
+            averages=[],
+            images_seen=(step + 1) * config.train.global_batch,
+        )
+        losses.append(float(done.loss_sum))
+    batches.close()
+    loader.close()
+    return losses, [shard.master.clone() for shard in strategy.shards]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["train.micro_batch=8"],
+        ["train.micro_batch=2", "train.precision=bf16", "model.unet.dropout=0.2"],
+        ["train.micro_batch=4", "train.precision=fp16", "model.gradient_checkpointing=true"],
+    ],
+    ids=["fp32", "bf16", "fp16"],
+)
+def test_a_training_is_the_same_bit_for_bit(overrides, tmp_path, device, settings):
+    plain, weights = losses_of([*overrides, *settings, f"run.dir={tmp_path / 'plain'}"], None)
+    found, others = losses_of([*overrides, *settings, f"run.dir={tmp_path / 'graphs'}"], device)
+    assert device.replays > 0
+    assert found == plain
+    assert all(torch.equal(one, other) for one, other in zip(others, weights, strict=True))
