@@ -322,7 +322,7 @@ def test_no_graph_where_the_device_is_what_is_waited_for(device):
 # --- in a run ---------------------------------------------------------------------------------------
 
 
-def losses_of(overrides: list[str], device: Device | None, steps: int = 8) -> tuple[list[float], list[Tensor]]:
+def losses_of(overrides: list[str], device: Device | None, steps: int = 7) -> tuple[list[float], list[Tensor]]:
     """Of each step, and the weights at the end."""
     config, _ = compose("train", overrides, Config)
     run = Path(config.run.dir)
@@ -360,7 +360,10 @@ def losses_of(overrides: list[str], device: Device | None, steps: int = 8) -> tu
     [
         ["train.micro_batch=8"],
         ["train.micro_batch=2", "train.precision=bf16", "model.unet.dropout=0.2"],
-        ["train.micro_batch=4", "train.precision=fp16", "model.gradient_checkpointing=true"],
+        pytest.param(
+            ["train.micro_batch=4", "train.precision=fp16", "model.gradient_checkpointing=true"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["fp32", "bf16", "fp16"],
 )

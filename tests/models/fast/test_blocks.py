@@ -7,7 +7,7 @@ import importlib.util
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -47,36 +47,6 @@ ONE_LEVEL = SD21 | {
 }
 WITHOUT_CONTEXT = {"cross_attention_dim": (None, None), "attention_head_dim": 8}
 CONVOLUTIONS = ("proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "ff.net.0.proj")
-
-
-@pytest.fixture
-def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's operations, as where Triton is missing: the interpreter is slow, and no compiler sees through it."""
-    monkeypatch.setattr(blocks, "kernels", None)
-
-
-@pytest.fixture
-def on_kernels() -> None:
-    if blocks.kernels is None or not blocks.kernels.INTERPRETED:
-        pytest.skip("Triton's interpreter is off, or there is no Triton")
-
-
-@pytest.fixture
-def compiled(on_torch: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Compile with a backend that runs what was traced; a call says how many graphs were made so far."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **settings: original(f, backend="aot_eager", fullgraph=True, **settings)
-    )
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # `make_fast` sets it where nothing has
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    config = torch._dynamo.config
-    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
-    with config.patch(**limits):  # as they were, at the end
-        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
 
 
 @pytest.fixture
