@@ -42,7 +42,6 @@ def require_following(found: Path, wanted: Path, steps: int) -> None:
     for name in ("loss", "grad_norm", "validation/loss"):
         one, other = ([line[name] for line in each if name in line] for each in lines)
         assert one == pytest.approx(other, rel=1e-4), name
-    assert losses(found) != losses(wanted)  # it was another U-Net
 
 
 @pytest.mark.parametrize("adapter", ["full", pytest.param("lora", marks=pytest.mark.slow)])
@@ -94,8 +93,11 @@ def test_a_killed_run_goes_on_bit_for_bit(overrides, pipeline, tmp_path, command
         same_files(calm / f"checkpoints/step-{step:08d}", rough / f"checkpoints/step-{step:08d}")
 
 
-def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fastened):
+@pytest.mark.slow
+def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fastened, monkeypatch):
     """An eager run goes on from a fast one's, and the other way round."""
+    made, original = [], fast.make_fast
+    monkeypatch.setattr(fast, "make_fast", lambda *args, **settings: made.append(0) or original(*args, **settings))
     settings = [*overrides, *SMALL, "train.steps=8", "checkpoint.every=4", "checkpoint.keep=9"]
     assert command("train", *settings, "model.fast=false", f"run.dir={tmp_path / 'eager'}") == (0, "")
     for first, then in (("true", "false"), ("false", "true")):
@@ -103,6 +105,7 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
         assert command("train", *settings, "train.steps=4", f"model.fast={first}", f"run.dir={run}") == (0, "")
         assert command("train", *settings, f"model.fast={then}", f"run.dir={run}") == (0, "")
         require_following(run, tmp_path / "eager", 8)
+    assert len(made) == 2
 
 
 @pytest.mark.parametrize(
