@@ -16,12 +16,13 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
 
 from finetune.models import fast as fast_package
 from finetune.models.adapters import UNET_TARGETS, add_lora
-from finetune.models.fast import available, blocks, lora, make_fast
+from finetune.models.fast import available, blocks, lora, make_fast, missing
 from finetune.models.layout import store_channels_last, stored_channels_last
 from finetune.models.unet import build_unet, enable_gradient_checkpointing
 from tests import fakes
@@ -416,6 +417,35 @@ def test_lora_in_bf16_is_no_further_from_float64_than_peft(shape, on_torch):
     assert 1e-3 < means[0] <= 1.1 * means[1]
 
 
+@pytest.mark.parametrize("base", ["float32", "bf16's values", "bf16"])
+@pytest.mark.parametrize("size", [1e-4, 1e-3, 1e-2])
+def test_a_small_update_acts_in_bf16_as_much_as_by_peft(base, size):
+    """Beside the weight that it is added to an update is small: no more of it may be lost than in peft's sum."""
+    generator = torch.Generator().manual_seed(0)
+    layer = nn.Sequential(nn.Linear(128, 128, bias=False))
+    weight = torch.randn(128, 128, generator=generator) / 128**0.5
+    layer[0].weight.data = weight if base == "float32" else weight.bfloat16().float()
+    layer = inject_adapter_in_model(LoraConfig(r=8, lora_alpha=8, target_modules=["0"]), layer)
+    (adapted,) = adapted_linears(layer)
+    down, up = (getattr(adapted, name)["default"].weight.requires_grad_(False) for name in ("lora_A", "lora_B"))
+    with torch.no_grad():
+        down.copy_(torch.randn(down.shape, generator=generator) / 128**0.5)
+        up.copy_(torch.randn(up.shape, generator=generator) * size)
+    exact = adapted.get_base_layer().weight.double()
+    x = torch.randn(4096, 128, generator=generator).bfloat16()
+    update = x.double() @ (up.double() @ down.double()).T
+    if base == "bf16":  # as under ZeRO
+        adapted.get_base_layer().bfloat16()
+    shares = []
+    for kind in (peft_lora.Linear, lora.Linear):
+        adapted.__class__ = kind
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            change = layer(x).double() - x.double() @ exact.T
+        shares.append(float((change * update).sum() / update.square().sum()))
+    theirs, ours = shares
+    assert abs(ours - 1) <= abs(theirs - 1) + 0.15
+
+
 # --- gradient checkpointing, compilation, no gradients ----------------------------------------------
 
 
@@ -537,15 +567,29 @@ def test_compiled_code_is_kept_where_a_later_run_finds_it(compiled, monkeypatch,
 # --- where it is used -------------------------------------------------------------------------------
 
 
-def test_no_gain_is_promised_where_there_is_none(monkeypatch):
+def test_it_is_for_gpus_from_ampere_on(monkeypatch):
     assert not available(torch.device("cpu"))
-    gpu = torch.device("cuda")
-    for capability, gains in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
+    for capability, is_for in (((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
-        monkeypatch.setattr(blocks, "kernels", object())
-        assert available(gpu) is gains
-        monkeypatch.setattr(blocks, "kernels", None)
-        assert not available(gpu)
+        assert available(torch.device("cuda")) is is_for
+
+
+def test_what_is_missing_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(blocks, "kernels", object())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert missing() == "a C compiler"
+    compiler = tmp_path / "mycc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    assert missing() == "a C compiler"
+    monkeypatch.setenv("CC", "mycc")
+    assert missing() is None
+    monkeypatch.delenv("CC")
+    compiler.rename(tmp_path / "gcc")
+    assert missing() is None
+    monkeypatch.setattr(blocks, "kernels", None)
+    assert missing() == "Triton"
 
 
 def test_without_triton_blocks_import_and_compute(monkeypatch):

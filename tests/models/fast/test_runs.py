@@ -28,6 +28,7 @@ LORA = ["adapter=lora", "adapter.rank=2", "adapter.alpha=4", "model.unet={}"]
 def fastened(compiled: Callable[[], int], monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """U-Nets are made fast, as on a GPU; a call says how many graphs were compiled so far."""
     monkeypatch.setattr(fast, "available", lambda device: True)
+    monkeypatch.setattr(fast, "missing", lambda: None)
     return compiled
 
 
@@ -113,10 +114,11 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
     [
         ([], True),
         (["model.fast=false"], False),
+        (["strategy=zero2"], False),
         (["strategy=zero3"], False),  # weights are there only while their module is called
         (["adapter=lora", "adapter.dora=true", "model.unet={}"], True),
     ],
-    ids=["default", "off", "zero3", "dora"],
+    ids=["default", "off", "zero2", "zero3", "dora"],
 )
 def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, more, made):
     seen = []
@@ -132,15 +134,22 @@ def test_nothing_is_made_fast_on_a_cpu(overrides):
     assert not any(isinstance(module, blocks.Region) for module in parts.model.unet.modules())
 
 
-def over_ranks(strategy: str, overrides: list[str], folder: Path, *more: str) -> tuple[Path, Path]:
+def test_what_is_missing_is_told_and_the_unet_stays_as_it_was(overrides, monkeypatch, fastened):
+    monkeypatch.setattr(fast, "missing", lambda: "a C compiler")
+    _, parts = parts_of(overrides)
+    assert not any(isinstance(module, blocks.Region) for module in parts.model.unet.modules())
+    (notice,) = [notice for notice in parts.notices if "model.fast" in notice]
+    assert "needs a C compiler" in notice
+    monkeypatch.setattr(fast, "missing", lambda: None)
+    _, parts = parts_of(overrides)
+    assert not [notice for notice in parts.notices if "model.fast" in notice]
+
+
+def over_ranks(overrides: list[str], folder: Path, *more: str) -> tuple[Path, Path]:
     """(fast, eager) runs of two processes, in one launch."""
-    settings = [*overrides, "train.steps=8", "checkpoint.every=8", "train.micro_batch=2", *more]
+    settings = [*overrides, "train.steps=8", "checkpoint.every=8", "train.micro_batch=2", *more, "strategy=ddp"]
     jobs = [
-        {
-            "run": str(folder / name),
-            "start": None,
-            "overrides": [*settings, f"model.fast={name == 'fast'}", f"strategy={strategy}"],
-        }
+        {"run": str(folder / name), "start": None, "overrides": [*settings, f"model.fast={name == 'fast'}"]}
         for name in ("fast", "eager")
     ]
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -148,20 +157,14 @@ def over_ranks(strategy: str, overrides: list[str], folder: Path, *more: str) ->
     return folder / "fast", folder / "eager"
 
 
-def test_losses_over_ranks_of_ddp(overrides, tmp_path):
-    require_following(*over_ranks("ddp", overrides, tmp_path, *SMALL), 8)
+def test_losses_over_ranks(overrides, tmp_path):
+    require_following(*over_ranks(overrides, tmp_path, *SMALL), 8)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["zero1", "zero2"])
-def test_losses_over_ranks_of_zero(overrides, tmp_path, strategy):
-    require_following(*over_ranks(strategy, overrides, tmp_path), 8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "zero2"])
-def test_adapters_over_ranks(overrides, pipeline, tmp_path, strategy):
-    require_following(*over_ranks(strategy, overrides, tmp_path, *LORA, f"model.pretrained={pipeline}"), 8)
+@pytest.mark.parametrize("more", [[], ["model.gradient_checkpointing=true"]], ids=["", "checkpointing"])
+def test_adapters_over_ranks(overrides, pipeline, tmp_path, more):
+    require_following(*over_ranks(overrides, tmp_path, *LORA, f"model.pretrained={pipeline}", *more), 8)
 
 
 def test_torch_is_as_it_was():
