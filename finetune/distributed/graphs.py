@@ -117,10 +117,13 @@ class Graphs:
             # Other threads may take page-locked memory meanwhile: the loader, a checkpoint.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 output = self.passes(*args)
+            after = [p.grad for p in self.parameters]
+            if self.gradients and any(one is not held for one, held in zip(after, self.gradients, strict=True)):
+                raise RuntimeError("gradients of this shape are not of the parameters that others' are")
         except BaseException:
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
             raise
         self.pool = graph.pool()
-        self.gradients = self.gradients or [p.grad for p in self.parameters]
+        self.gradients = after
         return graph, inputs, output

@@ -126,6 +126,8 @@ class Model(nn.Module):
         x, (y, weight) = given["x"], given["rest"]
         loss = (self.second(F.silu(self.first(x))) - y).square().sum() / factor
         loss = loss if weight is None else loss * weight.mean()
+        if "further" in given:
+            loss = loss + self.never(given["further"]).square().sum()
         loss.backward()
         return loss.detach()
 
@@ -210,6 +212,24 @@ def test_two_shapes_within_a_step(device):
     assert len(device.captured) == 3
 
 
+def test_a_shape_that_reaches_further_parameters_is_called_plainly(device):
+    """Graphs share one memory of gradients: what has none in the first graph has no place in the others."""
+    pair = Pair(device)
+    for step in range(16):
+        given = pair.draw(5)
+        if step % 2:
+            given["further"] = torch.ones(3, 2)
+        pair.plain.passes(given, 3)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pair.graphs(given, 3)
+        assert (pair.ours.never.weight.grad is not None) == bool(step % 2)
+        pair.step()
+    for one, other in zip(pair.ours.parameters(), pair.plain.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert len(device.captured) == 2 and device.replays == 8 - 4  # what was captured last was given up
+
+
 def test_gradients_from_elsewhere_are_added_to(device):
     """A step that begins before there is a graph, and gradients that something else left."""
     pair = Pair(device)
@@ -225,7 +245,8 @@ def test_gradients_from_elsewhere_are_added_to(device):
         pair.call()
         pair.call()
         pair.step()
-    pair.finish()
+    for one, other in zip(pair.ours.parameters(), pair.plain.parameters(), strict=True):
+        assert torch.equal(one, other)
     assert len(device.captured) == 2 and device.replays == 4
 
 

@@ -157,6 +157,7 @@ def over_ranks(overrides: list[str], folder: Path, *more: str) -> tuple[Path, Pa
     return folder / "fast", folder / "eager"
 
 
+@pytest.mark.slow
 def test_losses_over_ranks(overrides, tmp_path):
     require_following(*over_ranks(overrides, tmp_path, *SMALL), 8)
 
