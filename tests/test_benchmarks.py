@@ -126,6 +126,7 @@ def test_a_variant_out_of_time_leaves_no_worker_behind(tmp_path):
         os.kill(pid, 0)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_measured_beside_what_it_cannot_beat(tmp_path):
     rows = lines("checkpoint", "--batch", "2", "--steps", "2", "--saves", "1", "--folder", str(tmp_path))
     assert [row["variant"] for row in rows] == [

@@ -248,7 +248,7 @@ def kill_at(line: int, processes: int, run: Path, overrides: list[str], log: Pat
     child.wait()
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_restarted_ends_bit_identical(overrides, tmp_path, processes):
     """SIGKILL at random steps, then the same command: weights, EMA, moments and log of the undisturbed run."""
     settings = [*overrides, "train.steps=12", "checkpoint.every=5", "checkpoint.keep=9", "train.micro_batch=2"]

@@ -466,7 +466,7 @@ def test_gradient_checkpointing(shape, on_torch):
     assert max(calls[fast].values()) == 2
 
 
-@pytest.mark.parametrize("with_lora", [False, True])
+@pytest.mark.parametrize("with_lora", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_bucket_is_compiled_at_its_first_batch_alone(with_lora, compiled):
     targets = (*UNET_TARGETS, "proj_in", "conv1", "ff.net.0.proj")
     adapt = (lambda unet: add_lora(unet, 4, 6.0, target_modules=targets)) if with_lora else None
