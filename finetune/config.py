@@ -480,8 +480,10 @@ def _missing_choice(error: MissingConfigException, known: Mapping[str, list[str]
     group, _, choice = (error.missing_cfg_file or "").rpartition("/")
     if choices := known.get(group):
         nearest = difflib.get_close_matches(choice, choices, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
-        return f"{group}={choice} is not known: {hint}choose one of {', '.join(choices)}"
+        listed = f"choose one of {', '.join(choices)}"
+        if nearest:  # a long list would hide the name that is meant
+            listed = f"did you mean {nearest[0]}? " + (listed if len(listed) < 200 else "--help lists all of them")
+        return f"{group}={choice} is not known: {listed}"
     return _first_lines(error)
 
 
