@@ -89,7 +89,7 @@ def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
     if kind in ("one", "ddp"):
         if layout or is_fast:
             unet.to(memory_format=torch.channels_last)
-        strategy = DataParallel(world, model, groups, **common)
+        strategy = DataParallel(world, model, groups, **common, graphs=is_fast)
     else:
         if layout:
             store_channels_last(unet)

@@ -135,6 +135,7 @@ def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool) -> Tr
         optimizer=OptimizerSettings(),
         max_grad_norm=MAX_GRAD_NORM,
         precision="bf16",
+        graphs=is_fast,
     )
     averages = []
     if ema:

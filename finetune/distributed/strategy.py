@@ -402,7 +402,11 @@ def _groups_of(pieces: Sequence[tuple[Shard, Tensor]], limit: int) -> Iterator[l
 
 
 class DataParallel(Strategy):
-    """Whole weights on every rank, in float32; gradients are averaged by torch's DDP, passes run in autocast."""
+    """Whole weights on every rank, in float32; gradients are averaged by torch's DDP, passes run in autocast.
+
+    Args:
+        graphs: on a GPU, let micro-batches that wait for the host run as CUDA graphs (see `Graphs`).
+    """
 
     def __init__(
         self,
@@ -413,6 +417,7 @@ class DataParallel(Strategy):
         optimizer: OptimizerSettings,
         max_grad_norm: float,
         precision: str,
+        graphs: bool = False,
     ) -> None:
         self.world, self.module, self.settings, self.max_grad_norm = world, module, optimizer, max_grad_norm
         module.to(world.device)
@@ -428,8 +433,8 @@ class DataParallel(Strategy):
             )
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
         # Over several ranks DDP's own hooks run in backward passes, which a graph would leave out.
-        graphed = world.device.type == "cuda" and world.size == 1
-        self.graphs = Graphs(self._passes, self.parameters.values()) if graphed else None
+        graphs = graphs and world.device.type == "cuda" and world.size == 1
+        self.graphs = Graphs(self._passes, self.parameters.values()) if graphs else None
         self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
         if optimizer.kind == "adafactor":
             self.keys = {name: matrix_of(p) for name, p in self.parameters.items()}

@@ -121,12 +121,18 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
     ids=["default", "off", "zero2", "zero3", "dora"],
 )
 def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, more, made):
-    seen = []
+    seen, graphs_of = [], []
     monkeypatch.setattr(fast, "make_fast", lambda unet, compiled: seen.append((unet, compiled)))
-    monkeypatch.setattr("finetune.build._strategy", lambda *_: type("Strategy", (), {"shards": []})())
+
+    def strategy(*_, graphs):
+        graphs_of.append(graphs)
+        return type("Strategy", (), {"shards": []})()
+
+    monkeypatch.setattr("finetune.build._strategy", strategy)
     more = [*more, f"model.pretrained={pipeline}"] if "adapter=lora" in more else more
     _, parts = parts_of(overrides, *more)
     assert seen == ([(parts.model.unet, True)] if made else [])
+    assert graphs_of == [made]
 
 
 def test_nothing_is_made_fast_on_a_cpu(overrides):
