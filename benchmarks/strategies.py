@@ -38,7 +38,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.common import context, record
-from benchmarks.works import BETAS, SEED, SPACE, batches, make_model, make_unet, trained_of, with_added
+from benchmarks.works import SEED, SPACE, batches, make_model, make_unet, schedule, trained_of, with_added
 from finetune import diffusion, distributed, rng
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.latents import sample_latents
@@ -151,7 +151,7 @@ def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
             "steps_per_print": 1 << 62,
         }
         engine, *_ = deepspeed.initialize(model=unet, optimizer=optimizer, config=config, dist_init_required=False)
-    schedule = diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device)
+    levels = schedule(device)
     source = batches(job.work, job.batch, world.device, rank=world.rank, ranks=world.size)
 
     def step(index: int) -> Tensor:
@@ -161,13 +161,13 @@ def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
         states = one.text_states.to(device, non_blocking=True)
         shape = tuple(moments[0, :4].shape)
         if index < job.losses:  # the draws that ours makes
-            timesteps = rng.integers(SEED, "timestep", clock, len(schedule))
+            timesteps = rng.integers(SEED, "timestep", clock, len(levels))
             posterior, noise = (rng.normal(SEED, name, clock, shape) for name in ("posterior", "noise"))
         else:
-            timesteps = torch.randint(0, len(schedule), (batch,), device=device)
+            timesteps = torch.randint(0, len(levels), (batch,), device=device)
             posterior, noise = (torch.randn(batch, *shape, device=device) for _ in range(2))
         z = sample_latents(moments, posterior, SPACE)
-        noised = diffusion.mix(z, noise, *schedule.at(timesteps))
+        noised = diffusion.mix(z, noise, *levels.at(timesteps))
         if engine is not None:
             predicted = engine(noised.to(dtype), timesteps, states.to(dtype), return_dict=False)[0]
         else:

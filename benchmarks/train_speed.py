@@ -42,7 +42,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.common import context, record
-from benchmarks.works import SEED, SHAPES, SPACE, batches, make_model, make_unet, trained_of, with_added
+from benchmarks.works import (
+    SEED,
+    SHAPES,
+    SPACE,
+    batches,
+    make_model,
+    make_unet,
+    schedule,
+    trained_of,
+    with_added,
+)
 from finetune import diffusion
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
@@ -94,7 +104,7 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
         unet.to(memory_format=torch.channels_last)
         unet.compile()
     called = with_added(unet, work.shape, work.batch, device)
-    schedule = make_model(nn.Identity(), work.shape, device).schedule
+    levels = schedule(device)
     source = batches(work.shape, work.batch, device)
 
     def step() -> Tensor:
@@ -103,9 +113,9 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
         moments = one.moments.to(device, non_blocking=True).float()
         states = one.text_states.to(device, non_blocking=True)
         posterior, noise = (torch.randn_like(moments[:, :4]) for _ in range(2))
-        timesteps = torch.randint(0, len(schedule), (work.batch,), device=device)
+        timesteps = torch.randint(0, len(levels), (work.batch,), device=device)
         z = sample_latents(moments, posterior, SPACE)
-        noised = diffusion.mix(z, noise, *schedule.at(timesteps))
+        noised = diffusion.mix(z, noise, *levels.at(timesteps))
         with torch.autocast(device.type, torch.bfloat16):
             predicted = called(noised, timesteps, states, return_dict=False)[0]
         loss = nn.functional.mse_loss(predicted.float(), noise)

@@ -107,6 +107,11 @@ def trained_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def schedule(device: torch.device) -> diffusion.Schedule:
+    """Stable Diffusion's noise schedule."""
+    return diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device)
+
+
 def make_model(unet: nn.Module, shape: str, device: torch.device) -> LatentDiffusion:
     """What a strategy wraps, told the states of captions by its batches."""
     tokens, width = SHAPES[shape]["tokens"], SHAPES[shape]["unet"]["cross_attention_dim"]
@@ -121,7 +126,7 @@ def make_model(unet: nn.Module, shape: str, device: torch.device) -> LatentDiffu
     return LatentDiffusion(
         unet,
         conditioner,
-        schedule=diffusion.variance_preserving(diffusion.alphas_cumprod(diffusion.betas(**BETAS))).to(device),
+        schedule=schedule(device),
         space=SPACE,
         objective=Objective(),
         seed=SEED,
