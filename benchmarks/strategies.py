@@ -20,13 +20,10 @@ added conditions are fixed tensors. One JSON line each, a table last.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import os
-import signal
-import subprocess
+import statistics
 import sys
-import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,26 +31,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.common import context, record
-from benchmarks.works import SEED, SPACE, batches, make_model, make_unet, schedule, trained_of, with_added
+from benchmarks.ranks import BLOCK, launch, peak_gib, timed_blocks
+from benchmarks.works import (
+    LR,
+    MAX_GRAD_NORM,
+    SEED,
+    SPACE,
+    batches,
+    make_model,
+    make_unet,
+    schedule,
+    stepping,
+    trained_of,
+    with_added,
+)
 from finetune import diffusion, distributed, rng
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.latents import sample_latents
 from finetune.models import fast
 from finetune.models.layout import store_channels_last
-from finetune.step import optimizer_step
+from finetune.objective import LatentDiffusion
 
 # Images of one rank, and whether activations are computed again in the backward pass.
 WORKS: dict[str, tuple[int, bool]] = {"sd21_512": (48, False), "sdxl_1024": (8, True), "tiny": (4, False)}
 OURS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
 PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
 LAYOUTS = {"": None, "nchw": False, "nhwc": True}
-LR, MAX_GRAD_NORM = 1e-5, 1.0
-BLOCK = 4  # steps between two looks at the clock
-_ENDING_S = 60.0  # torchrun leaves its workers 30 s before it kills them
 
 
 @dataclass
@@ -76,52 +82,41 @@ def make_module(job: Job, world: World) -> tuple[nn.Module, dict[str, nn.Paramet
     return module, trained_of(module)
 
 
-def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
-    """`finetune train`'s step; returns this rank's sum of losses."""
-    unet, trained = make_module(job, world)
+def wrapped(
+    unet: nn.Module, shape: str, batch: int, world: World, kind: str, layout: bool | None = None
+) -> tuple[LatentDiffusion, Strategy]:
+    """What `finetune train` trains, and its strategy.
+
+    Args:
+        unet: on the CPU, as `with_added` gives it; what is trained requires gradients.
+        batch: samples of one rank. kind: one of `OURS`. layout: one of the values of `LAYOUTS`.
+    """
+    trained = trained_of(unet)
     is_fast = layout is None and kind in ("one", "ddp") and fast.available(world.device)
     if is_fast:
         fast.make_fast(getattr(unet, "unet", unet), compiled=True)
-    model = make_model(unet, job.work, world.device)
+    model = make_model(unet, shape, world.device)
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
-    strategy: Strategy
     if kind in ("one", "ddp"):
         if layout or is_fast:
             unet.to(memory_format=torch.channels_last)
-        strategy = DataParallel(world, model, groups, **common, graphs=is_fast)
-    else:
-        if layout:
-            store_channels_last(unet)
-        strategy = ZeRO(
-            world,
-            model,
-            groups,
-            **common,
-            stage=int(kind[4]),
-            offload=kind.endswith("_offload"),
-            micro_batch=job.batch,
-            accumulation=1,
-        )
+        return model, DataParallel(world, model, groups, **common, graphs=is_fast)
+    if layout:
+        store_channels_last(unet)
+    stage, offload = int(kind[4]), kind.endswith("_offload")
+    return model, ZeRO(
+        world, model, groups, **common, stage=stage, offload=offload, micro_batch=batch, accumulation=1
+    )
+
+
+def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
+    """`finetune train`'s step; returns this rank's sum of losses."""
+    unet, _ = make_module(job, world)
+    model, strategy = wrapped(unet, job.work, job.batch, world, kind, layout)
     source = batches(job.work, job.batch, world.device, rank=world.rank, ranks=world.size)
-    whole = job.batch * world.size
-
-    def step(index: int) -> Tensor:
-        done = optimizer_step(
-            strategy,
-            model.conditioner,
-            source,
-            micro_batches=1,
-            global_batch=whole,
-            lr=LR,
-            dropout=0.0,
-            seed=SEED,
-            averages=[],
-            images_seen=(index + 1) * whole,
-        )
-        return done.loss_sum
-
-    return step
+    step = stepping(strategy, model, source, job.batch * world.size)
+    return lambda _: step().loss_sum
 
 
 def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
@@ -195,39 +190,19 @@ def worker(job: Job) -> None:
     started = time.perf_counter()
     make = peer if variant.startswith("peer_") else ours
     step = make(job, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
-
     sums = [step(index).double() for index in range(job.losses)]
     losses = world.sum_(torch.stack(sums)) / (job.batch * world.size)
     setup = time.perf_counter() - started
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    index = job.losses
-    seconds: list[float] = []
-    blocks = 2
-    while len(seconds) < blocks:
-        wait()
-        before = time.perf_counter()
-        for _ in range(BLOCK):
-            step(index)
-            index += 1
-        wait()
-        seconds.append(time.perf_counter() - before)
-        if len(seconds) == 1:  # all ranks do as many
-            blocks = world.broadcast(max(2, 1 + round(job.seconds / seconds[0])))
-    median = sorted(seconds[1:])[(len(seconds) - 1) // 2]
-    peaks = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()] if on_gpu else [0, 0]
-    memory = torch.tensor(peaks, dtype=torch.float64, device=world.device)
-    if world.size > 1:
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
+    index = itertools.count(job.losses)
+    seconds = timed_blocks(world, lambda: step(next(index)), job.seconds)
+    peak, reserved = peak_gib(world)
     if world.is_main:
         result = {
-            "images_per_s_gpu": BLOCK * job.batch / median,
-            "peak_gib": memory[0].item() / 2**30,
-            "reserved_gib": memory[1].item() / 2**30,
+            "images_per_s_gpu": BLOCK * job.batch / statistics.median(seconds),
+            "peak_gib": peak,
+            "reserved_gib": reserved,
             "steps_timed": len(seconds) * BLOCK,
             "setup_s": setup,
             "losses": losses.tolist(),
@@ -235,63 +210,6 @@ def worker(job: Job) -> None:
         Path(job.out).write_text(json.dumps(result))
     world.barrier()
     distributed.stop()
-
-
-def used_gib() -> float:
-    """Memory of this machine in use, page-locked memory too, without what it only caches."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    total, available = (int(lines[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
-    return (total - available) / 2**20
-
-
-def end(launcher: subprocess.Popen[Any]) -> None:
-    """End torchrun and its workers, if it still runs."""
-    if launcher.poll() is not None:
-        return
-    # Workers have sessions of their own: a kill would leave them on the GPUs, beside the next variant.
-    launcher.terminate()
-    try:
-        launcher.wait(_ENDING_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-
-
-def run(job: Job, processes: int, limit_s: float) -> dict[str, Any]:
-    """Start a variant's processes and wait: its result, or what went wrong."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *launcher, "-m", "benchmarks.strategies", "--worker", json.dumps(vars(job))]
-    before = peak = used_gib()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.5):
-            peak = max(peak, used_gib())
-
-    watcher = threading.Thread(target=watch)
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, cwd=Path(__file__).parent.parent, stdout=log, stderr=log, start_new_session=True
-        )
-        watcher.start()
-        try:
-            code: int | None = process.wait(limit_s)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
-            done.set()
-            watcher.join()
-        if code == 0:
-            return {**json.loads(Path(job.out).read_text()), "host_gib": peak - before}
-        log.seek(0)
-        text = log.read()
-    sys.stderr.write(text[-6000:])
-    if code is None:
-        return {"error": f"took longer than {limit_s:g} s"}
-    lines = [line.strip() for line in text.splitlines() if "Error" in line and "ChildFailedError" not in line]
-    return {"error": (lines[-1] if lines else f"exit code {code}")[-300:]}
 
 
 def largest_distance(losses: list[float], reference: list[float]) -> float:
@@ -331,17 +249,9 @@ def main() -> None:
     measured_on = context()
     for variant in variants:
         processes = 1 if variant.partition("@")[0] in ("one", "peer_one") else arguments.gpus
-        with tempfile.TemporaryDirectory() as folder:
-            job = Job(
-                arguments.work,
-                variant,
-                batch,
-                arguments.adapter,
-                arguments.losses,
-                arguments.seconds,
-                str(Path(folder) / "result.json"),
-            )
-            result = run(job, processes, arguments.limit)
+        told = {"work": arguments.work, "variant": variant, "batch": batch, "adapter": arguments.adapter}
+        told |= {"losses": arguments.losses, "seconds": arguments.seconds}
+        result = launch("benchmarks.strategies", told, processes, arguments.limit)
         row: dict[str, Any] = {"work": arguments.work, "variant": variant, "processes": processes, "batch": batch}
         row |= {"adapter": arguments.adapter, "precision": "bf16"} | result
         rows[variant] = row

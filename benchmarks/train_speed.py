@@ -41,9 +41,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import works
 from benchmarks.common import context, record
 from benchmarks.works import (
-    SEED,
+    LR,
+    MAX_GRAD_NORM,
     SHAPES,
     SPACE,
     batches,
@@ -59,9 +61,7 @@ from finetune.ema import Average, HalfLife
 from finetune.latents import sample_latents
 from finetune.models import fast
 from finetune.objective import LatentDiffusion
-from finetune.step import optimizer_step
 
-LR, MAX_GRAD_NORM = 1e-5, 1.0
 BLOCK = 4  # steps between two looks at the clock
 
 
@@ -160,26 +160,8 @@ def ours(work: Work, device: torch.device, *, is_fast: bool = True, ema: bool = 
 
 def stepping(work: Work, device: torch.device, what: Trained) -> Callable[[], Tensor]:
     source = batches(work.shape, work.batch, device)
-    steps = 0
-
-    def step() -> Tensor:
-        nonlocal steps
-        steps += 1
-        done = optimizer_step(
-            what.strategy,
-            what.model.conditioner,
-            source,
-            micro_batches=1,
-            global_batch=work.batch,
-            lr=LR,
-            dropout=0.0,
-            seed=SEED,
-            averages=what.averages,
-            images_seen=steps * work.batch,
-        )
-        return done.loss_sum / work.batch
-
-    return step
+    step = works.stepping(what.strategy, what.model, source, work.batch, what.averages)
+    return lambda: step().loss_sum / work.batch
 
 
 MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
@@ -293,15 +275,15 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    works, variants = arguments.works.split(","), arguments.variants.split(",")
-    for known, given in ((WORKS, works), (MAKERS, variants)):
+    names, variants = arguments.works.split(","), arguments.variants.split(",")
+    for known, given in ((WORKS, names), (MAKERS, variants)):
         if unknown := set(given) - set(known):
             parser.error(f"{sorted(unknown)[0]} is not one of {', '.join(known)}")
     if arguments.one:
-        print(json.dumps(run(works[0], variants[0], arguments.seconds)), flush=True)
+        print(json.dumps(run(names[0], variants[0], arguments.seconds)), flush=True)
         return
     table = []
-    for name in works:
+    for name in names:
         base = None
         for variant in variants:
             command = [sys.executable, "-m", "benchmarks.train_speed", "--one", "--works", name]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,15 +11,19 @@ from torch import Tensor, nn
 from finetune import diffusion
 from finetune.batch import Batch
 from finetune.conditioning.text import Text
+from finetune.distributed import Strategy
+from finetune.ema import Average
 from finetune.latents import LatentSpace
 from finetune.models.adapters import add_lora
 from finetune.models.unet import build_unet, enable_gradient_checkpointing
 from finetune.objective import LatentDiffusion, Objective
+from finetune.step import StepResult, optimizer_step
 
 SEED = 0
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
 SPACE = LatentSpace(0.18215)
 RANK = 16  # of adapters
+LR, MAX_GRAD_NORM = 1e-5, 1.0
 
 # `size`: of the latents' sides; `tokens`: of a caption.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -150,3 +154,32 @@ def batches(shape: str, batch: int, device: torch.device, *, rank: int = 0, rank
         clock = (step * ranks + rank) * batch + torch.arange(batch)
         yield Batch(moments, ["x"] * batch, clock, clock, (size * 8,) * 2, text_states=states)
         step += 1
+
+
+def stepping(
+    strategy: Strategy,
+    model: LatentDiffusion,
+    source: Iterator[Batch],
+    global_batch: int,
+    averages: Sequence[Average] = (),
+) -> Callable[[], StepResult]:
+    """`finetune train`'s step, on one batch of this rank's; a call makes one."""
+    images_seen = 0
+
+    def step() -> StepResult:
+        nonlocal images_seen
+        images_seen += global_batch
+        return optimizer_step(
+            strategy,
+            model.conditioner,
+            source,
+            micro_batches=1,
+            global_batch=global_batch,
+            lr=LR,
+            dropout=0.0,
+            seed=SEED,
+            averages=averages,
+            images_seen=images_seen,
+        )
+
+    return step

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from benchmarks import profile_step, train_speed
-from benchmarks.strategies import end
+from benchmarks.ranks import end
 from finetune.models.fast import blocks
 from tests.conftest import ROOT, environment
 
