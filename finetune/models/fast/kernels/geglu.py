@@ -17,16 +17,23 @@ _ROWS, _TILE_R, _TILE_D, _WARPS = 256, 16, 128, 4
 
 
 @triton.jit
-def _gate(x_R2D, bias_2D, y_RD, R, D,
-          BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
-    first, d = tl.program_id(0) * ROWS, tl.program_id(1) * TD + tl.arange(0, TD)
-    x_R2D += first.to(tl.int64) * 2 * D
-    y_RD += first.to(tl.int64) * D
+def _biases(bias_2D, d, D, BIASED: tl.constexpr, TD: tl.constexpr):
+    """Of the features d, and of those that gate them; zeros without a bias."""
     bias_a = tl.zeros((TD,), tl.float32)
     bias_g = tl.zeros((TD,), tl.float32)
     if BIASED:
         bias_a = tl.load(bias_2D + d, mask=d < D, other=0.0).to(tl.float32)
         bias_g = tl.load(bias_2D + D + d, mask=d < D, other=0.0).to(tl.float32)
+    return bias_a, bias_g
+
+
+@triton.jit
+def _gate(x_R2D, bias_2D, y_RD, R, D,
+          BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+    first, d = tl.program_id(0) * ROWS, tl.program_id(1) * TD + tl.arange(0, TD)
+    x_R2D += first.to(tl.int64) * 2 * D
+    y_RD += first.to(tl.int64) * D
+    bias_a, bias_g = _biases(bias_2D, d, D, BIASED, TD)
     for row in range(0, ROWS, TR):
         r = row + tl.arange(0, TR)
         there = (first + r < R)[:, None] & (d < D)[None, :]
@@ -46,11 +53,7 @@ def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D,
     x_R2D += first.to(tl.int64) * 2 * D
     dx_R2D += first.to(tl.int64) * 2 * D
     dy_RD += first.to(tl.int64) * D
-    bias_a = tl.zeros((TD,), tl.float32)
-    bias_g = tl.zeros((TD,), tl.float32)
-    if BIASED:
-        bias_a = tl.load(bias_2D + d, mask=d < D, other=0.0).to(tl.float32)
-        bias_g = tl.load(bias_2D + D + d, mask=d < D, other=0.0).to(tl.float32)
+    bias_a, bias_g = _biases(bias_2D, d, D, BIASED, TD)
     sum_a = tl.zeros((TR, TD), tl.float32)
     sum_g = tl.zeros((TR, TD), tl.float32)
     for row in range(0, ROWS, TR):

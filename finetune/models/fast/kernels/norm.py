@@ -73,6 +73,19 @@ def _merge(mean_BNC, m2_BNC, mean_BG, rstd_BG, S, C, N, rows, eps, CG,
 
 
 @triton.jit
+def _of_channels(shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sample, c, C, CG, SHIFTED: tl.constexpr):
+    """Of the channels c of a sample: mean without the shift, inverse deviation, weight, bias; all float32."""
+    at = sample * (C // CG) + c // CG
+    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
+    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
+    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
+    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
+    if SHIFTED:
+        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    return mean_C, rstd_C, weight, bias
+
+
+@triton.jit
 def _normalize(x_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, y_BSC, S, C, CG,
                ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
                TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
@@ -81,13 +94,9 @@ def _normalize(x_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, y_BSC, S, C,
     last = tl.minimum(first + ROWS, S)
     x_BSC += sample.to(tl.int64) * S * C
     y_BSC += sample.to(tl.int64) * S * C
-    at = sample * (C // CG) + c // CG
-    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
-    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
-    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
-    if SHIFTED:
-        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    mean_C, rstd_C, weight, bias = _of_channels(
+        shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sample, c, C, CG, SHIFTED
+    )
     scale = rstd_C * weight
     for row in range(0, ROWS, TS):
         s = first + row + tl.arange(0, TS)
@@ -110,13 +119,9 @@ def _sums(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC
     last = tl.minimum(first + ROWS, S)
     x_BSC += sample.to(tl.int64) * S * C
     dy_BSC += sample.to(tl.int64) * S * C
-    at = sample * (C // CG) + c // CG
-    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
-    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
-    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
-    if SHIFTED:
-        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
+    mean_C, rstd_C, weight, bias = _of_channels(
+        shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sample, c, C, CG, SHIFTED
+    )
     sum_du = tl.zeros((TS, TC), tl.float32)
     sum_dun = tl.zeros((TS, TC), tl.float32)
     sum_n = tl.zeros((TS, TC), tl.float32)
@@ -178,15 +183,12 @@ def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means
     x_BSC += sample.to(tl.int64) * S * C
     dy_BSC += sample.to(tl.int64) * S * C
     dx_BSC += sample.to(tl.int64) * S * C
+    mean_C, rstd_C, weight, bias = _of_channels(
+        shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sample, c, C, CG, SHIFTED
+    )
     at = sample * (C // CG) + c // CG
-    mean_C = tl.load(mean_BG + at, mask=c < C, other=0.0)
-    rstd_C = tl.load(rstd_BG + at, mask=c < C, other=0.0)
     mean_du = tl.load(means_2BG + at, mask=c < C, other=0.0)
     mean_dun = tl.load(means_2BG + BG + at, mask=c < C, other=0.0)
-    weight = tl.load(weight_C + c, mask=c < C, other=0.0).to(tl.float32)
-    bias = tl.load(bias_C + c, mask=c < C, other=0.0).to(tl.float32)
-    if SHIFTED:
-        mean_C -= tl.load(shift_BC + sample * C + c, mask=c < C, other=0.0).to(tl.float32)
     for row in range(0, ROWS, TS):
         s = first + row + tl.arange(0, TS)
         there = (s < last)[:, None] & (c < C)[None, :]
