@@ -68,9 +68,8 @@ class Graphs:
         if adds not in shape.graphs:
             try:
                 shape.graphs[adds] = self._captured(leaves, spec)
-            except (
-                RuntimeError
-            ) as error:  # it has no memory beside what is there, or the passes wait for the device
+            except RuntimeError as error:
+                # There is no memory for it beside what is there, or the passes wait for the device.
                 shape.is_bound = False
                 warnings.warn(f"this micro-batch gets no CUDA graph: {first_line(error)}", stacklevel=2)
                 torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ try:
 except ImportError:  # no Triton for this machine
     kernels = None  # type: ignore[assignment]
 
-# In this order on a GPU; cuDNN's is the fastest on Hopper.
+# In this order, of those that a device has; cuDNN's is the fastest on Hopper.
 _BACKENDS = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -215,10 +215,7 @@ class Attend:
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[2], k.shape[0])
             attention_mask = attention_mask.unflatten(0, (k.shape[0], attn.heads))
-        if q.is_cuda:
-            with sdpa_kernel(_BACKENDS, set_priority=True):
-                mixed = F.scaled_dot_product_attention(q, k, v, attention_mask)
-        else:
+        with sdpa_kernel(_BACKENDS, set_priority=True):
             mixed = F.scaled_dot_product_attention(q, k, v, attention_mask)
         return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2).to(q.dtype)))
 
