@@ -1,13 +1,21 @@
 """Make image shards from an Iconify icon set: named SVGs, drawn at any size; the names are the captions.
 
-PACKAGE is an npm package of the set (`npm pack @iconify-json/noto`) or its icons.json. Each icon is drawn
+A PACKAGE is an npm package of the set (`npm pack @iconify-json/noto`) or its icons.json. Each icon is drawn
 in the middle of a square on the background; its caption is its name with spaces for hyphens. Hidden icons
-and aliases are left out. The set's name, version, licence and author are written to SHARDS/SOURCE.json.
-Icons that can't be drawn are listed in SHARDS/rejects.jsonl.
+and aliases are left out. The set's name, version, licence and author are written to SHARDS/SOURCE.json, for several
+sets as a list. Icons that can't be drawn are listed in SHARDS/rejects.jsonl. Of several sets, keys begin with the
+set's short name.
+
+--hold-out keeps a share of the names for measurement, by a hash that is the same for all sets. Names that differ in
+skin tone, in man, woman or person, or in the way they face stay together: a held-out one is not seen in disguise.
+--draws draws each icon several times: first as it is, then smaller and moved, every second time on a coloured
+ground, which the caption then names ("cat, on light blue").
 
 examples:
   data-tools ingest iconify iconify-json-noto-1.2.9.tgz --out shards/noto --size 64
   data-tools ingest iconify fluent.tgz --common-with noto.tgz twemoji.tgz --limit 1000 --out shards/fluent
+  data-tools ingest iconify noto.tgz twemoji.tgz --hold-out 0.1 --draws 4 --style-caption --out shards/train
+  data-tools ingest iconify noto.tgz twemoji.tgz --hold-out 0.1 --held-out --style-caption --out shards/test
 """
 
 from __future__ import annotations
@@ -16,14 +24,17 @@ import argparse
 import hashlib
 import io
 import json
+import re
 import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from PIL import Image
 
-from data_tools.arguments import add_workers_argument, positive
+from data_tools.arguments import add_workers_argument, positive, probability
 from data_tools.filters import Filters
 from data_tools.images import MAX_PIXELS, PictureError, encode_image, parse_colour
 from data_tools.ingest.common import (
@@ -40,12 +51,33 @@ Colour = tuple[int, int, int]
 
 _OVERSAMPLING = 2  # the edges of SVG filters and masks come out jagged at the final size
 _DEFAULT_SIDE = 16  # Iconify's, where neither the icon nor the set gives a width or height
+_SMALLEST = 0.84  # of the drawn sizes, as a share of the picture: what is left is room to move
+_SKIN_TONE = re.compile(r"-(medium-)?(light|medium|dark)-skin-tone\b")
+# What may differ between pictures that show the same: tones, people, which way they face.
+_VARIANT_WORDS = frozenset(
+    ["light", "medium", "dark", "skin", "tone", "man", "woman", "men", "women", "mans", "womans", "mens", "womens"]
+    + ["boy", "girl", "person", "people", "adult", "child", "male", "female", "facing", "right", "and"]
+)
+GROUNDS: dict[str, Colour] = {
+    "light blue": (176, 214, 240),
+    "light green": (190, 226, 184),
+    "light yellow": (250, 236, 170),
+    "pink": (247, 201, 214),
+    "lavender": (212, 202, 238),
+    "orange": (248, 190, 120),
+    "grey": (190, 194, 200),
+    "dark blue": (44, 62, 100),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools ingest iconify`."""
     parser.add_argument(
-        "package", type=Path, metavar="PACKAGE", help=".tgz of an @iconify-json package, or icons.json"
+        "packages",
+        type=Path,
+        nargs="+",
+        metavar="PACKAGE",
+        help=".tgz of an @iconify-json package, or icons.json; several go into the same shards",
     )
     parser.add_argument("--size", type=positive, default=64, metavar="N", help="height and width (default: 64)")
     choice = parser.add_mutually_exclusive_group()
@@ -60,8 +92,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=positive, metavar="N", help="draw at most N, chosen by a fixed hash of their names"
     )
+    parser.add_argument("--no-skin-tones", action="store_true", help="leave out names that say a skin tone")
+    parser.add_argument(
+        "--hold-out",
+        type=probability,
+        default=0.0,
+        metavar="SHARE",
+        help="leave out this share of the names, for measurement: chosen by a hash, the same for all sets",
+    )
+    parser.add_argument("--held-out", action="store_true", help="draw what --hold-out leaves out, no others")
     parser.add_argument(
         "--style-caption", action="store_true", help='add the set to captions: "cat, noto emoji style"'
+    )
+    parser.add_argument(
+        "--draws",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="pictures of each icon, all but one varied (default: 1)",
     )
     add_output_arguments(parser, ("webp", "png", "jpg"), "default: webp")
     add_workers_argument(parser)
@@ -72,30 +120,82 @@ def run(args: argparse.Namespace) -> int:
     check_quality(args.quality)
     background = parse_colour(args.background)
     options = Options(args.format or "webp", None, args.quality, background, MAX_PIXELS, Filters())
-    icons = IconSet.load(args.package)
-    names = _choose(icons, args)
-    origin = (json.dumps(icons.source(), indent=2, ensure_ascii=False) + "\n").encode()
-    items = (_drawn(icons, name, args, background) for name in names)
+    sets = [IconSet.load(path) for path in args.packages]
+    if len({icons.prefix for icons in sets}) < len(sets):
+        raise UserError(f"the same set twice: {', '.join(map(str, args.packages))}")
+    others = [IconSet.load(path) for path in args.common_with or ()]
+    chosen = [_choose(icons, path, others, args) for icons, path in zip(sets, args.packages, strict=True)]
+    sources = [icons.source() for icons in sets]
+    origin = json.dumps(sources if len(sets) > 1 else sources[0], indent=2, ensure_ascii=False) + "\n"
     code = ingest(
-        args, options, items, source=str(args.package), paths=[args.package], total=len(names), origin=origin
+        args,
+        options,
+        (
+            item
+            for icons, names in zip(sets, chosen, strict=True)
+            for name in names
+            for item in _drawn(icons, name, f"{icons.prefix}-{name}" if len(sets) > 1 else name, args, background)
+        ),
+        source=", ".join(map(str, args.packages)),
+        paths=args.packages,
+        total=sum(map(len, chosen)) * args.draws,
+        origin=origin.encode(),
     )
-    licence = icons.info.get("license", {}).get("title", "not stated")
-    print(f"icons of {icons.title}, licence: {licence}")
+    for icons in sets:
+        print(f"icons of {icons.title}, licence: {icons.info.get('license', {}).get('title', 'not stated')}")
     return code
 
 
-def _drawn(icons: IconSet, name: str, args: argparse.Namespace, background: Colour) -> Found | SetAside:
+def _drawn(
+    icons: IconSet, name: str, first_key: str, args: argparse.Namespace, background: Colour
+) -> Iterator[Found | SetAside]:
     caption = name.replace("-", " ")
     if args.style_caption:
         caption += f", {icons.title.lower()} style"
     try:
-        image = draw(icons.svg(name, args.size), args.size, background)
+        icon = render(icons.svg(name, args.size), args.size)
     except PictureError as error:
-        return SetAside(name, str(error))
-    return Found(name, name, encode_image(image, "png"), {"captions": [caption]})
+        yield SetAside(name, str(error))
+        return
+    for draw in range(args.draws):
+        key, said, picture, ground = first_key, caption, icon, background
+        if draw:
+            key = f"{first_key}-draw{draw + 1}"
+            generator = np.random.Generator(np.random.Philox(_hash(key)))
+            picture = _moved(icon, generator)
+            if draw % 2 == 0:
+                ground_name = list(GROUNDS)[generator.integers(len(GROUNDS))]
+                said, ground = f"{caption}, on {ground_name}", GROUNDS[ground_name]
+        yield Found(key, name, encode_image(flatten(picture, ground), "png"), {"captions": [said]})
 
 
-def _choose(icons: IconSet, args: argparse.Namespace) -> list[str]:
+def _moved(icon: Image.Image, generator: np.random.Generator) -> Image.Image:
+    """The icon smaller, somewhere in its square; nothing of it is cut off."""
+    side = round(icon.width * generator.uniform(_SMALLEST, 1.0))
+    left, top = (int(place) for place in generator.integers(icon.width - side + 1, size=2))
+    # Premultiplied: else the colour of what is transparent comes into the edges.
+    small = icon.convert("RGBa").resize((side, side), Image.Resampling.LANCZOS).convert("RGBA")
+    square = Image.new("RGBA", icon.size)
+    square.paste(small, (left, top))
+    return square
+
+
+def base_name(name: str) -> str:
+    """The name without skin tone, sex, age and direction: equal for icons that show the same otherwise."""
+    words = [word for word in name.split("-") if word not in _VARIANT_WORDS]
+    return "-".join(words) or "person"
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Whether `--hold-out SHARE` leaves a name out: by a hash of its base name alone."""
+    return _hash(base_name(name)) < share * 2**64
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _choose(icons: IconSet, path: Path, others: Sequence[IconSet], args: argparse.Namespace) -> list[str]:
     names = set(icons.visible)
     if args.names is not None:
         try:
@@ -103,14 +203,17 @@ def _choose(icons: IconSet, args: argparse.Namespace) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"cannot read the names in {args.names}: {error}") from None
         if unknown := sorted(wanted - icons.icons.keys()):
-            raise UserError(
-                f"{args.names}: {len(unknown)} names are not in {args.package}, the first is {unknown[0]}"
-            )
+            raise UserError(f"{args.names}: {len(unknown)} names are not in {path}, the first is {unknown[0]}")
         names = wanted
-    for other in args.common_with or ():
-        names &= set(IconSet.load(other).visible)
+    for other in others:
+        names &= set(other.visible)
+    if args.no_skin_tones:
+        names = {name for name in names if not _SKIN_TONE.search(name)}
+    if args.held_out and not args.hold_out:
+        raise UserError("--held-out draws what --hold-out leaves out: say how much, --hold-out 0.1")
+    names = {name for name in names if is_held_out(name, args.hold_out) == args.held_out}
     if not names:
-        raise UserError(f"no icon of {args.package} is left; check --names and --common-with")
+        raise UserError(f"no icon of {path} is left; check --names, --common-with, --no-skin-tones and --hold-out")
     if args.limit is not None:
         names = set(sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())[: args.limit])
     return sorted(names)
@@ -168,6 +271,11 @@ class IconSet:
         return [name for name, icon in self.icons.items() if not icon.get("hidden")]
 
     @property
+    def prefix(self) -> str:
+        """The short name of the set, as npm has it."""
+        return str(self.info.get("prefix") or str(self.package.get("name") or "icons").rpartition("/")[2])
+
+    @property
     def title(self) -> str:
         """The name of the set, for people."""
         return str(self.info.get("name") or self.info.get("prefix") or "icons")
@@ -218,8 +326,8 @@ class IconSet:
         )
 
 
-def draw(svg: str, size: int, background: Colour) -> Image.Image:
-    """Draw an SVG, size by size pixels, over a colour.
+def render(svg: str, size: int) -> Image.Image:
+    """Draw an SVG on nothing, at twice size by size pixels (see `flatten`): RGBA.
 
     Raises:
         PictureError: the SVG is broken, or draws nothing.
@@ -235,11 +343,15 @@ def draw(svg: str, size: int, background: Colour) -> Image.Image:
         rgba = image.convert("RGBA")
     if rgba.size != (drawn, drawn):
         raise PictureError(f"drawn as {rgba.width}x{rgba.height} instead of {drawn}x{drawn}")
-    alpha = rgba.getchannel("A")
-    if cast(tuple[int, int], alpha.getextrema())[1] == 0:
+    if cast(tuple[int, int], rgba.getchannel("A").getextrema())[1] == 0:
         raise PictureError("draws nothing")
-    flat = Image.composite(rgba.convert("RGB"), Image.new("RGB", rgba.size, background), alpha)
-    return flat.reduce(_OVERSAMPLING)
+    return rgba
+
+
+def flatten(rgba: Image.Image, background: Colour) -> Image.Image:
+    """What `render` drew, over a colour and at its final size."""
+    ground = Image.new("RGB", rgba.size, background)
+    return Image.composite(rgba.convert("RGB"), ground, rgba.getchannel("A")).reduce(_OVERSAMPLING)
 
 
 def _read_package(path: Path) -> dict[str, bytes]:

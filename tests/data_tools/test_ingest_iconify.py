@@ -13,6 +13,7 @@ import numpy as np
 
 from data_tools import emoji
 from data_tools.images import decode_rgb
+from data_tools.ingest.iconify import GROUNDS, base_name, is_held_out
 from finetune.data.shards import ShardSet, verify
 from tests.data_tools.conftest import Result
 
@@ -201,3 +202,71 @@ def test_the_box_has_pictures_of_what_it_says() -> None:
         pictures[colour] = np.asarray(decode_rgb(shards.read_member(captions[name], "webp")))[24:40, 24:40]
     for channel, colour in enumerate(("red", "green", "blue")):
         assert pictures[colour].mean(axis=(0, 1)).argmax() == channel
+
+
+def test_held_out_names_take_their_disguises_along() -> None:
+    names = ["cook", "man-cook", "woman-cook", "man-cook-dark-skin-tone", "woman-cook-medium-light-skin-tone"]
+    assert {base_name(name) for name in names} == {"cook"}
+    assert base_name("woman-walking-facing-right") == base_name("person-walking") == "walking"
+    assert base_name("man") == base_name("woman-dark-skin-tone") == "person"
+    assert base_name("red-apple") != base_name("green-apple")
+    drawn_names = [f"icon-{i}" for i in range(2000)]
+    assert 0.08 < sum(is_held_out(name, 0.1) for name in drawn_names) / 2000 < 0.12
+    # A larger share holds out the same ones and more.
+    assert all(is_held_out(name, 0.2) for name in drawn_names if is_held_out(name, 0.1))
+
+
+def test_held_out_and_drawn_names_are_all_of_them(cli: Cli, tmp_path: Path) -> None:
+    icons = {f"icon-{i}": {"body": HALF} for i in range(30)} | {"icon-0-dark-skin-tone": {"body": HALF}}
+    source = package(tmp_path / "half.tgz", icons)
+    some = ("ingest", "iconify", source, "--no-skin-tones", "--hold-out", 0.3)
+    assert cli(*some, "--out", tmp_path / "train").code == 0
+    assert cli(*some, "--held-out", "--out", tmp_path / "test").code == 0
+    train, test = set(drawn(tmp_path / "train", "webp")), set(drawn(tmp_path / "test", "webp"))
+    assert train and test and not train & test
+    assert train | test == {f"icon-{i}" for i in range(30)}
+    result = cli("ingest", "iconify", source, "--held-out", "--out", tmp_path / "none")
+    assert result.code != 0 and "--hold-out 0.1" in result.err
+
+
+def test_draws_keep_the_icon_whole_and_name_its_ground(cli: Cli, tmp_path: Path) -> None:
+    source = package(tmp_path / "half.tgz", {"square": {"body": '<path fill="#f00" d="M0 0h16v16H0z"/>'}})
+    out = tmp_path / "out"
+    command = ("ingest", "iconify", source, "--draws", 7, "--size", 32, "--format", "png", "--style-caption")
+    assert cli(*command, "--out", out).code == 0
+    shards = ShardSet.open(out, "images")
+    records = {shards.key(i): json.loads(shards.read_member(i, "json")) for i in range(len(shards))}
+    pictures = drawn(out)
+    assert len(pictures) == 7 and (pictures["square"] == (255, 0, 0)).all()
+    for number in range(2, 8):
+        key = f"square-draw{number}"
+        (caption,) = records[key]["captions"]
+        pixels = pictures[key].astype(int)
+        _, _, ground = caption.partition(", on ")
+        assert caption.startswith("square, half things style") and bool(ground) == (number % 2 == 1)
+        distance = np.abs(pixels - (255, 0, 0)).max(-1)
+        side = (distance < 40).sum() ** 0.5
+        assert 0.8 * 32 <= side <= 32
+        off = np.abs(pixels - GROUNDS.get(ground, (255, 255, 255))).max(-1)
+        assert (off == 0).sum() > 0 or side > 31
+    assert cli(*command, "--out", tmp_path / "again").code == 0
+    assert all((picture == pictures[key]).all() for key, picture in drawn(tmp_path / "again").items())
+
+
+def test_several_sets_go_into_the_same_shards(cli: Cli, tmp_path: Path) -> None:
+    paths = []
+    for title in ("Left Things", "Other Things"):
+        folder = tmp_path / title.split()[0].lower()
+        folder.mkdir()
+        (folder / "info.json").write_text(json.dumps({"name": title, "prefix": folder.name}))
+        icons = {"half": {"body": HALF}, folder.name: {"body": HALF}}
+        (folder / "icons.json").write_text(json.dumps({"prefix": folder.name, "icons": icons}))
+        paths.append(folder / "icons.json")
+    assert cli("ingest", "iconify", *paths, "--common-with", *paths, "--out", tmp_path / "out").code == 0
+    assert set(drawn(tmp_path / "out", "webp")) == {"left-half", "other-half"}
+    assert [each["set"] for each in json.loads((tmp_path / "out/SOURCE.json").read_text())] == [
+        "Left Things",
+        "Other Things",
+    ]
+    result = cli("ingest", "iconify", paths[0], paths[0], "--out", tmp_path / "twice")
+    assert result.code != 0 and "the same set twice" in result.err
