@@ -91,14 +91,15 @@ def while_saving(
     step: Callable[[], Any],
     wait: Callable[[], None],
     quiet_s: float,
+    of_all: Callable[[int], int] = lambda state: state,
 ) -> dict[str, float]:
-    """One save beside training."""
+    """One save beside training; `of_all`: this rank's state to the largest of all ranks."""
     started = time.perf_counter()
     call_s = timed(begin, lambda: None)
     first_s = timed(step, wait)
     steps: list[float] = []
     while checkpoints.state:
-        checkpoints.advance(checkpoints.state)
+        checkpoints.advance(of_all(checkpoints.state))
         steps.append(timed(step, wait))
     total_s = time.perf_counter() - started
     return {

@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import context, record
+from benchmarks.common import context, record, rounded
 from benchmarks.ranks import BLOCK, launch, peak_gib, timed_blocks
 from benchmarks.works import (
     LR,
@@ -279,12 +279,6 @@ def compare(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     reference = measured("ddp", "peer_ddp")
     if reference is not None and reference["processes"] == row["processes"]:
         row["apart"] = largest_distance(row["losses"], reference["losses"])
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, list):
-        return [rounded(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:

@@ -49,6 +49,7 @@ from benchmarks.works import (
     SHAPES,
     SPACE,
     batches,
+    channels_of,
     make_model,
     make_unet,
     schedule,
@@ -112,7 +113,7 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
         assert one.text_states is not None
         moments = one.moments.to(device, non_blocking=True).float()
         states = one.text_states.to(device, non_blocking=True)
-        posterior, noise = (torch.randn_like(moments[:, :4]) for _ in range(2))
+        posterior, noise = (torch.randn_like(moments.chunk(2, dim=1)[0]) for _ in range(2))
         timesteps = torch.randint(0, len(levels), (work.batch,), device=device)
         z = sample_latents(moments, posterior, SPACE)
         noised = diffusion.mix(z, noise, *levels.at(timesteps))
@@ -222,7 +223,7 @@ def tflop(work: Work) -> float:
         unet = make_unet(work.shape)
         unet.requires_grad_(work.adapter == "full")  # an adapter's own operations are few
         called = with_added(unet, work.shape, 1, torch.device("cpu"))
-        noised, states = torch.randn(1, 4, size, size), torch.randn(1, shape["tokens"], width)
+        noised, states = torch.randn(1, channels_of(work.shape), size, size), torch.randn(1, shape["tokens"], width)
         noised.requires_grad_(work.adapter != "full")
         called(noised, torch.zeros(1), states, return_dict=False)[0].sum().backward()
     return counter.get_total_flops() / 1e12

@@ -25,7 +25,7 @@ SPACE = LatentSpace(0.18215)
 RANK = 16  # of adapters
 LR, MAX_GRAD_NORM = 1e-5, 1.0
 
-# `size`: of the latents' sides; `tokens`: of a caption.
+# `size`: of the latents' sides; `channels`: of the latents, 4 where nothing is said; `tokens`: of a caption.
 SHAPES: dict[str, dict[str, Any]] = {
     "sd15_512": {
         "size": 64,
@@ -74,6 +74,53 @@ SHAPES: dict[str, dict[str, Any]] = {
         },
     },
 }
+
+# Latent channels, multiples of the width, the first level with attention: class-conditional U-Nets of matched size
+# for f = 1 to 32 (Rombach et al. 2022, table 13: 396M, 391M, 391M, 395M, 395M, 395M; that of f = 4 has 401M, as the
+# authors' released one).
+MATCHED = {
+    1: (3, (1, 1, 2, 2, 4, 4), 3),
+    2: (2, (1, 2, 2, 4, 4), 2),
+    4: (3, (1, 2, 3, 5), 1),
+    8: (4, (1, 2, 4), 0),
+    16: (8, (1, 2, 4), 0),
+    32: (32, (1, 2, 4), 0),
+}
+
+
+def matched(downsample: int, pixels: int, width: int, context: int) -> dict[str, Any]:
+    """The shape of table 13's U-Net for f = `downsample`; a class is one token of `context` features.
+
+    Args:
+        width: channels of the first level.
+    """
+    channels, multiples, first = MATCHED[downsample]
+    attends = [level >= first for level in range(len(multiples))]
+    return {
+        "size": pixels // downsample,
+        "channels": channels,
+        "tokens": 1,
+        "unet": {
+            "sample_size": pixels // downsample,
+            "in_channels": channels,
+            "out_channels": channels,
+            "block_out_channels": [width * multiple for multiple in multiples],
+            "down_block_types": ["CrossAttnDownBlock2D" if one else "DownBlock2D" for one in attends],
+            "up_block_types": ["CrossAttnUpBlock2D" if one else "UpBlock2D" for one in reversed(attends)],
+            "attention_head_dim": 1,  # heads
+            "cross_attention_dim": context,
+            "norm_num_groups": min(32, width),
+        },
+    }
+
+
+SHAPES |= {f"ldm{f}": matched(f, 256, 192 if f < 8 else 256, 512) for f in MATCHED}
+SHAPES |= {f"tiny_ldm{f}": matched(f, 128, 8, 16) for f in MATCHED}
+
+
+def channels_of(shape: str) -> int:
+    """Of the latents."""
+    return int(SHAPES[shape].get("channels", 4))
 
 
 class WithAdded(nn.Module):
@@ -139,12 +186,12 @@ def make_model(unet: nn.Module, shape: str, device: torch.device) -> LatentDiffu
 
 def batches(shape: str, batch: int, device: torch.device, *, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
     """Random moments and states in page-locked memory; each visit has clocks of its own, as from the loader."""
-    size, tokens = SHAPES[shape]["size"], SHAPES[shape]["tokens"]
+    size, tokens, channels = SHAPES[shape]["size"], SHAPES[shape]["tokens"], channels_of(shape)
     generator = torch.Generator().manual_seed(rank)
     made = []
     for _ in range(4):
-        moments = torch.randn(batch, 8, size, size, generator=generator)
-        moments[:, 4:] = moments[:, 4:].abs() * 0.1
+        moments = torch.randn(batch, 2 * channels, size, size, generator=generator)
+        moments[:, channels:] = moments[:, channels:].abs() * 0.1
         states = torch.randn(batch, tokens, SHAPES[shape]["unet"]["cross_attention_dim"], generator=generator)
         pair = (moments.half(), states.half())
         made.append([one.pin_memory() for one in pair] if device.type == "cuda" else pair)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,9 +10,12 @@ import sys
 import time
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import profile_step, train_speed
+from benchmarks import cost_curve, profile_step, scaling, train_speed
 from benchmarks.ranks import end
+from benchmarks.works import MATCHED, make_unet
 from finetune.models.fast import blocks
 from tests.conftest import ROOT, environment
 
@@ -124,6 +128,122 @@ def test_a_variant_out_of_time_leaves_no_worker_behind(tmp_path):
     end(process)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_time_of_collectives_alone_is_what_nothing_else_covers():
+    collectives = [(0.0, 4.0), (3.0, 6.0), (10.0, 12.0)]
+    others = [(1.0, 2.0), (1.5, 3.5), (5.0, 11.0), (20.0, 30.0)]
+    assert scaling.length(collectives) == 8
+    assert scaling.alone(collectives, others) == 1 + 1.5 + 1  # 0 to 1, 3.5 to 5, 11 to 12
+    assert scaling.alone(collectives, []) == 8
+    assert scaling.alone([], others) == 0
+
+
+def test_efficiency_is_beside_one_gpu_of_the_same_work_and_strategy():
+    def row(work, variant, processes, rate):
+        return {"work": work, "variant": variant, "processes": processes, "images_per_s_gpu": rate}
+
+    rows = [row("a", "ddp", 1, 10.0), row("a", "zero2", 4, 5.0), row("a", "ddp", 4, 9.0), row("b", "ddp", 4, 9.0)]
+    rows.insert(2, {"work": "a", "variant": "ddp", "processes": 2, "error": "no"})
+    scaling.with_efficiency(rows)
+    assert [row.get("efficiency") for row in rows] == [1.0, None, None, 0.9, None]
+
+
+def test_scaling_is_measured_on_two_processes_and_drawn(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "scaling.jsonl"
+    given = ["--works", "tiny_lora", "--gpus", "2", "--seconds", "0.1", "--mib", "0.3", "--out", str(out)]
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(sys, "argv", ["scaling", *given, "--shards", str(tmp_path / "shards")])
+    scaling.main()
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row.keys() >= FIELDS and "error" not in row
+    assert (row["work"], row["variant"], row["processes"], row["nodes"]) == ("tiny_lora", "ddp", 2, 1)
+    assert row["images_per_s"] == pytest.approx(2 * row["images_per_s_gpu"], rel=1e-3)
+    assert 0 < row["comm_share"] <= row["comm_running"] < 1 and 0 < row["data_wait"] < 1
+    assert row["total_s"] > 0 and row["gib"] > 0
+    assert "efficiency" not in row  # there is no row of one GPU
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1].startswith("tiny_lora") and printed[-2].startswith("work")
+    picture = (tmp_path / "scaling.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    # What is there can be drawn again; shards stay, checkpoints don't.
+    monkeypatch.setattr(sys, "argv", ["scaling", "--draw", str(out)])
+    scaling.main()
+    assert capsys.readouterr().out.splitlines()[-1] == printed[-1]
+    assert (tmp_path / "scaling.png").read_bytes() == picture
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["tiny-0.3mib"]
+
+
+@pytest.mark.slow
+def test_scaling_of_zero_and_of_two_nodes_is_beside_one_process():
+    given = ("--works", "tiny", "--strategies", "zero2", "--gpus", "1,2", "--nodes", "2")
+    rows = lines("scaling", *given)
+    assert [(row["processes"], row["nodes"]) for row in rows] == [(1, 1), (2, 1), (2, 2)]
+    assert rows[0]["efficiency"] == 1 and rows[0]["comm_share"] < 0.2
+    assert all(0 < row["comm_share"] < 1 and 0 < row["efficiency"] < 1.5 for row in rows[1:])
+    assert ["stall_s" in row for row in rows] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("--works", "huge"), "huge is not one of"),
+        (("--works", "tiny", "--strategies", "ddp,zero9"), "zero9 is not one of"),
+        (("--works", "tiny", "--gpus", "1,3", "--nodes", "2"), "--nodes 2 cannot share 3 GPUs evenly"),
+        (("--draw", "nowhere.jsonl"), "nowhere.jsonl holds no results; measure some with --out nowhere.jsonl"),
+    ],
+)
+def test_what_scaling_cannot_measure_is_refused(monkeypatch, capsys, given, said):
+    monkeypatch.setattr(sys, "argv", ["scaling", *given])
+    with pytest.raises(SystemExit) as ended:
+        scaling.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_u_nets_of_the_cost_curve_have_the_papers_sizes():
+    """Rombach et al. 2022, table 13, in millions; that of f = 4 is the authors' released one."""
+    paper = {1: 396, 2: 391, 4: 401, 8: 395, 16: 395, 32: 395}
+    assert paper.keys() == MATCHED.keys()
+    for factor, millions in paper.items():
+        with FakeTensorMode():
+            unet = make_unet(f"ldm{factor}")
+        assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions, abs=1)
+
+
+def test_the_cost_of_each_f_is_measured_and_drawn(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "curve.jsonl"
+    given = ["--factors", "8,32", "--seconds", "0.01", "--ddim", "2", "--batch", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["cost_curve", *given])
+    cost_curve.main()
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["factor"], row["latents"]) for row in rows] == [(8, [4, 16, 16]), (32, [32, 4, 4])]
+    for row in rows:
+        assert row.keys() >= FIELDS and "error" not in row
+        assert row["images_per_s"] == pytest.approx(1 / row["step_s"], rel=1e-3)
+        assert row["sample_images_per_s"] > 0 and 0 < row["decoder_share"] < 1
+    assert rows[0]["tflop_per_image"] > 10 * rows[1]["tflop_per_image"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-3:]] == ["f", "8", "32"]
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
+    tried = []
+
+    def training(work, *_):
+        tried.append(work.batch)
+        if work.batch > 3:
+            raise torch.OutOfMemoryError
+        return {"step_s": 0.5}, torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(cost_curve, "training", training)
+    monkeypatch.setattr(cost_curve, "sampling", lambda *_: {})
+    monkeypatch.setattr(cost_curve, "tflop", lambda _: 1.0)
+    given = argparse.Namespace(batch=13, seconds=0.0, compiled=False, ddim=1)
+    row = cost_curve.curve_point(1, given, torch.device("cpu"))
+    assert tried == [13, 6, 3] and (row["batch"], row["images_per_s"]) == (3, 6.0)
 
 
 @pytest.mark.slow
