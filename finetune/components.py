@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -27,7 +27,13 @@ from finetune.conditioning.text import Text
 from finetune.data.shards import Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
-from finetune.models.autoencoder import downsample_factor, encoder_sha256, load_autoencoder
+from finetune.models.autoencoder import (
+    Autoencoder,
+    downsample_factor,
+    encoder_sha256,
+    latent_channels,
+    load_autoencoder,
+)
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_config, scheduler_config
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch_file, has_part, local_folder
@@ -53,7 +59,7 @@ class Components:
     """
 
     unet: UNet2DConditionModel
-    vae: AutoencoderKL
+    vae: Autoencoder
     conditioner: Conditioner
     task: tasks.Task
     scheduler: dict[str, Any]
@@ -283,7 +289,7 @@ def _autoencoder(
     shards: Any,
     manifest: Manifest | None,
     trained_in: Mapping[str, Any],
-) -> tuple[AutoencoderKL, LatentSpace]:
+) -> tuple[Autoencoder, LatentSpace]:
     """The decoder of a run and the latent space of its training.
 
     That is what the checkpoint says (`trained_in`); where it says nothing, what its shards say, if they are there.
@@ -312,7 +318,7 @@ def _autoencoder(
     return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
 
 
-def _space(vae: AutoencoderKL) -> LatentSpace:
+def _space(vae: Autoencoder) -> LatentSpace:
     return LatentSpace(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0.0))
 
 
@@ -332,14 +338,14 @@ def _read_config(run: Path) -> dict[str, Any]:
 def _conditioner(
     task: tasks.Task,
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     space: LatentSpace,
     text: Callable[[], Conditioner] | None,
 ) -> Conditioner:
     width = context_width(unet.config)
     given = Given(
         width=width,
-        latent_channels=int(vae.config["latent_channels"]),
+        latent_channels=latent_channels(vae),
         downsample=downsample_factor(vae),
         space=space,
         classes=task.classes,
@@ -349,9 +355,9 @@ def _conditioner(
     return tasks.make(task.name, task.options, given)
 
 
-def _task_of(unet: UNet2DConditionModel, vae: AutoencoderKL) -> tasks.Task:
+def _task_of(unet: UNet2DConditionModel, vae: Autoencoder) -> tasks.Task:
     """What a model that is no run is conditioned on, as its U-Net's input tells."""
-    config, latents = unet.config, int(vae.config["latent_channels"])
+    config, latents = unet.config, latent_channels(vae)
     more = int(config["in_channels"]) - int(config["out_channels"])
     if more == latents + 1:
         return tasks.Task("inpainting")
@@ -377,13 +383,13 @@ def _load_part(part: torch.nn.Module, folder: Path) -> None:
 
 def _check_fit(parts: Components) -> None:
     """Refuse parts that do not fit, and U-Nets that must be told more than the task tells them."""
-    unet, vae = parts.unet.config, parts.vae.config
-    if unet["out_channels"] != vae["latent_channels"]:
+    unet, latents = parts.unet.config, latent_channels(parts.vae)
+    if unet["out_channels"] != latents:
         raise UserError(
             f"{parts.source}: the U-Net has {unet['out_channels']} channels and the autoencoder "
-            f"{vae['latent_channels']}; set model.vae to the one that made the latents"
+            f"{latents}; set model.vae to the one that made the latents"
         )
-    wanted = vae["latent_channels"] + parts.conditioner.channels
+    wanted = latents + parts.conditioner.channels
     if unet["in_channels"] != wanted:
         raise UserError(
             f"{parts.source}: the U-Net takes {unet['in_channels']} input channels, task={parts.task.name} makes "

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
-from diffusers import AutoencoderKL
 from PIL import Image
 
 from finetune import UserError
@@ -18,6 +17,7 @@ from finetune.data.loader import Data
 from finetune.distributed import LONG, Control, Facts, StopRequest, Strategy, World
 from finetune.ema import Average
 from finetune.lr import learning_rate
+from finetune.models.autoencoder import Autoencoder
 from finetune.objective import LatentDiffusion
 from finetune.step import optimizer_step
 from finetune.tracking import Tracker
@@ -36,7 +36,7 @@ class Parts:
     micro_batch: int
     accumulation: int
     scheduler: dict[str, Any]  # configuration of the sampler of sample grids
-    decoder: AutoencoderKL | None  # on rank 0, where sample grids are decoded
+    decoder: Autoencoder | None  # on rank 0, where sample grids are decoded
     notices: list[str]
 
     @property

@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -32,7 +31,7 @@ from finetune import UserError
 from finetune.batch import Batch, Sample
 from finetune.conditioning import Condition, Conditioner, batch_of, call_unet, to_device
 from finetune.latents import LatentSpace, to_raw
-from finetune.models.autoencoder import decode, downsample_factor
+from finetune.models.autoencoder import Autoencoder, decode, downsample_factor
 from finetune.models.schedulers import FLOW_SCHEDULER
 from finetune.models.unet import pixel_multiple
 
@@ -154,7 +153,7 @@ def rescale_guided(guided_BCHW: Tensor, conditional_BCHW: Tensor, share: float) 
 @torch.no_grad()
 def generate(
     unet: Any,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     conditioner: Conditioner,
     scheduler: Any,
     space: LatentSpace,

@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from finetune.batch import Batch
 from finetune.conditioning import Condition, Conditioner, to_device
 from finetune.distributed import Strategy
 from finetune.latents import to_raw
-from finetune.models.autoencoder import decode
+from finetune.models.autoencoder import Autoencoder, decode
 from finetune.objective import LatentDiffusion
 from finetune.pictures import grid
 from finetune.sampling import default_batch, draw_noise, generators, make_scheduler, sample, to_pil
@@ -88,7 +87,7 @@ def held_out_loss(
 def draw_samples(
     strategy: Strategy,
     model: LatentDiffusion,
-    decoder: AutoencoderKL | None,
+    decoder: Autoencoder | None,
     batch: Batch,
     *,
     seed: int,

@@ -15,8 +15,9 @@ from finetune.data.shards.files import npy_bytes
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
+
+    from finetune.models.autoencoder import Autoencoder
 
 _CAPTIONS_AT_A_TIME = 64
 
@@ -130,7 +131,7 @@ class Encoder:
     last one is looked at.
     """
 
-    def __init__(self, vae: AutoencoderKL, source: str, text: TextCache | None) -> None:
+    def __init__(self, vae: Autoencoder, source: str, text: TextCache | None) -> None:
         import torch
 
         self.vae, self.source, self.text = vae, source, text
@@ -138,7 +139,7 @@ class Encoder:
         self.on_gpu = self.device.type == "cuda"
         if self.on_gpu:
             self.vae.to(memory_format=torch.channels_last)
-        self.exact: AutoencoderKL | None = None
+        self.exact: Autoencoder | None = None
         self.redone = 0
 
     def start(self, batch: Batch) -> Running:
@@ -200,7 +201,7 @@ class Encoder:
         return again
 
     def _moments(
-        self, vae: AutoencoderKL, pixels_BHW3: torch.Tensor, hole_BHW: torch.Tensor | None = None
+        self, vae: Autoencoder, pixels_BHW3: torch.Tensor, hole_BHW: torch.Tensor | None = None
     ) -> torch.Tensor:
         import torch
 

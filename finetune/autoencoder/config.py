@@ -20,8 +20,9 @@ NAME = FOLDER = "autoencoder"  # of the root file and of its folder in conf/
 class AutoencoderConfig:
     """The shape of diffusers' `AutoencoderKL`; the defaults are Stable Diffusion's f = 8.
 
-    The downsampling factor f is 2^(number of entries in `block_out_channels` - 1). With `pretrained` the shape and
-    the first weights are those of a given autoencoder: a folder, a hub id, or a single file.
+    With `codebook_size` it is that of a `VQModel`, the paper's other kind. The downsampling factor f is
+    2^(number of entries in `block_out_channels` - 1). With `pretrained` the shape and the first weights are those
+    of a given autoencoder: a folder, a hub id, or a single file.
     """
 
     pretrained: str | None = None
@@ -30,7 +31,8 @@ class AutoencoderConfig:
     latent_channels: int = 4
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
-    initial_logvar: float = 0.0  # of the posterior at the start; below 0 the decoder meets less noise at first
+    initial_logvar: float = 0.0  # of KL's posterior at the start; below 0 the decoder meets less noise at first
+    codebook_size: int | None = None  # entries of a VQModel's codebook, latent_channels wide; null: AutoencoderKL
 
 
 @dataclass
@@ -47,12 +49,17 @@ class PicturesConfig:
 
 @dataclass
 class LossConfig:
-    """Rombach et al. 2022 (arXiv 2112.10752), appendix G: L1, LPIPS, a very light KL term, a patch discriminator.
+    """Rombach et al. 2022 (arXiv 2112.10752), appendix G: L1, LPIPS, a very light KL term (or a codebook's), a
+    patch discriminator.
 
     The discriminator has an AdamW of its own, with the eps, weight decay and clipping of `optim`.
     """
 
     kl_weight: float = 1e-6
+    # What a VQModel has in place of KL: what draws entries to latents, and, as a share of it, latents to entries
+    # (van den Oord et al. 2017, arXiv 1711.00937, equation 3).
+    codebook_weight: float = 1.0
+    commitment: float = 0.25
     lpips: str | None = None  # file of torchvision's VGG16 with the linear heads of LPIPS 0.1; null: no LPIPS
     lpips_heads: str | None = None  # file of the heads, when they are not in the other
     lpips_weight: float = 1.0
@@ -141,6 +148,8 @@ def _check_values(config: Config) -> None:
     require(positive, lambda value: value >= 1, "must be at least 1")
     not_negative = {
         "loss.kl_weight": config.loss.kl_weight,
+        "loss.codebook_weight": config.loss.codebook_weight,
+        "loss.commitment": config.loss.commitment,
         "optim.max_grad_norm": config.optim.max_grad_norm,
         "optim.warmup_images": config.optim.warmup_images,
         "data.held_out": config.data.held_out,
@@ -149,6 +158,8 @@ def _check_values(config: Config) -> None:
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     require({"optim.lr": config.optim.lr}, lambda value: value > 0, "must be above 0")
+    if model.codebook_size is not None:
+        require({"model.codebook_size": model.codebook_size}, lambda value: value >= 2, "must be at least 2")
     _check_lpips(config.loss)
     _check_discriminator(config.loss, config.train.steps)
     require_choice(
@@ -171,6 +182,22 @@ def _check_values(config: Config) -> None:
         )
     if not model.block_out_channels:
         raise UserError("model.block_out_channels is empty: give one width for each resolution")
+
+
+def require_penalty(loss: LossConfig, has_codebook: bool, model: str) -> None:
+    """Refuse settings of the other kind's penalty.
+
+    Args:
+        model: what is trained, in words.
+
+    Raises:
+        UserError: `loss` sets what `model` does not have.
+    """
+    default = LossConfig()
+    for name in ("kl_weight",) if has_codebook else ("codebook_weight", "commitment"):
+        if (value := getattr(loss, name)) != getattr(default, name):
+            lacks = "no posterior" if has_codebook else "no codebook"
+            raise UserError(f"loss.{name}={value}, but {model} has {lacks}: leave it out")
 
 
 def _check_lpips(loss: LossConfig) -> None:

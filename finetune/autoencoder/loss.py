@@ -1,6 +1,7 @@
-"""The first stage's loss: reconstruction, a light KL term, and what a discriminator adds to them.
+"""The first stage's loss: reconstruction, a light penalty on latents, and what a discriminator adds to them.
 
-Rombach et al. 2022 (arXiv 2112.10752), appendix G. The perceptual part of the reconstruction is in `lpips`.
+Rombach et al. 2022 (arXiv 2112.10752), appendix G. The penalty is KL, or that of a codebook. The
+perceptual part of the reconstruction is in `lpips`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,11 @@ from torch import Tensor
 
 
 class FirstStageLoss(NamedTuple):
-    """[B] each: `total` is what is minimised; `l1` and `kl` are parts of it before they are weighted."""
+    """[B] each: `total` is what is minimised."""
 
     total: Tensor
-    reconstruction: Tensor  # total without its KL term
+    reconstruction: Tensor  # total without its penalty
     l1: Tensor  # mean |x - x_hat| over image elements, pixels in [-1, 1]
-    kl: Tensor  # nats, summed over latent elements
 
 
 def kl_to_standard_normal(mean_BCHW: Tensor, logvar_BCHW: Tensor) -> Tensor:
@@ -28,31 +28,38 @@ def kl_to_standard_normal(mean_BCHW: Tensor, logvar_BCHW: Tensor) -> Tensor:
     return 0.5 * (mean_BCHW.square() + logvar_BCHW.exp() - 1.0 - logvar_BCHW).sum(dim=(1, 2, 3))
 
 
+def codebook_terms(z_BCHW: Tensor, entries_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+    """How far entries are from what they stand for, as what pulls the entries, and as what pulls the encoder: [B].
+
+    Squared distances, averaged over a picture's latent elements. van den Oord et al. 2017 (arXiv 1711.00937),
+    equation 3, the second and (before its weight beta) the third term.
+    """
+    codebook_B = (entries_BCHW - z_BCHW.detach()).square().mean(dim=(1, 2, 3))
+    commitment_B = (z_BCHW - entries_BCHW.detach()).square().mean(dim=(1, 2, 3))
+    return codebook_B, commitment_B
+
+
 def first_stage_loss(
     image_B3HW: Tensor,
     recon_B3HW: Tensor,
-    mean_BCHW: Tensor,
-    logvar_BCHW: Tensor,
-    kl_weight: float,
+    penalty_B: Tensor,
     perceptual_B: Tensor | None = None,
     perceptual_weight: float = 1.0,
 ) -> FirstStageLoss:
-    """L1, `perceptual_weight` times a perceptual distance, and `kl_weight` times KL.
+    """L1, `perceptual_weight` times a perceptual distance, and a penalty.
 
-    L1 and KL are summed over a picture, as the paper weighs them (1e-6), and the distance counts once for each
-    image element. The sum is then divided by the number of these, which leaves the balance of the terms and makes
+    The paper sums L1 and KL over a picture, weighs KL by 1e-6, and lets the distance count once for each image
+    element. Here all of it is divided by the number of these, which leaves the balance of the terms and makes
     losses and gradient norms comparable between picture sizes.
 
     Args:
         image_B3HW: pixels in [-1, 1], float32; the reconstruction likewise.
-        mean_BCHW, logvar_BCHW: the posterior q(z|x) that the reconstruction was drawn from, float32.
+        penalty_B: what the latents cost, weighted, for each image element.
         perceptual_B: the distance of each reconstruction from its picture, if it is to count.
     """
-    elements = image_B3HW[0].numel()
-    l1_B = (image_B3HW - recon_B3HW).abs().sum(dim=(1, 2, 3)) / elements
-    kl_B = kl_to_standard_normal(mean_BCHW, logvar_BCHW)
+    l1_B = (image_B3HW - recon_B3HW).abs().mean(dim=(1, 2, 3))
     reconstruction_B = l1_B if perceptual_B is None else l1_B + perceptual_weight * perceptual_B
-    return FirstStageLoss(reconstruction_B + kl_weight * kl_B / elements, reconstruction_B, l1_B, kl_B)
+    return FirstStageLoss(reconstruction_B + penalty_B, reconstruction_B, l1_B)
 
 
 def hinge_discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -7,12 +7,14 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import VQModel
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from finetune.autoencoder.bottleneck import nearest
 from finetune.latents import LatentSpace, RunningMoments
+from finetune.models.autoencoder import Autoencoder, decode, encode_moments
 
 
 def to_signed(pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -25,17 +27,10 @@ def to_uint8(image_B3HW: Tensor) -> np.ndarray:
     return ((image_B3HW.float().clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def posterior(vae: AutoencoderKL, image_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, logvar) of q(z|x), each float32 [B, C, h, w]."""
-    distribution = vae.encode(image_B3HW).latent_dist
-    return distribution.mean.float(), distribution.logvar.float()
-
-
-@torch.no_grad()
-def reconstruct(vae: AutoencoderKL, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
-    """uint8 pictures -> uint8 reconstructions from the posterior's mean, [B, H, W, 3] both."""
-    mean, _ = posterior(vae, to_signed(pixels_BHW3, device))
-    return to_uint8(vae.decode(mean).sample)
+def reconstruct(vae: Autoencoder, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+    """uint8 pictures -> uint8 reconstructions from the moments' mean, [B, H, W, 3] both."""
+    mean_BCHW, _ = encode_moments(vae, to_signed(pixels_BHW3, device)).chunk(2, dim=1)
+    return to_uint8(decode(vae, mean_BCHW))
 
 
 def psnr(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
@@ -81,22 +76,31 @@ def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
     return (luminance * structure).mean(dim=(1, 2, 3)).view(len(a_BHW3), -1).mean(dim=1).numpy()
 
 
-@torch.no_grad()
-def latent_std(vae: AutoencoderKL, batches_BHW3: Iterable[np.ndarray], device: torch.device | str = "cpu") -> float:
-    """Standard deviation of the raw latents z ~ q(z|x) over all their elements.
+def measure_latents(
+    vae: Autoencoder, batches_BHW3: Iterable[np.ndarray], device: torch.device | str = "cpu"
+) -> tuple[float, Tensor | None]:
+    """Standard deviation of the raw latents over all their elements, and how often a codebook's entries are used.
 
     The first stage's scale is 1 / std, so that the diffusion model sees unit variance (Rombach et al. 2022,
     arXiv 2112.10752, appendix G, where one batch is measured). The posterior's own variance is counted in
     closed form: Var[z] = Var[mean] + E[std^2].
+
+    Returns:
+        The latter is int64 [K], and None for an `AutoencoderKL`.
     """
     moments = RunningMoments()
+    codebook_KC = vae.quantize.embedding.weight if isinstance(vae, VQModel) else None
+    uses_K = None if codebook_KC is None else torch.zeros(len(codebook_KC), dtype=torch.int64, device=device)
     for pixels_BHW3 in batches_BHW3:
-        mean, logvar = posterior(vae, to_signed(pixels_BHW3, device))
-        moments.add(torch.cat([mean, torch.exp(0.5 * logvar)], dim=1).cpu().numpy())
+        of_batch = encode_moments(vae, to_signed(pixels_BHW3, device))
+        moments.add(of_batch.cpu().numpy())
+        if codebook_KC is not None and uses_K is not None:
+            indices_BHW = nearest(of_batch.chunk(2, dim=1)[0], codebook_KC)
+            uses_K += torch.bincount(indices_BHW.flatten(), minlength=len(uses_K))
     _, std, _, _ = moments.summary(LatentSpace(scale=1.0))
     if not (math.isfinite(std) and std > 0):
         raise ValueError(f"the latents' standard deviation is {std}")
-    return std
+    return std, uses_K
 
 
 def comparison(pictures: list[np.ndarray], reconstructions: list[np.ndarray], gap: int = 2) -> Image.Image:

@@ -6,6 +6,7 @@ seen, so the same command after a kill goes on as if nothing had happened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -21,14 +22,16 @@ from finetune import UserError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import VQModel
     from torch import Tensor
 
+    from finetune.autoencoder.bottleneck import PenaltyWeights
     from finetune.autoencoder.config import AutoencoderConfig, Config
     from finetune.autoencoder.discriminator import Adversary
     from finetune.autoencoder.lpips import Lpips
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
+    from finetune.models.autoencoder import Autoencoder
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
 MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
@@ -48,6 +51,7 @@ examples:
   data-tools ingest folder pictures/ --out shards/
   finetune autoencoder data.shards=shards run.dir=runs/vae
   finetune autoencoder data.shards=shards run.dir=runs/vae model=kl_f4 data.size=256 train.steps=50000
+  finetune autoencoder data.shards=shards run.dir=runs/vq model=vq_f4 data.size=256
   finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
   finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
@@ -80,15 +84,15 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
-    """An `AutoencoderKL` with initial weights drawn from `seed` alone.
+def build(model: AutoencoderConfig, seed: int) -> Autoencoder:
+    """An `AutoencoderKL`, or with `codebook_size` a `VQModel`, with initial weights drawn from `seed` alone.
 
     Convolutions keep the variance of what comes in (std = 1 / sqrt(fan-in); LeCun et al. 1998, "Efficient
     BackProp", section 4.6) and residual branches start at zero (Goyal et al. 2017, arXiv 1706.02677, section
     5.1). From torch's and diffusers' own initial weights a short run ends several dB of PSNR lower.
     """
     import torch
-    from diffusers import AutoencoderKL
+    from diffusers import AutoencoderKL, VQModel
     from diffusers.models.resnet import ResnetBlock2D
 
     from finetune import rng
@@ -96,16 +100,21 @@ def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
     levels = len(model.block_out_channels)
     with torch.random.fork_rng(devices=[]), torch.no_grad():  # layers draw from torch's global generator
         torch.manual_seed(rng.fold(seed, "first stage weights"))
-        vae = AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=tuple(model.block_out_channels),
-            layers_per_block=model.layers_per_block,
-            latent_channels=model.latent_channels,
-            norm_num_groups=model.norm_num_groups,
-            mid_block_add_attention=model.mid_block_add_attention,
-            force_upcast=False,
-        )
+        shape: dict[str, Any] = {
+            "down_block_types": ("DownEncoderBlock2D",) * levels,
+            "up_block_types": ("UpDecoderBlock2D",) * levels,
+            "block_out_channels": tuple(model.block_out_channels),
+            "layers_per_block": model.layers_per_block,
+            "latent_channels": model.latent_channels,
+            "norm_num_groups": model.norm_num_groups,
+            "mid_block_add_attention": model.mid_block_add_attention,
+            "force_upcast": False,
+        }
+        vae: Autoencoder
+        if model.codebook_size is None:
+            vae = AutoencoderKL(**shape)
+        else:
+            vae = VQModel(**shape, vq_embed_dim=model.latent_channels, num_vq_embeddings=model.codebook_size)
         for module in vae.modules():
             if isinstance(module, torch.nn.Conv2d):
                 module.weight.normal_(std=module.weight[0].numel() ** -0.5)
@@ -114,11 +123,12 @@ def build(model: AutoencoderConfig, seed: int) -> AutoencoderKL:
         for module in vae.modules():
             if isinstance(module, ResnetBlock2D):
                 module.conv2.weight.zero_()
-        vae.quant_conv.bias[model.latent_channels :] = model.initial_logvar
+        if isinstance(vae, AutoencoderKL):
+            vae.quant_conv.bias[model.latent_channels :] = model.initial_logvar
     return vae
 
 
-def load_given(model: AutoencoderConfig) -> tuple[AutoencoderKL, str]:
+def load_given(model: AutoencoderConfig) -> tuple[Autoencoder, str]:
     """The autoencoder `model.pretrained` in float32, all of it to be trained, and the sha256 of its weights.
 
     Raises:
@@ -130,8 +140,9 @@ def load_given(model: AutoencoderConfig) -> tuple[AutoencoderKL, str]:
 
     assert model.pretrained is not None
     vae, default = load_autoencoder(model.pretrained), AutoencoderConfig()
+    has = {**vae.config, "codebook_size": vae.config.get("num_vq_embeddings")}
     for name, value in vars(model).items():
-        if name in vae.config and value not in (getattr(default, name), (given := _plain(vae.config[name]))):
+        if name in has and value not in (getattr(default, name), (given := _plain(has[name]))):
             raise UserError(
                 f"model.{name}={value}, but {model.pretrained} has {given}: leave it out, the given shape is kept"
             )
@@ -139,8 +150,8 @@ def load_given(model: AutoencoderConfig) -> tuple[AutoencoderKL, str]:
     return vae.requires_grad_(True), weights_sha256(vae.state_dict())
 
 
-def keep_latents(vae: AutoencoderKL) -> None:
-    """Freeze what latents come from, the encoder and `quant_conv`; the decoder stays to be trained."""
+def keep_latents(vae: Autoencoder) -> None:
+    """Freeze what latents come from, the encoder and `quant_conv`; decoder and codebook stay to be trained."""
     vae.encoder.requires_grad_(False)
     if vae.quant_conv is not None:
         vae.quant_conv.requires_grad_(False)
@@ -150,17 +161,17 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _trained(vae: AutoencoderKL) -> list[Tensor]:
+def _trained(vae: Autoencoder) -> list[Tensor]:
     return [parameter for parameter in vae.parameters() if parameter.requires_grad]
 
 
 def step_once(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     optimizer: torch.optim.Optimizer,
     image_B3HW: Tensor,
-    eps_BCHW: Tensor,
+    eps_BCHW: Tensor | None,
     *,
-    kl_weight: float,
+    penalty: PenaltyWeights,
     max_grad_norm: float,
     bf16: bool,
     lpips: Lpips | None = None,
@@ -170,20 +181,20 @@ def step_once(
     """One step of the autoencoder, and then one of the discriminator on the same reconstructions, if there is one.
 
     Returns:
-        Detached scalars: loss (what was minimised), l1, kl, lpips (batch means), gradient norm; with a
-        discriminator its loss, the loss that it gives to the autoencoder, and that one's weight.
+        Detached scalars: loss (what was minimised), l1, the penalty's terms, lpips (batch means), gradient norm;
+        with a discriminator its loss, the loss that it gives to the autoencoder, and that one's weight. With a
+        codebook `uses_K` too, [K]: how often each entry was used.
     """
     import torch
 
+    from finetune.autoencoder import bottleneck
     from finetune.autoencoder.loss import adaptive_weight, first_stage_loss, generator_loss
-    from finetune.autoencoder.measure import posterior
 
     with torch.autocast(image_B3HW.device.type, torch.bfloat16, enabled=bf16):
-        mean_BCHW, logvar_BCHW = posterior(vae, image_B3HW)
-        recon_B3HW = vae.decode(mean_BCHW + torch.exp(0.5 * logvar_BCHW) * eps_BCHW).sample
-    recon_B3HW = recon_B3HW.float()
+        passed = bottleneck.run(vae, image_B3HW, eps_BCHW, penalty)
+    recon_B3HW = passed.recon.float()
     distance_B = None if lpips is None else lpips(image_B3HW, recon_B3HW, bf16)
-    loss = first_stage_loss(image_B3HW, recon_B3HW, mean_BCHW, logvar_BCHW, kl_weight, distance_B, lpips_weight)
+    loss = first_stage_loss(image_B3HW, recon_B3HW, passed.penalty, distance_B, lpips_weight)
     total = loss.total.mean()
     judged: dict[str, Tensor] = {} if distance_B is None else {"lpips": distance_B.detach().mean()}
     if adversary is not None:
@@ -198,7 +209,9 @@ def step_once(
     optimizer.step()
     if adversary is not None:
         judged["discriminator"] = adversary.learn(image_B3HW, recon_B3HW, max_grad_norm=max_grad_norm, bf16=bf16)
-    parts = {"l1": loss.l1.detach().mean(), "kl": loss.kl.detach().mean()}
+    parts = {"l1": loss.l1.detach().mean(), **{name: term_B.mean() for name, term_B in passed.terms.items()}}
+    if passed.uses is not None:
+        parts["uses_K"] = passed.uses
     return {"loss": total.detach(), **parts, **judged, "grad_norm": grad_norm.detach()}
 
 
@@ -237,6 +250,29 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
     return Adversary(model, optimizer, loss.discriminator_weight)
 
 
+def require_room(config: Config, shortest: int) -> None:
+    """Refuse pictures whose shortest side, in pixels, is too short for what the loss asks for.
+
+    Raises:
+        UserError: LPIPS or the discriminator needs larger ones.
+    """
+    from finetune.autoencoder.discriminator import smallest_side
+    from finetune.autoencoder.lpips import SMALLEST_SIDE
+
+    loss = config.loss
+    if loss.lpips is not None and shortest < SMALLEST_SIDE:
+        raise UserError(
+            f"loss.lpips needs sides of {SMALLEST_SIDE} pixels at least, and the shortest of these pictures "
+            f"has {shortest}; leave it out or give larger ones"
+        )
+    needed = smallest_side(loss.discriminator_layers)
+    if loss.discriminator_weight and shortest < needed:
+        raise UserError(
+            f"loss.discriminator_layers={loss.discriminator_layers} needs sides of {needed} pixels "
+            f"at least, and the shortest of these pictures has {shortest}; lower it or give larger ones"
+        )
+
+
 def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     """Train as `config` says, from the last checkpoint of its run folder if there is one; returns RUN/vae.
 
@@ -245,10 +281,10 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         yaml: the same config as text, for RUN/config.yaml.
     """
     import torch
+    from diffusers import VQModel
 
     from finetune.autoencoder import checkpoint
-    from finetune.autoencoder.discriminator import smallest_side
-    from finetune.autoencoder.lpips import SMALLEST_SIDE
+    from finetune.autoencoder.config import require_penalty
     from finetune.autoencoder.pictures import Pictures
     from finetune.checkpoint import RunFolder, require_same
     from finetune.data.order import Order, Source
@@ -265,6 +301,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         vae = build(config.model, config.seed)
     else:
         vae, pretrained_sha256 = load_given(config.model)
+    require_penalty(config.loss, isinstance(vae, VQModel), f"the {type(vae).__name__} that is trained")
     if config.train.decoder_only:
         keep_latents(vae)
     pictures = Pictures(
@@ -276,7 +313,9 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
         cache_bytes=int(config.data.cache_gib * 2**30),
         readers=config.data.readers,
     )
-    with closing(pictures), closing(RunFolder(run)):
+    with closing(pictures), contextlib.ExitStack() as stack:
+        require_room(config, min(map(min, pictures.buckets)))
+        stack.enter_context(closing(RunFolder(run)))
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
         (run / "samples").mkdir(exist_ok=True)
         (run / "checkpoints").mkdir(exist_ok=True)
@@ -295,21 +334,8 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        shortest = min(map(min, pictures.buckets))
         lpips, lpips_sha256 = build_lpips(config, device)
-        if lpips is not None and shortest < SMALLEST_SIDE:
-            raise UserError(
-                f"loss.lpips needs sides of {SMALLEST_SIDE} pixels at least, and the shortest of these pictures "
-                f"has {shortest}; leave it out or give larger ones"
-            )
         adversary = build_adversary(config, device)
-        if adversary is not None:
-            needed = smallest_side(config.loss.discriminator_layers)
-            if shortest < needed:
-                raise UserError(
-                    f"loss.discriminator_layers={config.loss.discriminator_layers} needs sides of {needed} pixels "
-                    f"at least, and the shortest of these pictures has {shortest}; lower it or give larger ones"
-                )
         depends_on = _depends_on(settings) | {
             "data.shards (manifest's sha256)": pictures.sha256,
             "loss.lpips (weights' sha256)": lpips_sha256,
@@ -330,6 +356,10 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             raise UserError(
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
+        if step == 0 and isinstance(vae, VQModel) and config.model.pretrained is None:
+            _spread_codebook(config, pictures, vae, device)
+            if average is not None:
+                average["quantize.embedding.weight"].copy_(vae.quantize.embedding.weight.detach())
         write_atomic(run / "config.yaml", yaml.encode())
         metrics = run / "metrics.jsonl"
         _keep_metrics(metrics, step)
@@ -347,7 +377,7 @@ def _loop(
     run: Path,
     pictures: Pictures,
     order: Order,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     lpips: Lpips | None,
@@ -357,15 +387,18 @@ def _loop(
     depends_on: Mapping[str, Any],
 ) -> None:
     import torch
+    from diffusers import AutoencoderKL
     from tqdm import tqdm
 
     from finetune import ema, rng
     from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.bottleneck import PenaltyWeights, perplexity
     from finetune.autoencoder.measure import to_signed
     from finetune.lr import learning_rate
-    from finetune.models.autoencoder import downsample_factor
+    from finetune.models.autoencoder import downsample_factor, latent_channels
 
     steps, batch = config.train.steps, config.train.global_batch
+    penalty = PenaltyWeights(config.loss.kl_weight, config.loss.codebook_weight, config.loss.commitment)
     downsample = downsample_factor(vae)
     weights = list(vae.parameters())
     if step < steps:
@@ -385,7 +418,9 @@ def _loop(
                 mirrored = rng.integers(config.seed, "mirror", ids_B, 2).bool().view(-1, 1, 1, 1)
                 image = torch.where(mirrored, image.flip(3), image)
             height, width = (side // downsample for side in image.shape[2:])
-            eps = rng.normal(config.seed, "posterior", ids_B, (vae.config["latent_channels"], height, width))
+            eps = None
+            if isinstance(vae, AutoencoderKL):
+                eps = rng.normal(config.seed, "posterior", ids_B, (latent_channels(vae), height, width))
             step, seen = step + 1, seen + batch
             lr = learning_rate(
                 seen,
@@ -406,7 +441,7 @@ def _loop(
                 optimizer,
                 image.contiguous(memory_format=torch.channels_last) if config.train.channels_last else image,
                 eps,
-                kl_weight=config.loss.kl_weight,
+                penalty=penalty,
                 max_grad_norm=config.optim.max_grad_norm,
                 bf16=config.train.precision == "bf16",
                 lpips=lpips,
@@ -419,12 +454,15 @@ def _loop(
 
             saving = step % config.checkpoint.every == 0 or step == steps
             if step % config.tracker.every == 0 or saving:
+                uses_K = values.pop("uses_K", None)
                 scalars = {name: value.item() for name, value in values.items()}  # the only wait for the device
                 if not math.isfinite(sum(scalars.values())):
                     raise UserError(
                         f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
                         "train.precision=fp32, and start again from the last checkpoint"
                     )
+                if uses_K is not None:
+                    scalars["perplexity"] = perplexity(uses_K)
                 now = time.perf_counter()
                 rate = (step - last_step) * batch / (now - last_time)
                 last_time, last_step = now, step
@@ -470,12 +508,13 @@ def _finish(
     config: Config,
     run: Path,
     pictures: Pictures,
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     average: dict[str, Tensor] | None,
     device: torch.device,
 ) -> Path:
     """Measure the latents' scale and held-out PSNR and SSIM, write RUN/vae and the last grid."""
     from finetune.autoencoder import checkpoint
+    from finetune.autoencoder.bottleneck import perplexity
     from finetune.autoencoder.measure import SSIM_WINDOW, psnr, reconstruct, ssim
     from finetune.checkpoint import publish
 
@@ -483,9 +522,16 @@ def _finish(
     result: dict[str, Any] = {"step": config.train.steps}
     with _averaged(vae, average):
         if not config.train.decoder_only:
-            std = _latent_std(config, pictures, vae, device)
+            std, uses_K = _measure_latents(config, pictures, vae, device)
             vae.register_to_config(scaling_factor=1.0 / std)
             result |= {"latent_std": std, "scaling_factor": 1.0 / std}
+            if uses_K is not None:
+                used = int((uses_K > 0).sum())
+                result |= {"codebook_used": used / len(uses_K), "codebook_perplexity": perplexity(uses_K)}
+                print(
+                    f"codebook: {used} of {len(uses_K)} entries used, "
+                    f"perplexity {result['codebook_perplexity']:.0f}"
+                )
         temporary = run / ".tmp-vae"
         shutil.rmtree(temporary, ignore_errors=True)
         checkpoint.write_vae(temporary, vae, dict(vae.named_parameters()))
@@ -514,11 +560,13 @@ def _finish(
     return run / "vae"
 
 
-def _latent_std(config: Config, pictures: Pictures, vae: AutoencoderKL, device: torch.device) -> float:
-    """The latents' standard deviation over `config.scale.pictures` of the training pictures."""
+def _measure_latents(
+    config: Config, pictures: Pictures, vae: Autoencoder, device: torch.device
+) -> tuple[float, Tensor | None]:
+    """What `measure_latents` says of `config.scale.pictures` of the training pictures."""
     from tqdm import tqdm
 
-    from finetune.autoencoder.measure import latent_std
+    from finetune.autoencoder.measure import measure_latents
 
     share = min(1.0, config.scale.pictures / sum(map(len, pictures.train_ids)))
     measured = [_spread(ids, math.ceil(share * len(ids))) for ids in pictures.train_ids]
@@ -529,7 +577,21 @@ def _latent_std(config: Config, pictures: Pictures, vae: AutoencoderKL, device: 
                 yield pixels_BHW3
                 bar.update(len(pixels_BHW3))
 
-        return latent_std(vae, batches(), device)
+        return measure_latents(vae, batches(), device)
+
+
+def _spread_codebook(config: Config, pictures: Pictures, vae: VQModel, device: torch.device) -> None:
+    """Make the codebook of what the encoder gives to training pictures, taken from all over the set."""
+    from finetune.autoencoder.bottleneck import spread_codebook
+    from finetune.autoencoder.measure import to_signed
+    from finetune.models.autoencoder import downsample_factor
+
+    entries = len(vae.quantize.embedding.weight)
+    cells = min(height * width for height, width in pictures.buckets) // downsample_factor(vae) ** 2
+    share = min(1.0, 8 * entries / cells / sum(map(len, pictures.train_ids)))
+    chosen = [_spread(ids, math.ceil(share * len(ids))) for ids in pictures.train_ids]
+    batches = (to_signed(pixels, device) for pixels in _read_all(pictures, chosen, config.train.global_batch))
+    spread_codebook(vae, batches, config.seed)
 
 
 def _spread(ids: np.ndarray, count: int) -> np.ndarray:
@@ -545,7 +607,7 @@ def _read_all(pictures: Pictures, ids_by_bucket: Sequence[np.ndarray], size: int
 
 
 @contextmanager
-def _averaged(vae: AutoencoderKL, average: Mapping[str, Tensor] | None) -> Iterator[None]:
+def _averaged(vae: Autoencoder, average: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Within the block the model has the averaged weights (when there are any) and is in eval mode."""
 
     def put(weights: Mapping[str, Tensor]) -> None:
@@ -564,7 +626,7 @@ def _averaged(vae: AutoencoderKL, average: Mapping[str, Tensor] | None) -> Itera
 
 
 def _save_grid(
-    config: Config, run: Path, pictures: Pictures, vae: AutoencoderKL, device: torch.device, step: int
+    config: Config, run: Path, pictures: Pictures, vae: Autoencoder, device: torch.device, step: int
 ) -> Path | None:
     """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
     from finetune.autoencoder.measure import comparison, reconstruct

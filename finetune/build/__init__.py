@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from finetune import UserError, diffusion, tasks
@@ -38,7 +38,7 @@ from finetune.ema import Average
 from finetune.loop import Parts
 from finetune.models import fast
 from finetune.models.adapters import TEXT_TARGETS, add_lora, lora_alphas
-from finetune.models.autoencoder import encoder_sha256, load_autoencoder
+from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoencoder
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, part_of, require_parts
 from finetune.models.schedulers import differences, load_scheduler, scheduler_config
@@ -195,7 +195,7 @@ def _conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[U
     return unet, conditioner
 
 
-def _decoder(config: Config, data: Data, notices: list[str]) -> AutoencoderKL | None:
+def _decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder | None:
     """The autoencoder for sample grids, proven to be the one that made the latents.
 
     Raises:
@@ -238,7 +238,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
     notices += left_out(data) + fetched_again(data, world.size)
-    decoder: list[AutoencoderKL | None] = []  # on rank 0 alone: it is not sent to the others
+    decoder: list[Autoencoder | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(_decoder(config, data, notices)))
     if config.model.pretrained is not None:
         world.on_main(lambda: notices.extend(_trained_otherwise(config)))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionInpaintPipeline,
@@ -48,7 +49,8 @@ def export_pipeline(
     """Write a run or model in the diffusers layout; a LoRA is merged into the weights it adapts.
 
     What no pipeline of diffusers knows (labels, layouts, label maps, nothing at all) is laid out likewise, with
-    `task.json` beside, for `finetune sample` and `model.pretrained`.
+    `task.json` beside, for `finetune sample` and `model.pretrained`; so is a model with a codebook, which Stable
+    Diffusion's pipelines cannot decode with.
 
     Returns:
         What the user should be told.
@@ -61,7 +63,12 @@ def export_pipeline(
     text = parts.text
     xl = isinstance(text, TextXL)
     kind = PIPELINES.get((parts.task.name, xl))
-    if text is None or (kind is StableDiffusionUpscalePipeline and not parts.unet.config["num_class_embeds"]):
+    is_kl = isinstance(parts.vae, AutoencoderKL)
+    if (
+        text is None
+        or not is_kl
+        or (kind is StableDiffusionUpscalePipeline and not parts.unet.config["num_class_embeds"])
+    ):
         kind = None
     name = kind.__name__ if kind is not None else "the diffusers layout"
     if parts.latents.shift:
@@ -101,10 +108,8 @@ def export_pipeline(
             parts.task.save(folder)
     if kind is not None:
         return parts.notices
-    return (
-        *parts.notices,
-        f"no pipeline of diffusers knows task={parts.task.name}: draw with `finetune sample {out}`",
-    )
+    what = f"knows task={parts.task.name}" if is_kl else f"draws through a {type(parts.vae).__name__}"
+    return (*parts.notices, f"no pipeline of diffusers {what}: draw with `finetune sample {out}`")
 
 
 def _arguments(parts: Components, kind: type[DiffusionPipeline]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,6 +52,11 @@ def export_single_file(
     if parts.is_flow:
         raise UserError(
             f"{source} predicts the flow, which no reader of such files expects; use --format diffusers"
+        )
+    if not isinstance(parts.vae, AutoencoderKL):
+        raise UserError(
+            f"the autoencoder of {source} is a {type(parts.vae).__name__}, which no reader of such files expects; "
+            "use --format diffusers"
         )
     text = parts.text
     if text is None or parts.conditioner.parts().keys() != text.parts().keys():

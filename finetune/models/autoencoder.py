@@ -1,17 +1,22 @@
-"""The first stage: load an `AutoencoderKL`, encode pictures to moments, decode latents, and know it again.
+"""The first stage: load an autoencoder, encode pictures to moments, decode latents, and know it again.
 
-Rombach et al. 2022 (arXiv 2112.10752), section 3.1: the encoder gives a diagonal Gaussian q(z|x) for each
-latent cell, the decoder maps latents back to pixels. Scale and shift are not applied here; see
-`finetune.latents`.
+Rombach et al. 2022 (arXiv 2112.10752), section 3.1, has two kinds, and what tells them apart stands here:
+
+    AutoencoderKL   the encoder gives a diagonal Gaussian q(z|x) for each latent cell
+    VQModel         the encoder gives a point, and the decoder begins with the nearest entries of a codebook; the
+                    diffusion model works on the points before, so as moments they have a standard deviation of 0
+
+Scale and shift are not applied here; see `finetune.latents`.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TypeAlias, assert_never
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -22,6 +27,9 @@ from finetune.models.sources import fetch, fetch_file, relative_source, weights_
 
 PIXEL_RANGE = (-1.0, 1.0)
 
+Autoencoder: TypeAlias = AutoencoderKL | VQModel
+KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel)}
+
 
 def load_autoencoder(
     source: str | os.PathLike[str],
@@ -29,7 +37,7 @@ def load_autoencoder(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> AutoencoderKL:
+) -> Autoencoder:
     """Load an autoencoder, frozen and in eval mode.
 
     Args:
@@ -38,7 +46,7 @@ def load_autoencoder(
         revision: branch, tag or commit, for a hub id.
 
     Raises:
-        UserError: nothing there, or something that is not an `AutoencoderKL`.
+        UserError: nothing there, or something that is neither an `AutoencoderKL` nor a `VQModel`.
     """
     if (file := fetch_file(source if isinstance(source, Path) else str(source), revision)) is not None:
         return open_file(file).autoencoder(dtype).to(device).requires_grad_(False)
@@ -52,9 +60,10 @@ def load_autoencoder(
         raise UserError(f"{source} has neither config.json nor vae/config.json; give a diffusers autoencoder")
     try:
         class_name = AutoencoderKL.load_config(path).get("_class_name", "AutoencoderKL")
-        if class_name != "AutoencoderKL":
-            raise UserError(f"{source} is a {class_name}, not an AutoencoderKL; give the folder of the VAE")
-        vae = AutoencoderKL.from_pretrained(path, torch_dtype=dtype)
+        if class_name not in KINDS:
+            kinds = " or a ".join(KINDS)
+            raise UserError(f"{source} is a {class_name}, not an {kinds}; give the folder of the VAE")
+        vae: Autoencoder = KINDS[class_name].from_pretrained(path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = first_line(error).rstrip(".")
         raise UserError(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None
@@ -63,18 +72,26 @@ def load_autoencoder(
     return vae.to(device).eval().requires_grad_(False)
 
 
-def encoder_sha256(vae: AutoencoderKL) -> str:
-    """`weights_sha256` of `encoder.*` and `quant_conv.*`: a decoder trained further keeps its latents."""
+def encoder_sha256(vae: Autoencoder) -> str:
+    """`weights_sha256` of `encoder.*` and `quant_conv.*`: a decoder trained further keeps its latents.
+
+    A codebook is the decoder's.
+    """
     parts = ("encoder.", "quant_conv.")
     return weights_sha256({name: weight for name, weight in vae.state_dict().items() if name.startswith(parts)})
 
 
-def downsample_factor(vae: AutoencoderKL) -> int:
+def downsample_factor(vae: Autoencoder) -> int:
     """Pixels per latent cell, along each side."""
     return int(2 ** (len(vae.config["block_out_channels"]) - 1))
 
 
-def encoder_info(vae: AutoencoderKL, source: str | os.PathLike[str], root: str | os.PathLike[str]) -> EncoderInfo:
+def latent_channels(vae: Autoencoder) -> int:
+    """C of the latents: for a `VQModel` the width of its codebook's entries."""
+    return int(vae.config.get("vq_embed_dim") or vae.config["latent_channels"])
+
+
+def encoder_info(vae: Autoencoder, source: str | os.PathLike[str], root: str | os.PathLike[str]) -> EncoderInfo:
     """What a manifest in `root` says of the autoencoder that was loaded from `source`."""
     return EncoderInfo(
         source=relative_source(source, root),
@@ -83,21 +100,37 @@ def encoder_info(vae: AutoencoderKL, source: str | os.PathLike[str], root: str |
         shift=float(vae.config.get("shift_factor") or 0.0),
         dtype=str(vae.dtype).removeprefix("torch."),
         pixel_range=PIXEL_RANGE,
-        channels=int(vae.config["latent_channels"]),
+        channels=latent_channels(vae),
         downsample=downsample_factor(vae),
     )
 
 
 @torch.no_grad()
-def encode_moments(vae: AutoencoderKL, images_B3HW: Tensor) -> Tensor:
-    """Pictures in [-1, 1] to the moments [B, 2C, h, w] of q(z|x), float32: mean, then standard deviation."""
-    posterior = vae.encode(images_B3HW.to(vae.device, vae.dtype)).latent_dist
-    std_BCHW = torch.exp(0.5 * posterior.logvar.float())  # not posterior.std, which exp has rounded to vae.dtype
-    return torch.cat([posterior.mean.float(), std_BCHW], dim=1)
+def encode_moments(vae: Autoencoder, images_B3HW: Tensor) -> Tensor:
+    """Pictures in [-1, 1] to moments [B, 2C, h, w], float32: mean of q(z|x), then standard deviation.
+
+    Those of a `VQModel` are what comes before its codebook, and zeros.
+    """
+    images_B3HW = images_B3HW.to(vae.device, vae.dtype)
+    match vae:
+        case AutoencoderKL():
+            posterior = vae.encode(images_B3HW).latent_dist
+            mean_BCHW = posterior.mean.float()
+            # Not posterior.std, which exp has rounded to vae.dtype.
+            std_BCHW = torch.exp(0.5 * posterior.logvar.float())
+        case VQModel():
+            mean_BCHW = vae.encode(images_B3HW).latents.float()
+            std_BCHW = torch.zeros_like(mean_BCHW)
+        case _:
+            assert_never(vae)
+    return torch.cat([mean_BCHW, std_BCHW], dim=1)
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, raw_BCHW: Tensor) -> Tensor:
-    """Raw latents (scale and shift undone) to pictures [B, 3, H, W] in [-1, 1], float32."""
+def decode(vae: Autoencoder, raw_BCHW: Tensor) -> Tensor:
+    """Raw latents (scale and shift undone) to pictures [B, 3, H, W] in [-1, 1], float32.
+
+    A `VQModel` quantizes them first.
+    """
     images_B3HW: Tensor = vae.decode(raw_BCHW.to(vae.device, vae.dtype)).sample
     return images_B3HW.float().clamp(-1.0, 1.0)

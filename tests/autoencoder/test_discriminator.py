@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from finetune import rng
+from finetune.autoencoder.bottleneck import PenaltyWeights
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.discriminator import Adversary, PatchDiscriminator, receptive_field, smallest_side
 from finetune.autoencoder.loss import adaptive_weight, generator_loss, hinge_discriminator_loss
@@ -118,7 +119,7 @@ def test_a_step_against_the_discriminator_equals_one_written_out() -> None:
         own,
         image,
         eps,
-        kl_weight=1e-2,
+        penalty=PenaltyWeights(kl=1e-2),
         max_grad_norm=0.5,
         bf16=False,
         adversary=Adversary(model, judging, 0.7),

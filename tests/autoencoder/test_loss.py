@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from finetune import rng
+from finetune.autoencoder.bottleneck import PenaltyWeights, run
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.loss import first_stage_loss, kl_to_standard_normal
 from finetune.autoencoder.train import build, step_once
@@ -41,7 +44,7 @@ def test_a_step_equals_one_written_with_the_public_api(kl_weight: float) -> None
     image, eps = pictures(2), rng.normal(0, "eps", torch.arange(2), (4, 8, 8))
 
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=0.1)
-    got = step_once(vae, optimizer, image, eps, kl_weight=kl_weight, max_grad_norm=0.5, bf16=False)
+    got = step_once(vae, optimizer, image, eps, penalty=PenaltyWeights(kl=kl_weight), max_grad_norm=0.5, bf16=False)
 
     # The straight way: diffusers' posterior with its own KL, sums over a picture, mean over the batch.
     distribution = reference.encode(image).latent_dist
@@ -66,19 +69,25 @@ def test_the_kl_term_reaches_the_gradients() -> None:
     image = pictures(2)
     mean = torch.zeros(2, 4, 8, 8, requires_grad=True)
     logvar = torch.full((2, 4, 8, 8), 1.0, requires_grad=True)
-    first_stage_loss(image, image, mean, logvar, kl_weight=2.0).total.sum().backward()
+    first_stage_loss(image, image, 2.0 * kl_to_standard_normal(mean, logvar)).total.sum().backward()
     # d KL / d logvar = (exp(logvar) - 1) / 2 for each latent element
-    expected = torch.full_like(logvar, 2.0 * (torch.e - 1) / 2 / image[0].numel())
+    expected = torch.full_like(logvar, 2.0 * (torch.e - 1) / 2)
     torch.testing.assert_close(logvar.grad, expected)
 
 
 def test_loss_does_not_depend_on_the_picture_size() -> None:
     """A picture tiled four times, with its latents, has the same loss per element."""
     image, recon = pictures(2), pictures(4)[2:]
-    mean, logvar = rng.normal(0, "m", torch.arange(4), (4, 8, 8)).chunk(2)
-    small = first_stage_loss(image, recon, mean, logvar, 1e-2)
-    large = first_stage_loss(*(t.repeat(1, 1, 2, 2) for t in (image, recon, mean, logvar)), 1e-2)
-    torch.testing.assert_close(small.total, large.total)
+    moments, eps = rng.normal(0, "m", torch.arange(2), (8, 8, 8)), rng.normal(1, "e", torch.arange(2), (4, 8, 8))
+    totals = []
+    for tiles in (1, 2):
+        vae = build(TINY, seed=0)
+        tiled = [tensor.repeat(1, 1, tiles, tiles) for tensor in (image, recon, moments, eps)]
+        vae.encode = lambda x, m=tiled[2]: SimpleNamespace(latent_dist=DiagonalGaussianDistribution(m))
+        vae.decode = lambda z, r=tiled[1]: SimpleNamespace(sample=r)
+        passed = run(vae, tiled[0], tiled[3], PenaltyWeights(kl=1e-2))
+        totals.append(first_stage_loss(tiled[0], passed.recon, passed.penalty).total)
+    torch.testing.assert_close(*totals)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

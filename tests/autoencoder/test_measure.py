@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from finetune.autoencoder.config import AutoencoderConfig
-from finetune.autoencoder.measure import comparison, latent_std, psnr, reconstruct, ssim, to_signed, to_uint8
+from finetune.autoencoder.measure import comparison, measure_latents, psnr, reconstruct, ssim, to_signed, to_uint8
 from finetune.autoencoder.train import build
 from finetune.latents import LatentSpace, sample_latents
 
@@ -94,7 +94,8 @@ def test_ssim_has_its_bounds() -> None:
 def test_scaled_latents_have_unit_std() -> None:
     vae = build(TINY, seed=0)
     data = pixels(12)
-    std = latent_std(vae, [data[:5], data[5:]])
+    std, uses = measure_latents(vae, [data[:5], data[5:]])
+    assert uses is None
     with torch.no_grad():
         posterior = vae.encode(to_signed(data)).latent_dist
         moments = torch.cat([posterior.mean, posterior.std], dim=1)

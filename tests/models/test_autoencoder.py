@@ -102,7 +102,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         (tmp_path / "nowhere", "no autoencoder at"),
         (tmp_path / "empty", "neither config.json nor vae/config.json"),
         (tmp_path / "unet" / "config.json", "is a file"),
-        (tmp_path / "unet", "is a UNet2DConditionModel, not an AutoencoderKL"),
+        (tmp_path / "unet", "is a UNet2DConditionModel, not an AutoencoderKL or a VQModel"),
         (tmp_path / "broken", "cannot load an autoencoder"),
     ]:
         with pytest.raises(UserError, match=says) as caught:

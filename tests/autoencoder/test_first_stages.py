@@ -1,0 +1,88 @@
+"""Diffusion on the latents of each kind of first stage: shards, training, sampling, export."""
+
+from __future__ import annotations
+
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import VQModel
+from PIL import Image
+
+from data_tools.cli import main as data_tools
+from finetune import UserError
+from finetune.components import load_components
+from finetune.data.shards import Manifest, ShardSet
+from finetune.models.autoencoder import encode_moments, load_autoencoder
+from tests.autoencoder.runs import arguments
+
+
+def make(shards: Path, folder: Path) -> Path:
+    """A tiny VQModel trained for a step, f = 2."""
+    from finetune.autoencoder.train import main
+
+    codebook = ("model.latent_channels=3", "model.codebook_size=24")
+    main(arguments(shards, folder, *codebook, "train.steps=1", "data.size=16"))
+    return folder / "vae"
+
+
+def encode(shards: Path, latents: Path, vae: Path | str) -> None:
+    words = ["encode", shards, "--vae", vae, "--size", 16, "--out", latents]
+    assert data_tools([str(word) for word in words]) in (0, None)
+
+
+def train(latents: Path, run: Path, *more: str) -> None:
+    """Two steps of a tiny unconditional U-Net, with a sample grid."""
+    from finetune.train import main
+
+    words = ["experiment=small_unconditional", f"data.shards={latents}", f"run.dir={run}", "tracker=none"]
+    words += ["train.steps=2", "train.global_batch=4", "checkpoint.every=1", "validation.every=2"]
+    words += ["validation.samples=2", "sample.every=2", "sample.steps=2", "model.unet.block_out_channels=[16,32]"]
+    main([*words, *more])
+
+
+def test_a_codebook_goes_from_pictures_to_samples(shards: Path, tmp_path: Path) -> None:
+    from finetune import export, sample
+
+    vae = make(shards, tmp_path / "vq")
+    latents, run, out = (tmp_path / name for name in ("latents", "run", "out"))
+    encode(shards, latents, vae)
+    encoder = Manifest.load(latents).encoder
+    assert encoder is not None and (encoder.channels, encoder.downsample) == (3, 2)
+    model = load_autoencoder(vae)
+    assert isinstance(model, VQModel) and encoder.scale == pytest.approx(model.config.scaling_factor)
+    moments = np.empty((1, 6, 8, 8), np.float16)
+    with closing(ShardSet.open(latents)) as held, closing(ShardSet.open(shards)) as pictures:
+        key = "001"  # of 16 x 16 pixels
+        held.read_latents([next(i for i in range(len(held)) if held.key(i) == key)], moments)
+        row = next(i for i in range(len(pictures)) if pictures.key(i) == key)
+        (tmp_path / "a.png").write_bytes(pictures.read_member(row, "png"))
+    picture = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)[None] / 127.5 - 1
+    assert not moments[0, 3:].any()
+    np.testing.assert_allclose(moments, encode_moments(model, picture).numpy(), atol=2e-3)
+
+    train(latents, run)
+    assert list((run / "samples").glob("*.png"))
+    picture_file = tmp_path / "drawn.png"
+    draw = ["--steps", "2", "--seed", "1", "--out", str(picture_file)]
+    assert sample.main([str(run), *draw]) == 0
+    drawn = np.asarray(Image.open(picture_file))
+    assert drawn.shape == (16, 16, 3)
+
+    assert export.main([str(run), "--format", "diffusers", "--out", str(out)]) == 0
+    assert isinstance(load_components(out).vae, VQModel)
+    assert sample.main([str(out), *draw]) == 0
+    np.testing.assert_array_equal(np.asarray(Image.open(picture_file)), drawn)
+    with pytest.raises(UserError, match="is a VQModel, which no reader of such files expects"):
+        export.main([str(run), "--format", "single-file", "--out", str(tmp_path / "a.safetensors")])
+
+    # Its decoder may be another, its encoder not.
+    other = load_autoencoder(vae)
+    other.encoder.conv_in.weight += 1
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="wrong VAE"):
+        train(latents, tmp_path / "wrong", f"model.vae={tmp_path / 'other'}")
+    assert json.loads((latents / "manifest.json").read_text())["encoder"]["scale"] == encoder.scale
