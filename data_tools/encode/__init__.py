@@ -24,6 +24,7 @@ examples:
   data-tools encode shards/photos --vae models/vae --out latents/photos
   data-tools encode shards/photos --vae stabilityai/sdxl-vae --size 1024 --aspect-buckets sdxl \\
       --dtype bfloat16 --out latents/photos
+  data-tools encode shards/icons --vae none --size 64 --out pixels/icons
   data-tools encode shards/photos --vae models/vae --size 512 --holes 2 --full-holes 0.25 --out latents/holes
   data-tools encode shards/photos --vae models/vae --size 512 --lowres 4 --degradation blind --out latents/small
   torchrun --nproc-per-node 8 -m data_tools encode shards/photos --vae models/vae --size 512 --out latents/photos

@@ -75,7 +75,12 @@ _BATCHES_AHEAD = 3  # of the encoder, and of the writer
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools encode`."""
     parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards or WebDataset tars")
-    parser.add_argument("--vae", required=True, metavar="MODEL", help="folder or hub id of a VAE or pipeline")
+    parser.add_argument(
+        "--vae",
+        required=True,
+        metavar="MODEL",
+        help="folder or hub id of a VAE or pipeline; none: latents are the pixels themselves, for models of pixels",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent shards")
     parser.add_argument(
         "--text-encoder",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finetune import rng
 from finetune.autoencoder.loss import codebook_terms, kl_to_standard_normal
-from finetune.models.autoencoder import Autoencoder
+from finetune.models.autoencoder import FirstStage
 
 _DISTANCES_AT_A_TIME = 2**26
 
@@ -37,7 +37,7 @@ class Passed(NamedTuple):
     uses: Tensor | None  # how often the batch took each entry of the codebook, int64 [K]
 
 
-def run(vae: Autoencoder, image_B3HW: Tensor, eps_BCHW: Tensor | None, weights: PenaltyWeights) -> Passed:
+def run(vae: FirstStage, image_B3HW: Tensor, eps_BCHW: Tensor | None, weights: PenaltyWeights) -> Passed:
     """Reconstruct pictures in [-1, 1] as in training.
 
     Args:

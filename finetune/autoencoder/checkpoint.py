@@ -27,7 +27,7 @@ from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
-from finetune.models.autoencoder import Autoencoder
+from finetune.models.autoencoder import FirstStage
 from finetune.runs import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -37,7 +37,7 @@ def checkpoint_dir(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
-def write_vae(folder: Path, vae: Autoencoder, weights: Mapping[str, Tensor]) -> None:
+def write_vae(folder: Path, vae: FirstStage, weights: Mapping[str, Tensor]) -> None:
     """Write `weights` with the config of `vae` as a diffusers model folder."""
     folder.mkdir(parents=True)
     vae.save_config(folder)
@@ -46,7 +46,7 @@ def write_vae(folder: Path, vae: Autoencoder, weights: Mapping[str, Tensor]) -> 
 
 def save(
     run: Path,
-    vae: Autoencoder,
+    vae: FirstStage,
     average: Mapping[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     adversary: Adversary | None,
@@ -109,7 +109,7 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
 def restore(
     folder: Path,
     step: int,
-    vae: Autoencoder,
+    vae: FirstStage,
     average: Mapping[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     adversary: Adversary | None,

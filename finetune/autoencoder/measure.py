@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from finetune.autoencoder.bottleneck import nearest
 from finetune.latents import LatentSpace, RunningMoments
-from finetune.models.autoencoder import Autoencoder, decode, encode_moments
+from finetune.models.autoencoder import FirstStage, decode, encode_moments
 
 
 def to_signed(pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
@@ -27,7 +27,7 @@ def to_uint8(image_B3HW: Tensor) -> np.ndarray:
     return ((image_B3HW.float().clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def reconstruct(vae: Autoencoder, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
+def reconstruct(vae: FirstStage, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:
     """uint8 pictures -> uint8 reconstructions from the moments' mean, [B, H, W, 3] both."""
     mean_BCHW, _ = encode_moments(vae, to_signed(pixels_BHW3, device)).chunk(2, dim=1)
     return to_uint8(decode(vae, mean_BCHW))
@@ -77,7 +77,7 @@ def ssim(a_BHW3: np.ndarray, b_BHW3: np.ndarray) -> np.ndarray:
 
 
 def measure_latents(
-    vae: Autoencoder, batches_BHW3: Iterable[np.ndarray], device: torch.device | str = "cpu"
+    vae: FirstStage, batches_BHW3: Iterable[np.ndarray], device: torch.device | str = "cpu"
 ) -> tuple[float, Tensor | None]:
     """Standard deviation of the raw latents over all their elements, and how often a codebook's entries are used.
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from finetune.autoencoder.lpips import Lpips
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
-    from finetune.models.autoencoder import Autoencoder
+    from finetune.models.autoencoder import FirstStage
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
 MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def build(model: AutoencoderConfig, seed: int) -> Autoencoder:
+def build(model: AutoencoderConfig, seed: int) -> FirstStage:
     """An `AutoencoderKL`, or with `codebook_size` a `VQModel`, with initial weights drawn from `seed` alone.
 
     Convolutions keep the variance of what comes in (std = 1 / sqrt(fan-in); LeCun et al. 1998, "Efficient
@@ -110,7 +110,7 @@ def build(model: AutoencoderConfig, seed: int) -> Autoencoder:
             "mid_block_add_attention": model.mid_block_add_attention,
             "force_upcast": False,
         }
-        vae: Autoencoder
+        vae: FirstStage
         if model.codebook_size is None:
             vae = AutoencoderKL(**shape)
         else:
@@ -128,18 +128,20 @@ def build(model: AutoencoderConfig, seed: int) -> Autoencoder:
     return vae
 
 
-def load_given(model: AutoencoderConfig) -> tuple[Autoencoder, str]:
+def load_given(model: AutoencoderConfig) -> tuple[FirstStage, str]:
     """The autoencoder `model.pretrained` in float32, all of it to be trained, and the sha256 of its weights.
 
     Raises:
         UserError: it can't be loaded, or `model` asks for another shape than it has.
     """
     from finetune.autoencoder.config import AutoencoderConfig
-    from finetune.models.autoencoder import load_autoencoder
+    from finetune.models.autoencoder import Pixels, load_autoencoder
     from finetune.models.sources import weights_sha256
 
     assert model.pretrained is not None
     vae, default = load_autoencoder(model.pretrained), AutoencoderConfig()
+    if isinstance(vae, Pixels):
+        raise UserError(f"model.pretrained={model.pretrained} are pixels without an autoencoder: none to train")
     has = {**vae.config, "codebook_size": vae.config.get("num_vq_embeddings")}
     for name, value in vars(model).items():
         if name in has and value not in (getattr(default, name), (given := _plain(has[name]))):
@@ -150,7 +152,7 @@ def load_given(model: AutoencoderConfig) -> tuple[Autoencoder, str]:
     return vae.requires_grad_(True), weights_sha256(vae.state_dict())
 
 
-def keep_latents(vae: Autoencoder) -> None:
+def keep_latents(vae: FirstStage) -> None:
     """Freeze what latents come from, the encoder and `quant_conv`; decoder and codebook stay to be trained."""
     vae.encoder.requires_grad_(False)
     if vae.quant_conv is not None:
@@ -161,12 +163,12 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def _trained(vae: Autoencoder) -> list[Tensor]:
+def _trained(vae: FirstStage) -> list[Tensor]:
     return [parameter for parameter in vae.parameters() if parameter.requires_grad]
 
 
 def step_once(
-    vae: Autoencoder,
+    vae: FirstStage,
     optimizer: torch.optim.Optimizer,
     image_B3HW: Tensor,
     eps_BCHW: Tensor | None,
@@ -377,7 +379,7 @@ def _loop(
     run: Path,
     pictures: Pictures,
     order: Order,
-    vae: Autoencoder,
+    vae: FirstStage,
     average: dict[str, Tensor] | None,
     optimizer: torch.optim.Optimizer,
     lpips: Lpips | None,
@@ -508,7 +510,7 @@ def _finish(
     config: Config,
     run: Path,
     pictures: Pictures,
-    vae: Autoencoder,
+    vae: FirstStage,
     average: dict[str, Tensor] | None,
     device: torch.device,
 ) -> Path:
@@ -561,7 +563,7 @@ def _finish(
 
 
 def _measure_latents(
-    config: Config, pictures: Pictures, vae: Autoencoder, device: torch.device
+    config: Config, pictures: Pictures, vae: FirstStage, device: torch.device
 ) -> tuple[float, Tensor | None]:
     """What `measure_latents` says of `config.scale.pictures` of the training pictures."""
     from tqdm import tqdm
@@ -607,7 +609,7 @@ def _read_all(pictures: Pictures, ids_by_bucket: Sequence[np.ndarray], size: int
 
 
 @contextmanager
-def _averaged(vae: Autoencoder, average: Mapping[str, Tensor] | None) -> Iterator[None]:
+def _averaged(vae: FirstStage, average: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Within the block the model has the averaged weights (when there are any) and is in eval mode."""
 
     def put(weights: Mapping[str, Tensor]) -> None:
@@ -626,7 +628,7 @@ def _averaged(vae: Autoencoder, average: Mapping[str, Tensor] | None) -> Iterato
 
 
 def _save_grid(
-    config: Config, run: Path, pictures: Pictures, vae: Autoencoder, device: torch.device, step: int
+    config: Config, run: Path, pictures: Pictures, vae: FirstStage, device: torch.device, step: int
 ) -> Path | None:
     """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
     from finetune.autoencoder.measure import comparison, reconstruct

@@ -5,6 +5,7 @@ Rombach et al. 2022 (arXiv 2112.10752), section 3.1, has two kinds, and what tel
     AutoencoderKL   the encoder gives a diagonal Gaussian q(z|x) for each latent cell
     VQModel         the encoder gives a point, and the decoder begins with the nearest entries of a codebook; the
                     diffusion model works on the points before, so as moments they have a standard deviation of 0
+    Pixels          f = 1: there is none, and latents are the pixels themselves
 
 Scale and shift are not applied here; see `finetune.latents`.
 """
@@ -16,19 +17,43 @@ from pathlib import Path
 from typing import TypeAlias, assert_never
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, VQModel
+from diffusers.configuration_utils import register_to_config
 from safetensors import SafetensorError
 from torch import Tensor
 
 from finetune import UserError, first_line
-from finetune.data.shards import EncoderInfo
+from finetune.data.shards import NO_ENCODER, EncoderInfo
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch, fetch_file, relative_source, weights_sha256
 
 PIXEL_RANGE = (-1.0, 1.0)
 
-Autoencoder: TypeAlias = AutoencoderKL | VQModel
-KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel)}
+
+class Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """No first stage: the diffusion model works on pixels in [-1, 1], three channels and a cell for each.
+
+    The scale stays 1. A scale is what gives latents of any size the unit variance that schedules are made for
+    (Rombach et al. 2022, appendix G), and models of pixels take them in [-1, 1] (Ho et al. 2020, arXiv 2006.11239,
+    section 3.3), whose samples are clipped where pictures end.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 3, scaling_factor: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("place", torch.zeros(0), persistent=False)  # knows the device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """There are no weights to be of another; pixels stay as they are given."""
+        return torch.float32
+
+
+Autoencoder: TypeAlias = AutoencoderKL | VQModel | Pixels
+FirstStage: TypeAlias = AutoencoderKL | VQModel  # those that have weights
+KINDS = {kind.__name__: kind for kind in (AutoencoderKL, VQModel, Pixels)}
 
 
 def load_autoencoder(
@@ -41,13 +66,16 @@ def load_autoencoder(
     """Load an autoencoder, frozen and in eval mode.
 
     Args:
-        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, a hub id of either, or a
-            single file of an autoencoder or of a whole model.
+        source: a folder of the autoencoder itself, a pipeline's folder with `vae/` in it, a hub id of either, a
+            single file of an autoencoder or of a whole model, or "none" for `Pixels` (a folder of that name is
+            ./none).
         revision: branch, tag or commit, for a hub id.
 
     Raises:
         UserError: nothing there, or something that is neither an `AutoencoderKL` nor a `VQModel`.
     """
+    if source == NO_ENCODER:
+        return Pixels().to(device).eval()
     if (file := fetch_file(source if isinstance(source, Path) else str(source), revision)) is not None:
         return open_file(file).autoencoder(dtype).to(device).requires_grad_(False)
     try:
@@ -61,8 +89,11 @@ def load_autoencoder(
     try:
         class_name = AutoencoderKL.load_config(path).get("_class_name", "AutoencoderKL")
         if class_name not in KINDS:
-            kinds = " or a ".join(KINDS)
-            raise UserError(f"{source} is a {class_name}, not an {kinds}; give the folder of the VAE")
+            raise UserError(
+                f"{source} is a {class_name}, not an AutoencoderKL or a VQModel; give the folder of the VAE"
+            )
+        if class_name == Pixels.__name__:  # a configuration, without weights
+            return Pixels.from_config(Pixels.load_config(path)).to(device).eval()
         vae: Autoencoder = KINDS[class_name].from_pretrained(path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = first_line(error).rstrip(".")
@@ -83,6 +114,8 @@ def encoder_sha256(vae: Autoencoder) -> str:
 
 def downsample_factor(vae: Autoencoder) -> int:
     """Pixels per latent cell, along each side."""
+    if isinstance(vae, Pixels):
+        return 1
     return int(2 ** (len(vae.config["block_out_channels"]) - 1))
 
 
@@ -94,7 +127,7 @@ def latent_channels(vae: Autoencoder) -> int:
 def encoder_info(vae: Autoencoder, source: str | os.PathLike[str], root: str | os.PathLike[str]) -> EncoderInfo:
     """What a manifest in `root` says of the autoencoder that was loaded from `source`."""
     return EncoderInfo(
-        source=relative_source(source, root),
+        source=NO_ENCODER if source == NO_ENCODER else relative_source(source, root),
         sha256=encoder_sha256(vae),
         scale=float(vae.config["scaling_factor"]),
         shift=float(vae.config.get("shift_factor") or 0.0),
@@ -113,6 +146,8 @@ def encode_moments(vae: Autoencoder, images_B3HW: Tensor) -> Tensor:
     """
     images_B3HW = images_B3HW.to(vae.device, vae.dtype)
     match vae:
+        case Pixels():
+            mean_BCHW, std_BCHW = images_B3HW, torch.zeros_like(images_B3HW)
         case AutoencoderKL():
             posterior = vae.encode(images_B3HW).latent_dist
             mean_BCHW = posterior.mean.float()
@@ -130,7 +165,8 @@ def encode_moments(vae: Autoencoder, images_B3HW: Tensor) -> Tensor:
 def decode(vae: Autoencoder, raw_BCHW: Tensor) -> Tensor:
     """Raw latents (scale and shift undone) to pictures [B, 3, H, W] in [-1, 1], float32.
 
-    A `VQModel` quantizes them first.
+    A `VQModel` quantizes them first; `Pixels` are clipped alone.
     """
-    images_B3HW: Tensor = vae.decode(raw_BCHW.to(vae.device, vae.dtype)).sample
+    raw_BCHW = raw_BCHW.to(vae.device, vae.dtype)
+    images_B3HW: Tensor = raw_BCHW if isinstance(vae, Pixels) else vae.decode(raw_BCHW).sample
     return images_B3HW.float().clamp(-1.0, 1.0)

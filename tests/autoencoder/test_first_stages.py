@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from contextlib import closing
+from contextlib import chdir, closing
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from data_tools.cli import main as data_tools
 from finetune import UserError
 from finetune.components import load_components
 from finetune.data.shards import Manifest, ShardSet
-from finetune.models.autoencoder import encode_moments, load_autoencoder
+from finetune.models.autoencoder import Pixels, decode, encode_moments, load_autoencoder
 from tests.autoencoder.runs import arguments
 
 
@@ -86,3 +87,68 @@ def test_a_codebook_goes_from_pictures_to_samples(shards: Path, tmp_path: Path) 
     with pytest.raises(UserError, match="wrong VAE"):
         train(latents, tmp_path / "wrong", f"model.vae={tmp_path / 'other'}")
     assert json.loads((latents / "manifest.json").read_text())["encoder"]["scale"] == encoder.scale
+
+
+def test_pixels_go_from_pictures_to_samples(shards: Path, tmp_path: Path) -> None:
+    """Without an autoencoder: f = 1, three channels, scale 1, and float16 keeps every grey level."""
+    from finetune import export, sample
+
+    latents, run, out = (tmp_path / name for name in ("latents", "run", "out"))
+    (tmp_path / "none").mkdir()  # a folder of that name is not meant
+    with chdir(tmp_path):
+        encode(shards, latents, "none")
+    manifest = Manifest.load(latents)
+    encoder = manifest.encoder
+    assert encoder is not None
+    assert (encoder.source, encoder.channels, encoder.downsample, encoder.scale) == ("none", 3, 1, 1.0)
+    assert encoder.locate(latents) == "none"
+    moments = np.empty((manifest.samples, 6, 16, 16), np.float16)
+    with closing(ShardSet.open(latents)) as held, closing(ShardSet.open(shards)) as pictures:
+        held.read_latents(list(range(manifest.samples)), moments)
+        keys = {held.key(row): row for row in range(manifest.samples)}
+        compared = 0
+        for row in range(len(pictures)):
+            with Image.open(io.BytesIO(pictures.read_member(row, "png"))) as picture:
+                pixels = np.array(picture)
+            if pixels.shape[:2] == (16, 16):
+                mean = torch.from_numpy(moments[keys[pictures.key(row)], :3])[None]
+                exact = decode(Pixels(), mean)[0].add(1).mul(127.5).permute(1, 2, 0).numpy()
+                assert np.abs(exact - pixels).max() < 0.1  # grey levels
+                compared += 1
+    assert compared == 20
+    assert not moments[:, 3:].any()
+
+    assert data_tools(["verify", str(latents)]) in (0, None)
+    train(latents, run)
+    assert list((run / "samples").glob("*.png"))
+    picture_file = tmp_path / "drawn.png"
+    draw = ["--steps", "2", "--seed", "1", "--out", str(picture_file)]
+    assert sample.main([str(run), *draw]) == 0
+    drawn = np.array(Image.open(picture_file))
+    assert drawn.shape == (16, 16, 3)
+    assert data_tools(["preview", str(latents), "--count", "2", "--out", str(tmp_path / "sheet.png")]) in (0, None)
+
+    assert export.main([str(run), "--format", "diffusers", "--out", str(out)]) == 0
+    assert isinstance(load_components(out).vae, Pixels)
+    assert sample.main([str(out), *draw]) == 0
+    np.testing.assert_array_equal(np.array(Image.open(picture_file)), drawn)
+
+
+def test_pixels_cannot_be_mistaken_for_latents(shards: Path, tmp_path: Path) -> None:
+    from finetune.autoencoder.train import main
+
+    encode(shards, tmp_path / "latents", "none")
+    with pytest.raises(UserError, match="wrong VAE"):
+        train(tmp_path / "latents", tmp_path / "run", f"model.vae={make(shards, tmp_path / 'vq')}")
+    with pytest.raises(UserError, match="model.pretrained=none are pixels without an autoencoder"):
+        main(arguments(shards, tmp_path / "run-2", "model.pretrained=none"))
+
+
+def test_pixels_of_any_dtype_stay_exact() -> None:
+    """`encode --dtype bfloat16` does not round them."""
+    every = torch.arange(256.0).view(1, 1, 16, 16).expand(1, 3, 16, 16) / 127.5 - 1
+    pixels = load_autoencoder("none", dtype=torch.bfloat16).to(torch.bfloat16)
+    mean, std = encode_moments(pixels, every).chunk(2, dim=1)
+    assert torch.equal(mean, every)
+    assert not std.any()
+    assert torch.equal(decode(pixels, 2 * every), (2 * every).clamp(-1, 1))

@@ -53,6 +53,7 @@ from finetune.data.shards.labels import (
 )
 from finetune.data.shards.manifest import (
     FORMAT_VERSION,
+    NO_ENCODER,
     Bucket,
     EncoderInfo,
     Kind,
@@ -78,6 +79,7 @@ __all__ = [
     "MAP",
     "MASK",
     "MASKED",
+    "NO_ENCODER",
     "TEXT",
     "UNLABELLED",
     "Bucket",

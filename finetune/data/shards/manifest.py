@@ -18,6 +18,7 @@ from finetune.data.shards.labels import CLASSES
 from finetune.data.shards.store import Root, Store, is_remote, resolve
 
 FORMAT_VERSION = 1
+NO_ENCODER = "none"  # the source of latents that are the pixels themselves
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 Kind = Literal["images", "latents"]
@@ -40,7 +41,7 @@ class ShardInfo:
 class EncoderInfo:
     """The autoencoder that made the latents.
 
-    `source` is a path relative to the manifest's folder (it starts with a dot) or a hub id; `sha256` is of
+    `source` is a path relative to the manifest's folder (it starts with a dot), a hub id, or "none"; `sha256` is of
     the encoder's weights; model latents are (z - shift) * scale; `pixel_range` is what the encoder was fed;
     `channels` is C (a member has 2C); `downsample` is pixels per latent cell.
     """
@@ -60,6 +61,8 @@ class EncoderInfo:
         Raises:
             ShardError: it lies beside shards that are not on this machine.
         """
+        if self.source == NO_ENCODER:
+            return NO_ENCODER
         if is_remote(root):
             if self.source.startswith("."):
                 raise ShardError(
