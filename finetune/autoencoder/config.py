@@ -101,6 +101,13 @@ class LatentScaleConfig:
 
 
 @dataclass
+class EvalConfig:
+    # TorchScript file of the network whose features rFID compares; null: no rFID. finetune/autoencoder/features.py
+    # says how to make that of Inception-v3.
+    features: str | None = None
+
+
+@dataclass
 class Config:
     seed: int = 0
     run: RunConfig = field(default_factory=lambda: RunConfig(name="autoencoder"))
@@ -114,6 +121,7 @@ class Config:
     sample: GridConfig = field(default_factory=GridConfig)
     tracker: LogConfig = field(default_factory=LogConfig)
     scale: LatentScaleConfig = field(default_factory=LatentScaleConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
 
 def load(overrides: Sequence[str]) -> tuple[Config, DictConfig]:

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,13 +29,14 @@ if TYPE_CHECKING:
     from finetune.autoencoder.bottleneck import PenaltyWeights
     from finetune.autoencoder.config import AutoencoderConfig, Config
     from finetune.autoencoder.discriminator import Adversary
+    from finetune.autoencoder.features import FeatureNetwork
     from finetune.autoencoder.lpips import Lpips
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
     from finetune.models.autoencoder import FirstStage
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
-MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale")
+MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale", "eval")
 # Pictures and weights are known by their checksums, not by where they lie.
 MAY_CHANGE_KEYS = (
     *("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards"),
@@ -229,6 +231,33 @@ def build_lpips(config: Config, device: torch.device) -> tuple[Lpips | None, str
     return Lpips(weights).to(device), weights_sha256(weights)
 
 
+def build_features(config: Config, pictures: Pictures, device: torch.device) -> FeatureNetwork | None:
+    """The network whose features rFID compares; without one a line says that it is off.
+
+    Raises:
+        UserError: it can't be used, or too few pictures are held out for any distance.
+    """
+    from finetune.autoencoder.features import FeatureNetwork
+
+    if config.eval.features is None:
+        print("rFID is off: with eval.features=FILE (TorchScript: pictures to features) it is measured at the end")
+        return None
+    network = FeatureNetwork(config.eval.features, device, pictures.buckets[0])
+    count = sum(map(len, pictures.held_out_ids))
+    if count < 2:
+        raise UserError(
+            f"eval.features needs two held-out pictures or more, and there is {count}: raise data.held_out (a "
+            "tenth of the set at most)"
+        )
+    if count <= network.width:  # below it covariances are singular, and the distance grows as pictures get fewer
+        print(
+            f"warning: rFID of {count} pictures in {network.width} features can only be compared with that of as "
+            "many: raise data.held_out",
+            file=sys.stderr,
+        )
+    return network
+
+
 def build_adversary(config: Config, device: torch.device) -> Adversary | None:
     """The discriminator that `config.loss` asks for, or None."""
     import torch
@@ -317,6 +346,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     )
     with closing(pictures), contextlib.ExitStack() as stack:
         require_room(config, min(map(min, pictures.buckets)))
+        network = build_features(config, pictures, device)
         stack.enter_context(closing(RunFolder(run)))
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
         (run / "samples").mkdir(exist_ok=True)
@@ -371,7 +401,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
         _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, device, step, depends_on)
-        return _finish(config, run, pictures, vae, average, device)
+        return _finish(config, run, pictures, vae, average, network, device)
 
 
 def _loop(
@@ -512,11 +542,15 @@ def _finish(
     pictures: Pictures,
     vae: FirstStage,
     average: dict[str, Tensor] | None,
+    network: FeatureNetwork | None,
     device: torch.device,
 ) -> Path:
-    """Measure the latents' scale and held-out PSNR and SSIM, write RUN/vae and the last grid."""
+    """Measure the latents' scale and held-out PSNR, SSIM and rFID, write RUN/vae and the last grid."""
+    import numpy as np
+
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.bottleneck import perplexity
+    from finetune.autoencoder.features import frechet
     from finetune.autoencoder.measure import SSIM_WINDOW, psnr, reconstruct, ssim
     from finetune.checkpoint import publish
 
@@ -540,11 +574,14 @@ def _finish(
         publish(temporary, run / "vae")
         decibels: list[float] = []
         similarities: list[float] = []
+        features: list[tuple[np.ndarray, np.ndarray]] = []
         for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size):
             recon_BHW3 = reconstruct(vae, pixels_BHW3, device)
             decibels += psnr(pixels_BHW3, recon_BHW3).tolist()
             if min(pixels_BHW3.shape[1:3]) >= SSIM_WINDOW:
                 similarities += ssim(pixels_BHW3, recon_BHW3).tolist()
+            if network is not None:
+                features.append((network(pixels_BHW3), network(recon_BHW3)))
         grid = _save_grid(config, run, pictures, vae, device, config.train.steps)
     if decibels:
         result["held_out_psnr_db"] = sum(decibels) / len(decibels)
@@ -552,6 +589,10 @@ def _finish(
     if similarities:
         result["held_out_ssim"] = sum(similarities) / len(similarities)
         print(f"held-out SSIM: {result['held_out_ssim']:.4f} over {len(similarities)} pictures")
+    if features:
+        real_ND, made_ND = (np.concatenate(each) for each in zip(*features, strict=True))
+        result |= {"rfid": frechet(real_ND, made_ND), "rfid_pictures": len(real_ND)}
+        print(f"held-out rFID: {result['rfid']:.3f} over {len(real_ND)} pictures")
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
         log.write(json.dumps(result) + "\n")
     of_latents = f"std {result['latent_std']:.4f}" if "latent_std" in result else "as they were"

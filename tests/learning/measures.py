@@ -61,22 +61,6 @@ def thumbnails(pictures: np.ndarray, side: int = 8) -> np.ndarray:
     return F.adaptive_avg_pool2d(tensor(pictures).double(), side).flatten(1).numpy()
 
 
-def frechet(some: np.ndarray, others: np.ndarray) -> float:
-    """Squared Frechet distance of two sets of features [B, D], taken as Gaussian (Heusel et al. 2017, arXiv
-    1706.08500, eq. 6)."""
-    one, two = torch.from_numpy(some), torch.from_numpy(others)
-    root = symmetric_root(torch.cov(one.T))
-    cross = symmetric_root(root @ torch.cov(two.T) @ root)
-    means = (one.mean(0) - two.mean(0)).square().sum()
-    return float(means + torch.trace(torch.cov(one.T) + torch.cov(two.T) - 2 * cross))
-
-
-def symmetric_root(matrix_DD: Tensor) -> Tensor:
-    """The square root of a positive semi-definite matrix."""
-    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
-    return vectors_DD @ torch.diag(values_D.clamp(min=0).sqrt()) @ vectors_DD.T
-
-
 def tensor(pictures: np.ndarray) -> Tensor:
     """Float32 [B, 3, H, W] in [-1, 1] of [B, H, W, 3] in [0, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() * 2 - 1

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune.autoencoder.features import frechet
 from tests.learning.conftest import SIZE, encode, run
 from tests.learning.drawn import draw, scenes, table, train
-from tests.learning.measures import frechet, thumbnails
+from tests.learning.measures import thumbnails
 from tests.scenes import write_scenes
 
 SCENES = 3000
