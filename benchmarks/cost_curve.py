@@ -3,6 +3,7 @@
     python -m benchmarks.cost_curve --out benchmarks/results/cost_curve.jsonl        # one GPU, below 5 minutes
     python -m benchmarks.cost_curve --factors 4,8 --compiled --seconds 20
     python -m benchmarks.cost_curve                                                  # on a CPU: tiny shapes
+    python -m benchmarks.cost_curve --quality shards --minutes 2 --compiled --out FILE  # see `cost_quality`
 
 Class-conditional U-Nets of about 395M parameters for pictures of 256 px (Rombach et al. 2022, arXiv 2112.10752,
 section 4.1 and table 13), random weights, latents and classes. Training is `finetune train`'s step as
@@ -35,10 +36,13 @@ from diffusers import AutoencoderKL
 from diffusers.utils import logging
 from torch import nn
 
+from benchmarks import cost_quality
 from benchmarks.common import context, record, rounded, save_plot
+from benchmarks.cost_quality import UNETS
 from benchmarks.ranks import waiter
 from benchmarks.train_speed import Trained, Work, measure, peak_tflops, stepping, tflop, trained
 from benchmarks.works import BETAS, MATCHED, SEED, SHAPES, channels_of
+from finetune import UserError
 from finetune.models.autoencoder import decode
 from finetune.sampling import draw_noise, generators, make_scheduler, sample
 
@@ -205,6 +209,40 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, hardware: str) -> None:
     save_plot(figure, out)
 
 
+def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of part two, recorded.
+
+    Raises:
+        UserError: the pictures are not fit for it.
+    """
+    on_gpu = torch.cuda.is_available()
+    given = dict(one.split("=", 1) for one in arguments.vae)
+    arguments.kept.mkdir(parents=True, exist_ok=True)
+    measure = cost_quality.Quality(
+        arguments.quality,
+        arguments.kept,
+        seconds=60 * arguments.minutes,
+        steps=(arguments.classifier_steps, arguments.first_stage_steps),
+        count=arguments.pictures,
+        ddim=arguments.ddim,
+        batch=arguments.batch or (256 if on_gpu else 8),
+        compiled=arguments.compiled,
+        shrink=1 if on_gpu else 8,
+    )
+    rows = []
+    for factor in arguments.factors:
+        row: dict[str, Any] = {"work": "cost_quality", "variant": "compiled" if arguments.compiled else "eager"}
+        row |= {"factor": factor, "pixels": cost_quality.PIXELS, "precision": "bf16" if on_gpu else "fp32"}
+        try:
+            row |= measure.of(factor, given.get(str(factor)))
+        except (UserError, RuntimeError) as error:
+            row["error"] = str(error).splitlines()[0][:300]
+        rows.append(row)
+        record(arguments.out, {key: rounded(value) for key, value in row.items()} | measured_on)
+        free(measure.device)
+    return rows
+
+
 def factors_of(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -212,13 +250,28 @@ def factors_of(text: str) -> list[int]:
 def main() -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--factors", type=factors_of, default=[*MATCHED], help="of 1,2,4,8,16,32")
+    parser.add_argument("--factors", type=factors_of, help="of 1,2,4,8,16,32 (default: all; for --quality 1,2,4,8)")
     parser.add_argument("--batch", type=int, help="images of a step, halved until they fit (default: by f)")
     parser.add_argument("--seconds", type=float, default=8.0 if on_gpu else 0.1, help="timed training of each f")
     parser.add_argument("--ddim", type=int, default=50 if on_gpu else 4, help="steps of sampling")
     parser.add_argument("--compiled", action="store_true", help="fast U-Nets, as by default on a GPU")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well, and plotted beside it")
+    quality = parser.add_argument_group("quality at equal time, on pictures (see benchmarks.cost_quality)")
+    quality.add_argument(
+        "--quality", type=Path, metavar="SHARDS", help="measure this instead, on these image shards"
+    )
+    quality.add_argument(
+        "--kept", type=Path, default=Path("runs/cost_curve"), help="first stages, latents, pictures"
+    )
+    quality.add_argument("--minutes", type=float, default=2.0, help="of training, for each f")
+    quality.add_argument("--vae", action="append", default=[], metavar="F=MODEL", help="a first stage to take")
+    quality.add_argument("--first-stage-steps", type=int, default=4000 if on_gpu else 20)
+    quality.add_argument("--classifier-steps", type=int, default=3000 if on_gpu else 20)
+    quality.add_argument("--pictures", type=int, default=4096 if on_gpu else 80, help="drawn, for each f")
     arguments = parser.parse_args()
+    arguments.factors = arguments.factors or [*(UNETS if arguments.quality else MATCHED)]
+    if arguments.quality and (unknown := set(arguments.factors) - set(UNETS)):
+        parser.error(f"{min(unknown)} is not one of {', '.join(map(str, UNETS))}, of which quality is measured")
     if unknown := set(arguments.factors) - set(MATCHED):
         parser.error(f"{min(unknown)} is not one of {', '.join(map(str, MATCHED))}")
     if arguments.out is not None and importlib.util.find_spec("matplotlib") is None:
@@ -226,6 +279,15 @@ def main() -> None:
     logging.set_verbosity_error()  # it warns of casts to bf16 that are meant
     device = torch.device("cuda" if on_gpu else "cpu")
     measured_on, rows = context(), []
+    if arguments.quality:
+        try:
+            rows = quality_rows(arguments, measured_on)
+        except UserError as error:
+            parser.error(str(error))
+        cost_quality.table(rows)
+        if arguments.out is not None:
+            cost_quality.draw(rows, arguments.out.with_suffix(".quality.png"), measured_on["hardware"])
+        return
     for factor in arguments.factors:
         row: dict[str, Any] = {"work": "cost_curve", "variant": "compiled" if arguments.compiled else "eager"}
         row |= {"factor": factor, "pixels": 256 if on_gpu else 128, "precision": "bf16"}

@@ -209,6 +209,7 @@ def stepping(
     source: Iterator[Batch],
     global_batch: int,
     averages: Sequence[Average] = (),
+    lr: float = LR,
 ) -> Callable[[], StepResult]:
     """`finetune train`'s step, on one batch of this rank's; a call makes one."""
     images_seen = 0
@@ -222,7 +223,7 @@ def stepping(
             source,
             micro_batches=1,
             global_batch=global_batch,
-            lr=LR,
+            lr=lr,
             dropout=0.0,
             seed=SEED,
             averages=averages,

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import cost_curve, profile_step, scaling, train_speed
+from benchmarks import cost_curve, cost_quality, profile_step, scaling, train_speed
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
+from data_tools import emoji
+from finetune.data.shards import ShardWriter, json_bytes
 from finetune.models.fast import blocks
+from finetune.models.unet import build_unet
 from tests.conftest import ROOT, environment
 
 FIELDS = {"work", "variant", "hardware", "versions", "date", "commit"}
@@ -244,6 +251,83 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     given = argparse.Namespace(batch=13, seconds=0.0, compiled=False, ddim=1)
     row = cost_curve.curve_point(1, given, torch.device("cpu"))
     assert tried == [13, 6, 3] and (row["batch"], row["images_per_s"]) == (3, 6.0)
+
+
+def write_squares(folder: Path) -> Path:
+    """Eight captions, a colour and a size each, with four squares."""
+    generator = np.random.default_rng(0)
+    with ShardWriter(folder, "images") as writer:
+        for index in range(32):
+            colour, size = np.array([220, 40, 40])[[index % 3, index // 3 % 3, 2]], (20, 40)[index % 2]
+            pixels = np.full((64, 64, 3), 255, np.uint8)
+            top, left = generator.integers(0, 64 - size, 2)
+            pixels[top : top + size, left : left + size] = colour
+            file = io.BytesIO()
+            Image.fromarray(pixels).save(file, "PNG")
+            members = {"png": file.getvalue(), "json": json_bytes({"captions": [f"thing {index % 8}"]})}
+            writer.write(f"{index:05d}", members, (64, 64))
+        writer.finish()
+    return folder
+
+
+def test_frechet_distance_of_gaussians_is_known():
+    """Of independent features: the sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
+    generator = np.random.default_rng(0)
+    some, others = generator.standard_normal((2, 20_000, 3))
+    wanted = 0.5**2 + 1**2 + 0 + 0 + (2 - 1) ** 2 + (0.5 - 1) ** 2
+    some_else = some * [1, 2, 0.5] + [0.5, -1, 0]
+    found = cost_quality.frechet(some_else, others)
+    assert found == pytest.approx(wanted, rel=0.03)
+    turned = np.linalg.qr(generator.standard_normal((3, 3)))[0]
+    assert cost_quality.frechet(some_else @ turned, others @ turned) == pytest.approx(found)
+    assert cost_quality.frechet(some, some) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_last_of_three_pictures_is_held_out():
+    held = cost_quality.held_out_of(np.array([0, 1, 0, 2, 0, 1, 2, 2, 2]))
+    assert np.flatnonzero(held).tolist() == [4, 8]
+
+
+def test_u_nets_whose_quality_is_compared_are_of_one_size():
+    sizes = []
+    for factor in cost_quality.UNETS:
+        with FakeTensorMode():
+            unet = build_unet(cost_quality.unet_config(factor, 4, 1))
+        sizes.append(sum(p.numel() for p in unet.parameters()))
+    assert max(sizes) / min(sizes) < 1.07
+
+
+def test_quality_is_measured_on_pictures(tmp_path, monkeypatch, capsys):
+    shards, out = write_squares(tmp_path / "shards"), tmp_path / "curve.jsonl"
+    given = ["--quality", str(shards), "--kept", str(tmp_path / "kept"), "--factors", "1", "--minutes", "0.001"]
+    given += ["--pictures", "16", "--ddim", "2", "--batch", "2", "--classifier-steps", "10", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["cost_curve", *given])
+    cost_curve.main()
+    (row,) = [json.loads(line) for line in out.read_text().splitlines()]
+    assert row.keys() >= FIELDS and "error" not in row
+    assert (row["factor"], row["latents"], row["drawn"], row["pictures"]) == (1, [3, 64, 64], 16, 32)
+    # Pixels are kept as they are; what was hardly trained draws nothing like the pictures.
+    assert row["frechet_first_stage"] == pytest.approx(row["frechet_real"])
+    assert row["frechet"] > row["frechet_real"] > 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "1"
+    assert Image.open(tmp_path / "kept/drawn-f1.png").size[0] > 64
+    assert (tmp_path / "curve.quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_quality_of_latents_is_that_of_a_first_stage_made_here(tmp_path):
+    shards, kept = write_squares(tmp_path / "shards"), tmp_path / "kept"
+    given = ("--quality", str(shards), "--kept", str(kept), "--factors", "8", "--minutes", "0.02", "--ddim", "2")
+    (row,) = lines("cost_curve", *given, "--pictures", "32", "--first-stage-steps", "5", "--classifier-steps", "10")
+    assert row["latents"] == [4, 8, 8] and row["frechet_first_stage"] > row["frechet_real"]
+    assert (kept / "first-stage-f8/vae").is_dir() and (kept / "latents-f8/manifest.json").is_file()
+
+
+def test_pictures_that_no_classifier_can_tell_apart_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cost_curve", "--quality", str(emoji.path()), "--kept", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        cost_curve.main()
+    assert "no caption has three pictures" in capsys.readouterr().err
 
 
 @pytest.mark.slow
