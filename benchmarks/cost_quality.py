@@ -1,10 +1,9 @@
 """Quality at equal GPU-minutes: small U-Nets of matched size on pictures of 64 px, for f = 1, 2, 4 and 8.
 
 `python -m benchmarks.cost_curve --quality SHARDS` runs it. For each f the first stage is trained (`finetune
-autoencoder`, L1 and KL alone) or taken and pictures are encoded (`data-tools encode`); for f = 1 they are written
-as latents themselves. Then an unconditional U-Net of 20M parameters learns epsilon for the same time on the clock,
-by `finetune train`'s step. Neither what comes before counts, nor compiling: a first stage is made once for many
-models.
+autoencoder`, L1 and KL alone) or taken and pictures are encoded (`data-tools encode`; `--vae none` for f = 1). Then
+an unconditional U-Net of 20M parameters learns epsilon for the same time on the clock, by `finetune train`'s step.
+Neither what comes before counts, nor compiling: a first stage is made once for many models.
 
 frechet              squared Frechet distance (Heusel et al. 2017, arXiv 1706.08500) of drawn pictures to all real
                      ones, over the 64 features before the last layer of a classifier trained here on the real
@@ -17,7 +16,6 @@ classifier_accuracy  on a picture held out of each caption that has three or mor
 from __future__ import annotations
 
 import contextlib
-import shutil
 import subprocess
 import sys
 import time
@@ -28,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,16 +33,17 @@ from benchmarks.common import save_plot
 from benchmarks.ranks import waiter
 from benchmarks.works import BETAS, MAX_GRAD_NORM, SEED, schedule, stepping
 from finetune import UserError, pictures
+from finetune.autoencoder.features import frechet
 from finetune.autoencoder.pictures import PICTURE_MEMBERS
 from finetune.autoencoder.pictures import decode as decode_picture
 from finetune.data.loader import Data, Samples
 from finetune.data.order import Order, Source
-from finetune.data.shards import LATENT, EncoderInfo, ShardSet, ShardWriter, json_bytes, latent_bytes
+from finetune.data.shards import NO_ENCODER, ShardSet
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace, to_raw
 from finetune.models import fast
-from finetune.models.autoencoder import decode, encode_moments, load_autoencoder
+from finetune.models.autoencoder import Autoencoder, decode, encode_moments, load_autoencoder
 from finetune.models.unet import build_unet
 from finetune.objective import LatentDiffusion, Objective
 from finetune.sampling import draw_noise, generators, make_scheduler, sample, to_pil
@@ -157,19 +155,6 @@ def features(model: Classifier, images: Tensor) -> np.ndarray:
     return np.concatenate([model.features(part.to(device)).double().cpu().numpy() for part in images.split(_PIECE)])
 
 
-def frechet(a_ND: np.ndarray, b_ND: np.ndarray) -> float:
-    """Squared distance of two Gaussians with the moments of two sets: |m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)).
-
-    Heusel et al. 2017 (arXiv 1706.08500), eq. 6. The trace of the root is by eigenvalues of A^(1/2) B A^(1/2).
-    """
-    a, b = np.cov(a_ND, rowvar=False), np.cov(b_ND, rowvar=False)
-    values, vectors = np.linalg.eigh(a)
-    root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b @ root), 0, None)).sum()
-    squared = np.sum((a_ND.mean(0) - b_ND.mean(0)) ** 2) + np.trace(a) + np.trace(b) - 2 * cross
-    return max(0.0, float(squared))  # rounding
-
-
 # --- the models ---------------------------------------------------------------------------------------
 
 
@@ -206,15 +191,12 @@ def command(*words: str) -> None:
 
 def latents_of(
     shards: Path, factor: int, given: str | None, kept: Path, *, steps: int, batch: int, shrink: int
-) -> tuple[Path, AutoencoderKL | None]:
+) -> tuple[Path, Autoencoder]:
     """(shards of latents, the first stage), made in `kept` unless they are there."""
     vae, latents = given, kept / f"latents-f{factor}"
     if factor == 1:
-        if not (latents / "manifest.json").is_file():
-            shutil.rmtree(latents, ignore_errors=True)  # half written
-            write_pixels(read_pictures(shards)[0], latents)
-        return latents, None
-    if vae is None:
+        vae = NO_ENCODER
+    elif vae is None:
         run = kept / f"first-stage-f{factor}"
         if not (run / "vae").is_dir():
             widths, channels = STAGES[factor]
@@ -234,16 +216,6 @@ def latents_of(
     if not (latents / "manifest.json").is_file():
         command("data_tools", "encode", str(shards), "--vae", vae, "--out", str(latents), "--size", str(PIXELS))
     return latents, load_autoencoder(vae)
-
-
-def write_pixels(pixels_BHW3: np.ndarray, folder: Path) -> None:
-    """Pictures in [-1, 1] as latents of f = 1 that are certain: their standard deviation is 0."""
-    with ShardWriter(folder, "latents", members=(LATENT, "json")) as writer:
-        for index, pixels_HW3 in enumerate(pixels_BHW3):
-            mean_3HW = pixels_HW3.transpose(2, 0, 1) / np.float32(127.5) - 1
-            members = {LATENT: latent_bytes(np.concatenate([mean_3HW, np.zeros_like(mean_3HW)]))}
-            writer.write(f"{index:09d}", members | {"json": json_bytes({})}, (PIXELS, PIXELS))
-        writer.finish(EncoderInfo("pixels", "0" * 64, 1.0, 0.0, "float32", (-1.0, 1.0), channels=3, downsample=1))
 
 
 def learn(
@@ -305,15 +277,10 @@ def learn(
     return averaged.eval(), space, said
 
 
-def to_pictures(raw: Tensor, vae: AutoencoderKL | None) -> Tensor:
-    """Raw latents to pictures in [-1, 1]; without a first stage they are pictures."""
-    return raw.float().clamp(-1, 1) if vae is None else decode(vae, raw)
-
-
 @torch.no_grad()
 def drawn(
     unet: nn.Module,
-    vae: AutoencoderKL | None,
+    vae: Autoencoder,
     space: LatentSpace,
     shape: tuple[int, int, int],
     count: int,
@@ -327,7 +294,7 @@ def drawn(
         noise = draw_noise(generators(range(first, min(first + _PIECE, count))), shape).to(device)
         with cast:
             z = sample(unet, {}, None, noise, make_scheduler("ddim", BETAS), steps, 1.0)
-        made.append(to_pictures(to_raw(z, space), vae).cpu())
+        made.append(decode(vae, to_raw(z, space)).cpu())
     return torch.cat(made)
 
 
@@ -377,7 +344,7 @@ class Quality:
         latents, vae = latents_of(
             self.shards, factor, given, self.kept, steps=steps, batch=batch, shrink=self.shrink
         )
-        vae = None if vae is None else vae.to(self.device)
+        vae.to(self.device)
         encoder = ShardSet.open(latents, "latents").manifest.encoder
         assert encoder is not None
         config = unet_config(factor, encoder.channels, self.shrink)
@@ -397,10 +364,8 @@ class Quality:
             "pictures": len(self.pixels),
         }
 
-    def reconstructed(self, vae: AutoencoderKL | None) -> Tensor:
+    def reconstructed(self, vae: Autoencoder) -> Tensor:
         images = to_signed(self.some, torch.device("cpu"))
-        if vae is None:
-            return images
         means = (encode_moments(vae, part).chunk(2, dim=1)[0] for part in images.split(_PIECE))
         return torch.cat([decode(vae, mean).cpu() for mean in means])
 

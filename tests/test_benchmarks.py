@@ -270,19 +270,6 @@ def write_squares(folder: Path) -> Path:
     return folder
 
 
-def test_frechet_distance_of_gaussians_is_known():
-    """Of independent features: the sum of (m_a - m_b)^2 + (s_a - s_b)^2."""
-    generator = np.random.default_rng(0)
-    some, others = generator.standard_normal((2, 20_000, 3))
-    wanted = 0.5**2 + 1**2 + 0 + 0 + (2 - 1) ** 2 + (0.5 - 1) ** 2
-    some_else = some * [1, 2, 0.5] + [0.5, -1, 0]
-    found = cost_quality.frechet(some_else, others)
-    assert found == pytest.approx(wanted, rel=0.03)
-    turned = np.linalg.qr(generator.standard_normal((3, 3)))[0]
-    assert cost_quality.frechet(some_else @ turned, others @ turned) == pytest.approx(found)
-    assert cost_quality.frechet(some, some) == pytest.approx(0, abs=1e-9)
-
-
 def test_the_last_of_three_pictures_is_held_out():
     held = cost_quality.held_out_of(np.array([0, 1, 0, 2, 0, 1, 2, 2, 2]))
     assert np.flatnonzero(held).tolist() == [4, 8]
@@ -297,6 +284,7 @@ def test_u_nets_whose_quality_is_compared_are_of_one_size():
     assert max(sizes) / min(sizes) < 1.07
 
 
+@pytest.mark.slow
 def test_quality_is_measured_on_pictures(tmp_path, monkeypatch, capsys):
     shards, out = write_squares(tmp_path / "shards"), tmp_path / "curve.jsonl"
     given = ["--quality", str(shards), "--kept", str(tmp_path / "kept"), "--factors", "1", "--minutes", "0.001"]
