@@ -61,6 +61,7 @@ class TextEncoderConfig:
     hidden_size: int = 64
     layers: int = 2
     heads: int = 4
+    embedding_std: float = 0.02  # of words at the start, CLIP's; 4 keeps all words of a caption apart in short runs
 
 
 @dataclass

@@ -200,6 +200,7 @@ def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value
         ("sample.seed", 10**30),
         ("model.scheduler.num_train_timesteps", 0),  # IndexError at the first step
         ("model.scheduler.beta_end", 4.0),
+        ("model.text_encoder.embedding_std", 0.0),
         ("ema.halflife_images", -5),
     ],
 )

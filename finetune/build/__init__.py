@@ -140,6 +140,7 @@ def _text(config: Config, world: World, run: Path, data: Data) -> Text:
         settings.hidden_size,
         settings.layers,
         settings.heads,
+        embedding_std=settings.embedding_std,
         seed=fold(config.seed, "text encoder"),
     )
     return caption_conditioner(tokenizer, encoder, trained=True)

@@ -74,6 +74,7 @@ def check(config: Config) -> None:
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
         "watch.start_s": config.watch.start_s,
         "model.scheduler.shift": schedule.shift,
+        "model.text_encoder.embedding_std": config.model.text_encoder.embedding_std,
         "objective.gamma": objective.gamma,
         "objective.huber_delta": objective.huber_delta,
         "objective.logit_std": objective.logit_std,

@@ -8,6 +8,7 @@ and written in the 256 byte symbols of GPT-2; a word's last symbol carries `</w>
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from finetune import UserError, first_line
@@ -28,6 +29,7 @@ from finetune.models.single_file import open_file
 from finetune.models.sources import download, fetch, fetch_file, local_folder, relative_source, weights_sha256
 
 CLIP = "openai/clip-vit-large-patch14"
+CLIP_EMBEDDING_STD = 0.02
 _TOKENIZER_FILES = ("vocab.json", "tokenizer.json")
 Encoder = TypeVar("Encoder", CLIPTextModel, CLIPTextModelWithProjection)
 
@@ -183,21 +185,31 @@ def build_text_encoder(
     heads: int,
     *,
     intermediate_size: int | None = None,
+    embedding_std: float = CLIP_EMBEDDING_STD,
     seed: int = 0,
 ) -> CLIPTextModel:
     """Build a CLIP text transformer with random weights that depend on `seed` alone.
 
     Vocabulary, length and the ids of begin, end and padding are the tokenizer's.
 
+    At CLIP's `embedding_std` what the layers add, 0.5 and more, drowns the words: trained with a U-Net alone, the
+    layers soon tell of little but the word that most of the loss hangs on, and the last norm shrinks the others.
+    Embeddings that are larger than what is added keep each word in the state at its place.
+
     Args:
         hidden_size: width, which is the U-Net's `cross_attention_dim`.
         intermediate_size: of the MLP; four times the width by default.
+        embedding_std: of the words' embeddings; those of the places have half of it where it is not CLIP's.
 
     Raises:
-        UserError: `hidden_size` is no multiple of `heads`.
+        UserError: `hidden_size` is no multiple of `heads`, or `embedding_std` is not positive.
     """
     if hidden_size % heads:
         raise UserError(f"text encoder: hidden size {hidden_size} is no multiple of {heads} heads")
+    if not 0 < embedding_std < math.inf:
+        raise UserError(
+            f"text encoder: embedding_std={embedding_std:g} must be greater than 0 and finite (CLIP's is 0.02)"
+        )
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -212,7 +224,14 @@ def build_text_encoder(
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return CLIPTextModel(config)
+        encoder = CLIPTextModel(config)
+    if embedding_std != CLIP_EMBEDDING_STD:
+        for name, module in encoder.named_modules():
+            if isinstance(module, nn.Embedding):
+                std = embedding_std if name.endswith("token_embedding") else embedding_std / 2
+                with torch.no_grad():  # as drawn, but for the scale
+                    module.weight.mul_(std / module.weight.std())
+    return encoder
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, max_length: int = 77) -> CLIPTokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 
 import pytest
@@ -105,6 +106,35 @@ def test_built_encoder_fits_its_tokenizer_and_leaves_the_global_generator_alone(
     assert config.eos_token_id == config.pad_token_id == tokenizer.eos_token_id
     with pytest.raises(UserError, match="no multiple of 3 heads"):
         text.build_text_encoder(tokenizer, 32, 1, 3)
+
+
+@torch.no_grad()
+def test_large_embeddings_keep_each_word_at_its_place(tokenizer):
+    """States of captions that differ in one word differ there, and hardly after it; with CLIP's they don't so."""
+
+    def differ(embedding_std):
+        encoder = text.build_text_encoder(tokenizer, 64, 2, 4, embedding_std=embedding_std)
+        ids_BL = torch.full((8, 6), tokenizer.eos_token_id)
+        ids_BL[:, :3] = torch.tensor([tokenizer.bos_token_id, 5, 6])
+        ids_BL[:, 2] += torch.arange(8)
+        return text.encode_text(encoder, ids_BL).std(dim=0).mean(dim=-1)
+
+    clip_L, large_L = differ(text.CLIP_EMBEDDING_STD), differ(4.0)
+    assert large_L[2] > 0.7 and (large_L[3:] < 0.1).all()
+    assert clip_L[2] < 0.5 and (clip_L[3:] > 0.1).all()
+    for std in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(UserError, match="embedding_std=.* must be greater than 0 and finite"):
+            text.build_text_encoder(tokenizer, 64, 2, 4, embedding_std=std)
+
+
+def test_embeddings_keep_clips_scale_unless_told_otherwise(tokenizer):
+    def stds(**options):
+        encoder = text.build_text_encoder(tokenizer, 64, 2, 4, **options)
+        named = {name.rsplit(".", 2)[-2]: weight.std().item() for name, weight in encoder.named_parameters()}
+        return named["token_embedding"], named["position_embedding"]
+
+    assert stds() == pytest.approx((0.02, 0.02), rel=0.05)
+    assert stds(embedding_std=4.0) == pytest.approx((4.0, 2.0), rel=1e-4)
 
 
 @torch.no_grad()
