@@ -43,7 +43,7 @@ class PicturesConfig:
     size: int | None = None  # pixels: shorter side resized to it, centre cropped; null: as stored
     flip: bool = False  # mirror half of the pictures, drawn anew each time
     held_out: int = 64  # pictures kept out of training for PSNR, SSIM and grids, at most a tenth of the set
-    cache_gib: float = 2.0  # decoded pictures are kept in memory when all of them fit in this
+    cache_gib: float = 2.0  # each process keeps decoded pictures in memory when all of them fit in this
     readers: int = 2  # threads that decode
 
 
@@ -76,7 +76,7 @@ class LossConfig:
 @dataclass
 class TrainConfig:
     steps: int = 10_000
-    global_batch: int = 16
+    global_batch: int = 16  # pictures a step, over all processes
     decoder_only: bool = False  # of model.pretrained: latents, scale and shift stay as they are
     precision: str = "fp32"  # fp32 | bf16 (autocast; the weights stay fp32)
     device: str = "auto"  # auto | cpu | cuda

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from finetune import rng
 from finetune.autoencoder.loss import hinge_discriminator_loss
+from finetune.autoencoder.together import SharedBatchNorm, sum_gradients
+from finetune.distributed import World
 
 KERNEL = 4
 WIDEST = 8  # the last layers have this many times the width of the first
@@ -44,13 +46,14 @@ class PatchDiscriminator(nn.Module):
         layers: of stride 2, at least 1.
         width: channels of the first.
         seed: the initial weights are a function of it alone.
+        world: the processes that share a batch; None for one.
     """
 
-    def __init__(self, layers: int = 3, width: int = 64, *, seed: int) -> None:
+    def __init__(self, layers: int = 3, width: int = 64, *, seed: int, world: World | None = None) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]), torch.no_grad():  # layers draw from torch's global generator
             torch.manual_seed(rng.fold(seed, "discriminator weights"))
-            self.blocks = nn.Sequential(*self._layers(layers, width))
+            self.blocks = nn.Sequential(*self._layers(layers, width, world))
             for module in self.blocks:
                 if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
                     module.weight.normal_(float(isinstance(module, nn.BatchNorm2d)), 0.02)
@@ -58,7 +61,7 @@ class PatchDiscriminator(nn.Module):
                         module.bias.zero_()
 
     @staticmethod
-    def _layers(layers: int, width: int) -> list[nn.Module]:
+    def _layers(layers: int, width: int, world: World | None) -> list[nn.Module]:
         blocks: list[nn.Module] = [nn.Conv2d(3, width, KERNEL, stride=2, padding=1), nn.LeakyReLU(0.2)]
         channels = width
         for layer in range(1, layers + 1):
@@ -66,7 +69,7 @@ class PatchDiscriminator(nn.Module):
             stride = 2 if layer < layers else 1
             blocks += [
                 nn.Conv2d(channels, out, KERNEL, stride=stride, padding=1, bias=False),  # the norm has one
-                nn.BatchNorm2d(out, track_running_stats=False),
+                SharedBatchNorm(out, world),
                 nn.LeakyReLU(0.2),
             ]
             channels = out
@@ -85,6 +88,7 @@ class Adversary:
     model: PatchDiscriminator
     optimizer: torch.optim.Optimizer
     weight: float
+    world: World | None = None  # the processes that train it together; None for one
 
     def judge(self, image_B3HW: Tensor, bf16: bool) -> Tensor:
         """Logits in float32, [B, 1, h, w]."""
@@ -95,12 +99,18 @@ class Adversary:
     def learn(self, image_B3HW: Tensor, recon_B3HW: Tensor, *, max_grad_norm: float, bf16: bool) -> Tensor:
         """One step of its own on pictures and their (detached) reconstructions; returns its loss, a scalar.
 
+        With several processes that is this one's share of it.
+
         Real and reconstructed pictures are judged apart: together they would share the norms' statistics, which
         tell the two from each other.
         """
         loss = hinge_discriminator_loss(self.judge(image_B3HW, bf16), self.judge(recon_B3HW.detach(), bf16))
+        if self.world is not None:
+            loss = loss / self.world.size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        if self.world is not None:
+            sum_gradients(self.model.parameters(), self.world)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
         self.optimizer.step()
         return loss.detach()

@@ -6,6 +6,7 @@ perceptual part of the reconstruction is in `lpips`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -75,15 +76,22 @@ def generator_loss(fake: Tensor) -> Tensor:
     return -fake.mean()
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, delta: float = 1e-6) -> Tensor:
+def adaptive_weight(
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    delta: float = 1e-6,
+    whole: Callable[[Tensor], Tensor] = lambda gradient: gradient,
+) -> Tensor:
     """|d reconstruction / d last_layer| / (|d adversarial / d last_layer| + delta), a scalar without a gradient.
 
     With it both losses pull on the decoder's last layer equally hard, whatever their units.
 
-    Esser et al. 2021 (arXiv 2012.09841), equation 7. Both losses are scalars; their graphs are kept.
+    Esser et al. 2021 (arXiv 2012.09841), equation 7. Both losses are scalars; their graphs are kept. Where they
+    are a share of the batch's, `whole` makes the gradient of the batch of that of the share.
     """
     norms = [
-        torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float().norm()
+        whole(torch.autograd.grad(loss, last_layer, retain_graph=True)[0].float()).norm()
         for loss in (reconstruction, adversarial)
     ]
     return norms[0] / (norms[1] + delta)

@@ -1,24 +1,28 @@
 """`finetune autoencoder`: train the first stage on image shards.
 
-A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images
-seen, so the same command after a kill goes on as if nothing had happened.
+A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images seen, so
+the same command after a kill goes on as if nothing had happened, and on however many processes: torchrun's, say.
+Each takes its share of every batch and keeps all of model and optimizer, as data parallelism does: models of this
+size need no sharding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
+import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import UserError
+from finetune import UserError, by_all
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
     from finetune.autoencoder.lpips import Lpips
     from finetune.autoencoder.pictures import Pictures
     from finetune.data.order import Order
+    from finetune.distributed import World
     from finetune.models.autoencoder import FirstStage
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
@@ -56,6 +61,7 @@ examples:
   finetune autoencoder data.shards=shards run.dir=runs/vq model=vq_f4 data.size=256
   finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
   finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
+  torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards train.global_batch=64 run.dir=runs/vae
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
 """
 
@@ -68,18 +74,29 @@ def main(argv: Sequence[str]) -> int:
     """
     from finetune.autoencoder import config as schema
     from finetune.config import describe
-    from finetune.terminal import quiet_libraries
+    from finetune.terminal import speak_in_turn
 
     if any(argument in ("-h", "--help") for argument in argv):
         print(f"{USAGE}\n{describe(schema.NAME, schema.Config, schema.FOLDER)}")
         return 0
     if options := [argument for argument in argv if argument.startswith("-")]:
         raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
-    config, composed = schema.load(argv)
-    quiet_libraries()
+    if wanted := [argument for argument in argv if argument.startswith("strategy=")]:
+        raise UserError(
+            f"{wanted[0]}: models of this size are trained by data parallelism alone, which torchrun starts; "
+            "leave it out"
+        )
+    return speak_in_turn(lambda: _run(argv))
 
+
+def _run(argv: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
+    from finetune.autoencoder import config as schema
+    from finetune.terminal import quiet_libraries
+
+    config, composed = schema.load(argv)
+    quiet_libraries()
     settings = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(settings, dict)
     train(config, {str(key): value for key, value in settings.items()}, OmegaConf.to_yaml(composed))
@@ -181,51 +198,72 @@ def step_once(
     lpips: Lpips | None = None,
     lpips_weight: float = 1.0,
     adversary: Adversary | None = None,
+    world: World | None = None,
 ) -> dict[str, Tensor]:
     """One step of the autoencoder, and then one of the discriminator on the same reconstructions, if there is one.
 
     Returns:
         Detached scalars: loss (what was minimised), l1, the penalty's terms, lpips (batch means), gradient norm;
         with a discriminator its loss, the loss that it gives to the autoencoder, and that one's weight. With a
-        codebook `uses_K` too, [K]: how often each entry was used.
+        codebook `uses_K` too, [K]: how often each entry was used. Of several processes (`world`) each returns its
+        share, which `_of_all` sums.
     """
     import torch
 
     from finetune.autoencoder import bottleneck
     from finetune.autoencoder.loss import adaptive_weight, first_stage_loss, generator_loss
+    from finetune.autoencoder.together import sum_gradients
 
     with torch.autocast(image_B3HW.device.type, torch.bfloat16, enabled=bf16):
         passed = bottleneck.run(vae, image_B3HW, eps_BCHW, penalty)
     recon_B3HW = passed.recon.float()
+    processes = 1 if world is None else world.size
     distance_B = None if lpips is None else lpips(image_B3HW, recon_B3HW, bf16)
     loss = first_stage_loss(image_B3HW, recon_B3HW, passed.penalty, distance_B, lpips_weight)
-    total = loss.total.mean()
-    judged: dict[str, Tensor] = {} if distance_B is None else {"lpips": distance_B.detach().mean()}
+    total = loss.total.mean() / processes
+    judged: dict[str, Tensor] = {} if distance_B is None else {"lpips": distance_B.detach().mean() / processes}
     if adversary is not None:
-        adversarial = generator_loss(adversary.judge(recon_B3HW, bf16))
-        last_layer = vae.decoder.conv_out.weight
-        weight = adversary.weight * adaptive_weight(loss.reconstruction.mean(), adversarial, last_layer)
+        adversarial = generator_loss(adversary.judge(recon_B3HW, bf16)) / processes
+        weight = adversary.weight * adaptive_weight(
+            loss.reconstruction.mean() / processes,
+            adversarial,
+            vae.decoder.conv_out.weight,
+            whole=(lambda gradient: gradient) if world is None else world.sum_,
+        )
         total = total + weight * adversarial
         judged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
     optimizer.zero_grad(set_to_none=True)
     total.backward(inputs=_trained(vae))  # not the discriminator's: this step is not its own
+    if world is not None:
+        sum_gradients(_trained(vae), world)
     grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
     optimizer.step()
     if adversary is not None:
         judged["discriminator"] = adversary.learn(image_B3HW, recon_B3HW, max_grad_norm=max_grad_norm, bf16=bf16)
-    parts = {"l1": loss.l1.detach().mean(), **{name: term_B.mean() for name, term_B in passed.terms.items()}}
+    parts = {"l1": loss.l1.detach().mean() / processes}
+    parts |= {name: term_B.mean() / processes for name, term_B in passed.terms.items()}
     if passed.uses is not None:
         parts["uses_K"] = passed.uses
     return {"loss": total.detach(), **parts, **judged, "grad_norm": grad_norm.detach()}
 
 
-def build_lpips(config: Config, device: torch.device) -> tuple[Lpips | None, str | None]:
+def _of_all(values: dict[str, Tensor], world: World) -> dict[str, Tensor]:
+    """What `step_once` returned, of the global batch: shares are summed over processes."""
+    from finetune.autoencoder.together import sum_tensors
+
+    sum_tensors([value for name, value in values.items() if name not in ("grad_norm", "adversarial_weight")], world)
+    return values
+
+
+def build_lpips(
+    config: Config, device: torch.device, say: Callable[[str], None] = print
+) -> tuple[Lpips | None, str | None]:
     """LPIPS with the weights that `config.loss` names, and their sha256; without any a line says that it is off."""
     from finetune.autoencoder.lpips import Lpips, read_lpips
     from finetune.models.sources import weights_sha256
 
     if config.loss.lpips is None:
-        print("LPIPS is off: with loss.lpips=FILE (VGG16 and LPIPS's heads) reconstructions get sharper")
+        say("LPIPS is off: with loss.lpips=FILE (VGG16 and LPIPS's heads) reconstructions get sharper")
         return None, None
     weights = read_lpips(config.loss.lpips, config.loss.lpips_heads)
     return Lpips(weights).to(device), weights_sha256(weights)
@@ -258,7 +296,7 @@ def build_features(config: Config, pictures: Pictures, device: torch.device) -> 
     return network
 
 
-def build_adversary(config: Config, device: torch.device) -> Adversary | None:
+def build_adversary(config: Config, world: World) -> Adversary | None:
     """The discriminator that `config.loss` asks for, or None."""
     import torch
 
@@ -267,7 +305,8 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
     loss, optim = config.loss, config.optim
     if loss.discriminator_weight == 0:
         return None
-    model = PatchDiscriminator(loss.discriminator_layers, loss.discriminator_width, seed=config.seed).to(device)
+    shape = loss.discriminator_layers, loss.discriminator_width
+    model = PatchDiscriminator(*shape, seed=config.seed, world=world).to(world.device)
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(
@@ -278,7 +317,7 @@ def build_adversary(config: Config, device: torch.device) -> Adversary | None:
         weight_decay=optim.weight_decay,
         fused=True,
     )
-    return Adversary(model, optimizer, loss.discriminator_weight)
+    return Adversary(model, optimizer, loss.discriminator_weight, world)
 
 
 def require_room(config: Config, shortest: int) -> None:
@@ -305,6 +344,26 @@ def require_room(config: Config, shortest: int) -> None:
 
 
 def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
+    """Join the other processes, if there are any, and train together; see `_train`."""
+    from finetune import distributed, is_by_all
+
+    world = distributed.start(config.train.device, uses_deepspeed=False)
+    try:
+        if config.train.global_batch % world.size:
+            raise by_all(
+                UserError(
+                    f"train.global_batch={config.train.global_batch} cannot be shared equally by {world.size} "
+                    "processes; give a multiple"
+                )
+            )
+        return _train(config, settings, yaml, world)
+    except BaseException as error:
+        if is_by_all(error):  # leaving a group whose members are gone may take forever
+            distributed.stop()
+        raise
+
+
+def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World) -> Path:
     """Train as `config` says, from the last checkpoint of its run folder if there is one; returns RUN/vae.
 
     Args:
@@ -314,16 +373,18 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     import torch
     from diffusers import VQModel
 
+    from finetune import distributed
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.config import require_penalty
     from finetune.autoencoder.pictures import Pictures
-    from finetune.checkpoint import RunFolder, require_same
+    from finetune.checkpoint import RunFolder, require_same, require_shared
     from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
     from finetune.models.autoencoder import downsample_factor
 
     run = Path(config.run.dir)
-    device = _device(config.train.device)
+    device = world.device
+    say: Callable[[str], None] = print if world.is_main else lambda line: None
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     batch = config.train.global_batch
@@ -346,11 +407,17 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
     )
     with closing(pictures), contextlib.ExitStack() as stack:
         require_room(config, min(map(min, pictures.buckets)))
-        network = build_features(config, pictures, device)
-        stack.enter_context(closing(RunFolder(run)))
+        # What is measured is measured by rank 0, which writes too: its folder's lock stays with it.
+        of_main: list[FeatureNetwork | None] = []
+        world.on_main(lambda: of_main.append(build_features(config, pictures, device)))
+        folders: list[RunFolder] = []
+        world.on_main(lambda: folders.append(RunFolder(run)))
+        for held in folders:
+            stack.enter_context(closing(held))
+        require_shared(world, run)
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
-        (run / "samples").mkdir(exist_ok=True)
-        (run / "checkpoints").mkdir(exist_ok=True)
+        for name in ("samples", "checkpoints") if world.is_main else ():
+            (run / name).mkdir(exist_ok=True)
 
         vae = vae.to(device)
         if config.train.channels_last:
@@ -366,22 +433,22 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
-        lpips, lpips_sha256 = build_lpips(config, device)
-        adversary = build_adversary(config, device)
+        lpips, lpips_sha256 = build_lpips(config, device, say)
+        adversary = build_adversary(config, world)
         depends_on = _depends_on(settings) | {
             "data.shards (manifest's sha256)": pictures.sha256,
             "loss.lpips (weights' sha256)": lpips_sha256,
             "model.pretrained (weights' sha256)": pretrained_sha256,
         }
         step = 0
-        found = checkpoint.latest(run) if config.checkpoint.resume == "auto" else None
+        found = world.on_main(lambda: checkpoint.latest(run)) if config.checkpoint.resume == "auto" else None
         if found is not None:
             folder, record = found
             require_same(record["depends_on"], depends_on, folder)
             step = int(record["step"])
             judged = step - config.loss.discriminator_start
             checkpoint.restore(folder, step, vae, average, optimizer, adversary, judged)
-            print(f"resuming from {folder}")
+            say(f"resuming from {folder}")
         elif config.checkpoint.resume == "never" and any((run / "checkpoints").glob("step-*")):
             raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
         if step > config.train.steps:
@@ -389,19 +456,26 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
         if step == 0 and isinstance(vae, VQModel) and config.model.pretrained is None:
-            _spread_codebook(config, pictures, vae, device)
+            if world.is_main:
+                _spread_codebook(config, pictures, vae, device)
+            codebook = vae.quantize.embedding.weight
+            codebook.data.copy_(world.broadcast(codebook.detach().cpu()))
             if average is not None:
                 average["quantize.embedding.weight"].copy_(vae.quantize.embedding.weight.detach())
-        write_atomic(run / "config.yaml", yaml.encode())
-        metrics = run / "metrics.jsonl"
-        _keep_metrics(metrics, step)
-        print(
+        if world.is_main:
+            write_atomic(run / "config.yaml", yaml.encode())
+            _keep_metrics(run / "metrics.jsonl", step)
+        processes = f", {world.size} processes" if world.size > 1 else ""
+        say(
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
-            f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}"
+            f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
-        _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, device, step, depends_on)
-        return _finish(config, run, pictures, vae, average, network, device)
+        _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, world, step, depends_on)
+        distributed.stop()  # the others need not wait for what rank 0 measures
+        if world.is_main:
+            _finish(config, run, pictures, vae, average, of_main[0], device)
+        return run / "vae"
 
 
 def _loop(
@@ -414,7 +488,7 @@ def _loop(
     optimizer: torch.optim.Optimizer,
     lpips: Lpips | None,
     adversary: Adversary | None,
-    device: torch.device,
+    world: World,
     step: int,
     depends_on: Mapping[str, Any],
 ) -> None:
@@ -429,22 +503,31 @@ def _loop(
     from finetune.lr import learning_rate
     from finetune.models.autoencoder import downsample_factor, latent_channels
 
-    steps, batch = config.train.steps, config.train.global_batch
+    steps, batch, device = config.train.steps, config.train.global_batch, world.device
+    begin, end = (rank * batch // world.size for rank in (world.rank, world.rank + 1))  # our share of a batch
     penalty = PenaltyWeights(config.loss.kl_weight, config.loss.codebook_weight, config.loss.commitment)
     downsample = downsample_factor(vae)
     weights = list(vae.parameters())
     if step < steps:
-        with tqdm(total=len(pictures), desc="reading", unit="img", disable=not pictures.cached) as bar:
+        with tqdm(
+            total=len(pictures), desc="reading", unit="img", disable=not (pictures.cached and world.is_main)
+        ) as bar:
             pictures.fill_cache(lambda: bar.update())
     vae.train()
-    with (
-        tqdm(total=steps * batch, initial=step * batch, desc="training", unit="img", mininterval=0.5) as bar,
-        (run / "metrics.jsonl").open("a", encoding="utf-8") as log,
-    ):
+    bar = tqdm(
+        total=steps * batch,
+        initial=step * batch,
+        desc="training",
+        unit="img",
+        mininterval=0.5,
+        disable=not world.is_main,
+    )
+    path = run / "metrics.jsonl" if world.is_main else Path(os.devnull)
+    with bar, path.open("a", encoding="utf-8") as log:
         last_time, last_step = time.perf_counter(), step
-        for pixels_BHW3 in _batches(pictures, order, step, steps):
+        for pixels_BHW3 in _batches(pictures, order, step, steps, begin, end):
             seen = step * batch  # images before this step: the clock of its draws
-            ids_B = torch.arange(seen, seen + batch, device=device)
+            ids_B = torch.arange(seen + begin, seen + end, device=device)
             image = to_signed(pixels_BHW3, device)
             if config.data.flip:
                 mirrored = rng.integers(config.seed, "mirror", ids_B, 2).bool().view(-1, 1, 1, 1)
@@ -479,6 +562,7 @@ def _loop(
                 lpips=lpips,
                 lpips_weight=config.loss.lpips_weight,
                 adversary=judging,
+                world=world,
             )
             if average is not None:
                 keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
@@ -486,12 +570,15 @@ def _loop(
 
             saving = step % config.checkpoint.every == 0 or step == steps
             if step % config.tracker.every == 0 or saving:
+                values = _of_all(values, world)
                 uses_K = values.pop("uses_K", None)
                 scalars = {name: value.item() for name, value in values.items()}  # the only wait for the device
                 if not math.isfinite(sum(scalars.values())):
-                    raise UserError(
-                        f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
-                        "train.precision=fp32, and start again from the last checkpoint"
+                    raise by_all(
+                        UserError(
+                            f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
+                            "train.precision=fp32, and start again from the last checkpoint"
+                        )
                     )
                 if uses_K is not None:
                     scalars["perplexity"] = perplexity(uses_K)
@@ -504,27 +591,33 @@ def _loop(
             bar.update(batch)
             if saving:
                 log.flush()
-                checkpoint.save(
-                    run,
-                    vae,
-                    average,
-                    optimizer,
-                    judging,
-                    step=step,
-                    images_seen=seen,
-                    depends_on=depends_on,
-                    keep=config.checkpoint.keep,
+                world.on_main(
+                    functools.partial(
+                        checkpoint.save,
+                        run,
+                        vae,
+                        average,
+                        optimizer,
+                        judging,
+                        step=step,
+                        images_seen=seen,
+                        depends_on=depends_on,
+                        keep=config.checkpoint.keep,
+                    )
                 )
-            if config.sample.every and step % config.sample.every == 0 and step < steps:
+            if world.is_main and config.sample.every and step % config.sample.every == 0 and step < steps:
                 with _averaged(vae, average):
                     _save_grid(config, run, pictures, vae, device, step)
 
 
-def _batches(pictures: Pictures, order: Order, first: int, last: int) -> Iterator[np.ndarray]:
-    """uint8 [B, H, W, 3] of steps first..last-1; the next batch is read while one is trained on."""
+def _batches(pictures: Pictures, order: Order, first: int, last: int, begin: int, end: int) -> Iterator[np.ndarray]:
+    """uint8 [B, H, W, 3]: pictures begin..end-1 of the batch of each of the steps first..last-1.
+
+    The next batch is read while one is trained on.
+    """
 
     def read(step: int) -> np.ndarray:
-        rows = order.batch(step)
+        rows = order.batch(step, begin, end)
         return pictures.read(rows.bucket, pictures.train_ids[rows.bucket][rows.rows])
 
     with ThreadPoolExecutor(1, thread_name_prefix="batch") as ahead:
@@ -720,11 +813,3 @@ def _keep_metrics(path: Path, step: int) -> None:
         if record.get("step", 0) <= step and "loss" in record:
             kept.append(line + "\n")
     write_atomic(path, "".join(kept).encode())
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("train.device=cuda, but torch sees no GPU; use train.device=cpu")
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))

@@ -74,6 +74,10 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "train.decoder_only=true"], "train.decoder_only=true needs an encoder to keep"),
         (["data.shards=x", "this is no override"], "cannot read the override"),
         (["--steps", "3"], "unknown option --steps"),
+        (
+            ["data.shards=x", "strategy=zero2"],
+            "strategy=zero2: models of this size are trained by data",
+        ),
         (["data.shards=nowhere", "run.dir=unused"], "nowhere"),
     ],
 )
