@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import UserError
@@ -28,6 +28,7 @@ from finetune.autoencoder.discriminator import Adversary
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
+from finetune.models.weight_files import write_weights
 from finetune.runs import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -172,5 +173,4 @@ def _restore_moments(
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    whole = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, path, metadata={"format": "pt"})
+    write_weights(path, {name: tensor.detach().float() for name, tensor in tensors.items()})

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from finetune import UserError
+from finetune.models.weight_files import let_others_read
 
 _EXPORTS = (
     "model_index.json",
@@ -85,6 +86,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
     try:
         with _disk_errors(out):
             yield temporary
+        for weights in temporary.rglob("*.safetensors"):  # diffusers' own among them
+            let_others_read(weights)
         if out.is_dir():
             # A folder with something in it cannot be replaced in one step: it steps aside first.
             old = out.with_name(f".{out.name}.old-{os.getpid()}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from finetune import UserError
 from finetune.export.folder import whole_file, whole_folder
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
+from finetune.models.weight_files import write_weights
 from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Weights, is_run
 
@@ -53,8 +53,7 @@ def export_kohya(
     told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
     told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
     with whole_file(out) as file:
-        tensors = {key: tensor.contiguous() for key, tensor in lora_to_kohya(lora).items()}
-        save_file(tensors, file, metadata={"format": "pt", **told})
+        write_weights(file, lora_to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
         # On the outputs' axis it takes the norm of W, where LyCORIS and the paper (equation 5) take that of W + BA.
         notices += (

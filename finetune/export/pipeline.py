@@ -16,13 +16,13 @@ from diffusers import (
     StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
 )
-from safetensors.torch import save_file
 
 from finetune import UserError
 from finetune.components import Components, load_components
 from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_folder
 from finetune.models.text import save_text_encoder, save_tokenizer
+from finetune.models.weight_files import write_weights
 from finetune.runs import Weights
 from finetune.sampling import make_scheduler
 
@@ -98,8 +98,7 @@ def export_pipeline(
                 save_text_encoder(module, folder / part)  # type: ignore[arg-type]
             else:
                 (folder / part).mkdir()
-                tensors = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
-                save_file(tensors, folder / part / "model.safetensors", metadata={"format": "pt"})
+                write_weights(folder / part / "model.safetensors", module.state_dict())
         if text is not None:
             save_tokenizer(text.tokenizer, folder / "tokenizer")
         if isinstance(text, TextXL):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import UserError
@@ -17,6 +16,7 @@ from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_file
 from finetune.models import ldm_keys
 from finetune.models.single_file import CONFIG, SCALES
+from finetune.models.weight_files import write_weights
 from finetune.runs import Weights
 
 _CLIP_WORDS = 49408
@@ -89,8 +89,7 @@ def export_single_file(
             "keep its tokenizer/ for model.tokenizer",
         )
     with whole_file(out) as file:
-        made = {key: tensor.to(dtype).contiguous() for key, tensor in tensors.items()}
-        save_file(made, file, metadata=_metadata(parts, out, kind))
+        write_weights(file, {key: tensor.to(dtype) for key, tensor in tensors.items()}, _metadata(parts, out, kind))
     return notices
 
 

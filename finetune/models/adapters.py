@@ -16,7 +16,6 @@ metadata under `lora_adapter_metadata`, as arguments of peft's `LoraConfig` behi
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -26,11 +25,11 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune import UserError, first_line
 from finetune.models.parts import part_of
+from finetune.models.weight_files import write_weights
 from finetune.rng import fold
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -219,10 +218,7 @@ def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapp
     if path.suffix != ".safetensors":
         path = path / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(tensors, temporary, metadata=lora_metadata(state, alpha))
-    os.replace(temporary, path)
+    write_weights(path, state, lora_metadata(state, alpha))
 
 
 def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -27,6 +25,7 @@ from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
 from finetune.models.single_file import open_file
 from finetune.models.sources import download, fetch, fetch_file, local_folder, relative_source, weights_sha256
+from finetune.models.weight_files import write_weights
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_EMBEDDING_STD = 0.02
@@ -372,13 +371,11 @@ def save_text_encoder(text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
     config |= {"architectures": [architecture], "dtype": str(text_encoder.dtype).removeprefix("torch.")}
     write_atomic(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     tensors = {
-        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor.contiguous()
+        name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": tensor
         for name, tensor in text_encoder.state_dict().items()
         if not name.endswith("position_ids")
     }
-    temporary = folder / "model.safetensors.tmp"
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / "model.safetensors")
+    write_weights(folder / "model.safetensors", tensors)
 
 
 def _locate(source: str | Path, subfolder: str, files: tuple[str, ...], revision: str | None) -> Path:

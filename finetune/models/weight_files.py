@@ -1,7 +1,11 @@
-"""The tensors of one file of weights: a `.safetensors`, or a pickle of torch's of which only weights are read."""
+"""The tensors of one file of weights: a `.safetensors`, or a pickle of torch's of which only weights are read.
+
+Files are written as `.safetensors`.
+"""
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 from collections.abc import Iterator, Mapping
@@ -11,9 +15,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import UserError, first_line
+
+_UMASK = os.umask(0)  # there is no way to ask but to set it
+os.umask(_UMASK)
 
 
 def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
@@ -26,6 +34,27 @@ def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
         tensors = _Lazy(path)
         return tensors, tensors.metadata
     return _read_pickle(path), {}
+
+
+def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write a `.safetensors` under a temporary name, then rename it: whole or absent.
+
+    Raises:
+        OSError, SafetensorError: the disk is full or refuses.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
+        let_others_read(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def let_others_read(path: Path) -> None:
+    """Give a file the mode of any new one: those of safetensors 0.8 are their owner's alone, whatever the umask."""
+    path.chmod(0o666 & ~_UMASK)
 
 
 def shape_of(tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

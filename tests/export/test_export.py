@@ -167,6 +167,16 @@ def test_the_pipeline_scales_latents_and_sizes_pictures_as_the_run_was_trained(f
     assert not (tmp_path / "other").exists()
 
 
+def test_others_may_read_what_the_umask_lets_them(full, lora, tmp_path):
+    export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "pipeline")])
+    export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "lora")])
+    export.main([str(lora), "--format", "kohya", "--out", str(tmp_path / "kohya.safetensors")])
+    (tmp_path / "any").touch()
+    modes = {path: path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert set(modes.values()) == {modes[tmp_path / "any"]}
+    assert sum(path.suffix == ".safetensors" for path in modes) >= 4
+
+
 def test_an_earlier_export_is_replaced_only_when_asked(lora, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
