@@ -17,9 +17,11 @@ from torch.nn import functional as F
 from finetune import UserError, rng
 from finetune.autoencoder import bottleneck
 from finetune.autoencoder.bottleneck import PenaltyWeights, nearest, perplexity, spread_codebook
+from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.measure import measure_latents, to_signed
-from finetune.autoencoder.train import build, main, step_once
+from finetune.autoencoder.step import step_once
+from finetune.autoencoder.train import main
 from finetune.models.autoencoder import decode, encode_moments, encoder_sha256, load_autoencoder
 from tests.autoencoder.runs import arguments, assert_same_run, losses
 

@@ -7,7 +7,8 @@ import torch
 
 from finetune import UserError
 from finetune.autoencoder import config as schema
-from finetune.autoencoder.train import build, main
+from finetune.autoencoder.build import build
+from finetune.autoencoder.train import main
 from finetune.config import defaults, groups
 
 CHOICES = groups(schema.NAME, schema.FOLDER)

@@ -10,10 +10,11 @@ from torch.nn import functional as F
 
 from finetune import rng
 from finetune.autoencoder.bottleneck import PenaltyWeights
+from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.discriminator import Adversary, PatchDiscriminator, receptive_field, smallest_side
 from finetune.autoencoder.loss import adaptive_weight, generator_loss, hinge_discriminator_loss
-from finetune.autoencoder.train import build, step_once
+from finetune.autoencoder.step import step_once
 
 TINY = AutoencoderConfig(
     block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

@@ -12,9 +12,10 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from finetune import rng
 from finetune.autoencoder.bottleneck import PenaltyWeights, run
+from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.loss import first_stage_loss, kl_to_standard_normal
-from finetune.autoencoder.train import build, step_once
+from finetune.autoencoder.step import step_once
 
 TINY = AutoencoderConfig(
     block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

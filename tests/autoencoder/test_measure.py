@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.measure import comparison, measure_latents, psnr, reconstruct, ssim, to_signed, to_uint8
-from finetune.autoencoder.train import build
 from finetune.latents import LatentSpace, sample_latents
 
 TINY = AutoencoderConfig(

@@ -12,8 +12,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from finetune import UserError, rng
+from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
-from finetune.autoencoder.train import build, main
+from finetune.autoencoder.train import main
 from finetune.models.autoencoder import encode_moments, encoder_sha256, load_autoencoder
 from tests.autoencoder.runs import arguments, assert_same_run, losses
 
