@@ -18,6 +18,7 @@ from finetune import UserError, first_line
 from finetune.models.single_file import open_file
 
 FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
+BUNDLED = Path(__file__).resolve().parents[1] / "bundled"  # models in the box, by the names of their folders
 _PROBE_SECONDS = 5.0
 
 
@@ -120,6 +121,8 @@ def _on_the_hub(name: str, revision: str | None) -> bool:
 def local_folder(source: str | Path) -> Path | None:
     """The folder that `source` names, or None where it can only be a hub id or a single-file checkpoint.
 
+    A bare name such as `emoji-base` is a folder here, else a model in the box.
+
     Raises:
         UserError: it looks like a path and there is no such folder.
     """
@@ -127,6 +130,8 @@ def local_folder(source: str | Path) -> Path | None:
     if path.is_dir():
         return path
     text = str(source)
+    if re.fullmatch(r"[a-z0-9-]+", text) and (BUNDLED / text / "model_index.json").is_file():
+        return BUNDLED / text
     if path.suffix in FILES:
         return None
     if path.is_file():

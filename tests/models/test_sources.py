@@ -19,6 +19,16 @@ def test_paths_are_told_from_hub_ids(tmp_path, monkeypatch):
             sources.local_folder(path)
 
 
+def test_a_bare_name_is_a_folder_here_or_a_model_in_the_box(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert sources.local_folder("emoji-base") == sources.BUNDLED / "emoji-base"
+    assert sources.relative_source("emoji-base", tmp_path) == "emoji-base"  # so a run may move
+    (tmp_path / "emoji-base").mkdir()
+    assert sources.local_folder("emoji-base").resolve() == (tmp_path / "emoji-base").resolve()
+    with pytest.raises(UserError, match="no such folder: emoji-bas$"):
+        sources.local_folder("emoji-bas")
+
+
 class Hub:
     def __init__(self, error=None):
         self.error = error

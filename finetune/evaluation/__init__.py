@@ -1,0 +1,1 @@
+"""What drawn pictures are judged by."""
