@@ -156,6 +156,7 @@ def test_efficiency_is_beside_one_gpu_of_the_same_work_and_strategy():
     assert [row.get("efficiency") for row in rows] == [1.0, None, None, 0.9, None]
 
 
+@pytest.mark.slow
 def test_scaling_is_measured_on_two_processes_and_drawn(tmp_path, monkeypatch, capsys):
     out = tmp_path / "scaling.jsonl"
     given = ["--works", "tiny_lora", "--gpus", "2", "--seconds", "0.1", "--mib", "0.3", "--out", str(out)]

@@ -74,6 +74,7 @@ def test_two_processes_train_what_one_does(alone: Path, together: tuple[Path, st
     assert ends[0] == pytest.approx(ends[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_stopped(
     shards: Path, alone: Path, together: tuple[Path, str], tmp_path: Path
 ) -> None:

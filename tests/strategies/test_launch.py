@@ -22,6 +22,7 @@ def test_layers_that_disagree_are_refused():
         require_agreement({"torch.distributed": (1, 2), "accelerate": (0, 1)})
 
 
+@pytest.mark.slow
 def test_accelerate_counting_one_process_is_refused(tmp_path):
     """On a machine without a GPU Accelerate, told of DeepSpeed, sees one process: such a run must not start."""
     script = tmp_path / "fault.py"
