@@ -260,11 +260,13 @@ def test_a_job_that_is_always_warned_at_its_start_ends(slurm: Cluster, tmp_path:
 @pytest.mark.timeout(600)
 def test_the_allocation_comes_back_smaller(slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path) -> None:
     """Two nodes, then one: the loss goes on as the undisturbed run's."""
-    job = Job.submit(slurm, tmp_path / "run", settings, "--nodes=1-2")
+    job = Job.submit(slurm, tmp_path / "run", settings, "--nodes=2")
     job.until_line(30)
     slurm.run("scontrol", "update", f"nodename={NODES[1]}", "state=drain", "reason=test")
     try:
         slurm.run("scancel", "--signal=USR1", job.number)
+        job.until(lambda: job.state()["JobState"] == "PENDING", "the requeue", 120)
+        slurm.run("scontrol", "update", f"jobid={job.number}", "NumNodes=1", "NumTasks=1")
         assert job.end() == "COMPLETED", job.text()
     finally:
         slurm.run("scontrol", "update", f"nodename={NODES[1]}", "state=resume")
