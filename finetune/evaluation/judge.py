@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune import UserError, first_line
+from finetune.models.weight_files import write_weights
 
 _LEAST_SCALE, _MOST_SCALE, _SHIFT = 0.8, 1.1, 0.12  # the shift as a share of the picture
 _NOISE = 0.06  # of pixels in [-1, 1]
@@ -65,9 +65,10 @@ class Judge(nn.Module):
 
     def save(self, path: Path) -> None:
         """Write weights in float16, and classes and shape beside them, into one safetensors file."""
-        weights = {name: weight.detach().half().cpu().contiguous() for name, weight in self.state_dict().items()}
         shape = {"classes": self.classes, "width": self.width, "places": self.places}
-        save_file(weights, path, {"judge": json.dumps(shape)})
+        write_weights(
+            path, {n: weight.half() for n, weight in self.state_dict().items()}, {"judge": json.dumps(shape)}
+        )
 
     @classmethod
     def load(cls, path: Path) -> Judge:
