@@ -115,14 +115,17 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster, settings: list[str], tmp_p
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """Runs for minutes; told to stop it says so and exits as a node that has saved. After a requeue it is done."""
+    """Runs until told to stop: says so and exits as a node that has saved. After a requeue it is done.
+
+    A signal to all processes may reach its `sleep` first, so it sleeps again.
+    """
     path = tmp_path / "stand-in"
     path.write_text(
         "#!/bin/bash\n"
         "(( ${SLURM_RESTART_COUNT:-0} > 0 )) && exit 0\n"
         "trap 'echo told to stop; exit 240' USR1 TERM\n"
         'echo "started: ${SLURM_GPUS_ON_NODE:-no} GPUs, ${SLURM_CPUS_PER_TASK:-no} CPUs, $*"\n'
-        "sleep 300 & wait\n"
+        "while true; do sleep 300 & wait; done\n"
     )
     path.chmod(0o755)
     return path
