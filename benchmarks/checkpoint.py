@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import context, record
+from benchmarks.ranks import waiter
 from benchmarks.train_speed import Work, stepping, trained
 from benchmarks.works import SHAPES
 from finetune.checkpoint import Checkpoints, Layout, Progress
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     arguments = parser.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
-    wait: Callable[[], None] = torch.cuda.synchronize if on_gpu else lambda: None
+    wait = waiter(device)
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=arguments.folder))
     rows: list[dict[str, Any]] = []
 

@@ -26,6 +26,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from benchmarks.common import context, record
+from benchmarks.ranks import waiter
 from finetune.data.shards import ShardWriter, json_bytes
 from finetune.models.autoencoder import encode_moments
 
@@ -80,12 +81,8 @@ def seconds(folder: Path, vae: Path, out: Path, args: argparse.Namespace, batch:
 
 def limit(vae: AutoencoderKL, size: int, batch: int, budget_s: float = 8.0) -> float:
     """Pictures a second of the autoencoder alone."""
-    on_gpu = vae.device.type == "cuda"
     images_B3HW = torch.rand(batch, 3, size, size, device=vae.device) * 2 - 1
-
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize()
+    wait = waiter(vae.device)
 
     for _ in range(3):
         encode_moments(vae, images_B3HW)

@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import context, record
+from benchmarks.ranks import waiter
 from benchmarks.train_speed import MAKERS, WORKS
 
 # The first that fits, in lower case.
@@ -45,19 +46,17 @@ def class_of(kernel: str) -> str:
 
 def breakdown(work: str, variant: str, steps: int, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """(milliseconds of a step by class, lines of the longest kernels)."""
-    on_gpu = device.type == "cuda"
+    on_gpu, wait = device.type == "cuda", waiter(device)
     step = MAKERS[variant](WORKS[work], device)
     for _ in range(8 if on_gpu else 1):
         step()
-    if on_gpu:
-        torch.cuda.synchronize()
+    wait()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     started = time.perf_counter()
     with profile(activities=[activity]) as profiler:
         for _ in range(steps):
             step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        wait()
     took = (time.perf_counter() - started) / steps
     times: Counter[str] = Counter()
     counts: Counter[str] = Counter()

@@ -43,6 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import works
 from benchmarks.common import context, record
+from benchmarks.ranks import BLOCK, waiter
 from benchmarks.works import (
     LR,
     MAX_GRAD_NORM,
@@ -62,8 +63,6 @@ from finetune.ema import Average, HalfLife
 from finetune.latents import sample_latents
 from finetune.models import fast
 from finetune.objective import LatentDiffusion
-
-BLOCK = 4  # steps between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -176,12 +175,7 @@ MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
 
 def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: torch.device) -> dict[str, Any]:
     """Seconds a step (median of blocks), seconds until steps are quick, GiB, and the first losses."""
-
-    def wait() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    step = make()
+    wait, step = waiter(device), make()
     wait()
     started = time.perf_counter()
     ends, losses = [], []
