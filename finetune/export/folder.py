@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from finetune import UserError
-from finetune.models.weight_files import let_others_read
+from finetune.models.weight_files import disk_errors, let_others_read
 
 _EXPORTS = (
     "model_index.json",
@@ -53,30 +50,6 @@ def check_file(out: str | Path, *, overwrite: bool) -> Path:
 
 
 @contextlib.contextmanager
-def whole_file(out: Path) -> Iterator[Path]:
-    """A temporary file beside `out` that takes its name at the end, or goes with an exception."""
-    temporary = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with _disk_errors(out):
-            yield temporary
-        os.replace(temporary, out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """safetensors wraps the system's error and leaves its number in the text."""
-    try:
-        yield
-    except SafetensorError as error:
-        if "os error 28" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
-        raise
-
-
-@contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A temporary folder beside `out` that takes its place at the end, or goes with an exception."""
     out = out.absolute()
@@ -84,7 +57,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        with _disk_errors(out):
+        with disk_errors(out):
             yield temporary
         for weights in temporary.rglob("*.safetensors"):  # diffusers' own among them
             let_others_read(weights)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from finetune import UserError
-from finetune.export.folder import whole_file, whole_folder
+from finetune.export.folder import whole_folder
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
 from finetune.models.weight_files import write_weights
 from finetune.posthoc import chosen_checkpoint
@@ -52,8 +52,7 @@ def export_kohya(
     told = {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
     told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
     told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
-    with whole_file(out) as file:
-        write_weights(file, lora_to_kohya(lora), told)
+    write_weights(out, lora_to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
         # On the outputs' axis it takes the norm of W, where LyCORIS and the paper (equation 5) take that of W + BA.
         notices += (

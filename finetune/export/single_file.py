@@ -13,7 +13,6 @@ from torch import Tensor
 from finetune import UserError
 from finetune.components import Components, load_components
 from finetune.conditioning.text import TextXL
-from finetune.export.folder import whole_file
 from finetune.models import ldm_keys
 from finetune.models.single_file import CONFIG, SCALES
 from finetune.models.weight_files import write_weights
@@ -88,8 +87,7 @@ def export_single_file(
             f"the file holds no tokenizer and readers take CLIP's, but this model has {words} tokens of its own: "
             "keep its tokenizer/ for model.tokenizer",
         )
-    with whole_file(out) as file:
-        write_weights(file, {key: tensor.to(dtype) for key, tensor in tensors.items()}, _metadata(parts, out, kind))
+    write_weights(out, {key: tensor.to(dtype) for key, tensor in tensors.items()}, _metadata(parts, out, kind))
     return notices
 
 

@@ -5,6 +5,8 @@ Files are written as `.safetensors`.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import pickle
 import re
@@ -37,19 +39,39 @@ def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a `.safetensors` under a temporary name, then rename it: whole or absent.
+    """Write a `.safetensors`, whole or not at all.
 
     Raises:
         OSError, SafetensorError: the disk is full or refuses.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with whole_file(path) as file:
+        save_file(whole, file, metadata={"format": "pt", **(metadata or {})})
+        let_others_read(file)
+
+
+@contextlib.contextmanager
+def whole_file(out: Path) -> Iterator[Path]:
+    """A temporary file beside `out` that takes its name at the end, or goes with an exception."""
+    temporary = out.absolute().with_name(f".{out.name}.tmp-{os.getpid()}")
+    temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(whole, temporary, metadata={"format": "pt", **(metadata or {})})
-        let_others_read(temporary)
-        os.replace(temporary, path)
+        with disk_errors(out):
+            yield temporary
+        os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """safetensors wraps the system's error and leaves its number in the text."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "os error 28" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
+        raise
 
 
 def let_others_read(path: Path) -> None:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 
 from finetune import UserError, export, sample
 from finetune.components import Components, load_components
-from finetune.export import folder
-from finetune.models import ldm_keys, single_file
+from finetune.models import ldm_keys, single_file, weight_files
 from tests import fakes
 from tests.conftest import write_latents
 
@@ -155,7 +154,7 @@ def test_a_failure_leaves_the_earlier_file(tmp_path: Path) -> None:
     out.write_bytes(b"old")
 
     def fail() -> None:
-        with folder.whole_file(out) as file:
+        with weight_files.whole_file(out) as file:
             file.write_bytes(b"half")
             raise RuntimeError("killed")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -28,8 +30,8 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     file = tmp_path / "weights.safetensors"
     write_weights(file, {"weight": torch.ones(2)})
 
-    def refused(*args: object, **settings: object) -> None:
-        file.with_name(f".{file.name}.tmp").write_bytes(b"half")
+    def refused(tensors: object, path: Path, **settings: object) -> None:
+        path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(weight_files, "save_file", refused)
