@@ -45,8 +45,16 @@ def train(latents: Path, run: Path, *more: str) -> None:
     main([*words, *more])
 
 
+def drawn_by(model: Path, file: Path) -> np.ndarray:
+    """A picture of a run or an export, uint8 [H, W, 3]."""
+    from finetune import sample
+
+    assert sample.main([str(model), "--steps", "2", "--seed", "1", "--out", str(file)]) == 0
+    return np.asarray(Image.open(file))
+
+
 def test_a_codebook_goes_from_pictures_to_samples(shards: Path, tmp_path: Path) -> None:
-    from finetune import export, sample
+    from finetune import export
 
     vae = make(shards, tmp_path / "vq")
     latents, run, out = (tmp_path / name for name in ("latents", "run", "out"))
@@ -67,16 +75,12 @@ def test_a_codebook_goes_from_pictures_to_samples(shards: Path, tmp_path: Path) 
 
     train(latents, run)
     assert list((run / "samples").glob("*.png"))
-    picture_file = tmp_path / "drawn.png"
-    draw = ["--steps", "2", "--seed", "1", "--out", str(picture_file)]
-    assert sample.main([str(run), *draw]) == 0
-    drawn = np.asarray(Image.open(picture_file))
+    drawn = drawn_by(run, tmp_path / "drawn.png")
     assert drawn.shape == (16, 16, 3)
 
     assert export.main([str(run), "--format", "diffusers", "--out", str(out)]) == 0
     assert isinstance(load_components(out).vae, VQModel)
-    assert sample.main([str(out), *draw]) == 0
-    np.testing.assert_array_equal(np.asarray(Image.open(picture_file)), drawn)
+    np.testing.assert_array_equal(drawn_by(out, tmp_path / "again.png"), drawn)
     with pytest.raises(UserError, match="is a VQModel, which no reader of such files expects"):
         export.main([str(run), "--format", "single-file", "--out", str(tmp_path / "a.safetensors")])
 
@@ -91,7 +95,7 @@ def test_a_codebook_goes_from_pictures_to_samples(shards: Path, tmp_path: Path) 
 
 def test_pixels_go_from_pictures_to_samples(shards: Path, tmp_path: Path) -> None:
     """Without an autoencoder: f = 1, three channels, scale 1, and float16 keeps every grey level."""
-    from finetune import export, sample
+    from finetune import export
 
     latents, run, out = (tmp_path / name for name in ("latents", "run", "out"))
     (tmp_path / "none").mkdir()  # a folder of that name is not meant
@@ -121,17 +125,13 @@ def test_pixels_go_from_pictures_to_samples(shards: Path, tmp_path: Path) -> Non
     assert data_tools(["verify", str(latents)]) in (0, None)
     train(latents, run)
     assert list((run / "samples").glob("*.png"))
-    picture_file = tmp_path / "drawn.png"
-    draw = ["--steps", "2", "--seed", "1", "--out", str(picture_file)]
-    assert sample.main([str(run), *draw]) == 0
-    drawn = np.array(Image.open(picture_file))
+    drawn = drawn_by(run, tmp_path / "drawn.png")
     assert drawn.shape == (16, 16, 3)
     assert data_tools(["preview", str(latents), "--count", "2", "--out", str(tmp_path / "sheet.png")]) in (0, None)
 
     assert export.main([str(run), "--format", "diffusers", "--out", str(out)]) == 0
     assert isinstance(load_components(out).vae, Pixels)
-    assert sample.main([str(out), *draw]) == 0
-    np.testing.assert_array_equal(np.array(Image.open(picture_file)), drawn)
+    np.testing.assert_array_equal(drawn_by(out, tmp_path / "again.png"), drawn)
 
 
 def test_pixels_cannot_be_mistaken_for_latents(shards: Path, tmp_path: Path) -> None:
