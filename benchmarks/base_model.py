@@ -201,7 +201,7 @@ def chosen(names: set[str], count: int) -> list[str]:
 def draw(parts: Any, prompts: list[str], steps: int, guidance: float) -> np.ndarray:
     """Pictures of the prompts, uint8 [N, H, W, 3]; picture i from seed i."""
     from finetune import asking, sampling
-    from finetune.autoencoder.measure import to_uint8
+    from finetune.models.autoencoder import to_uint8
 
     wanted = asking.samples(parts, asking.Asked(prompt=prompts), parts.default_size)
     batch = 256 if next(parts.unet.parameters()).is_cuda else 16

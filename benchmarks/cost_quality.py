@@ -43,7 +43,7 @@ from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Wo
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace, to_raw
 from finetune.models import fast
-from finetune.models.autoencoder import Autoencoder, decode, encode_moments, load_autoencoder
+from finetune.models.autoencoder import Autoencoder, decode, encode_moments, load_autoencoder, to_signed
 from finetune.models.unet import build_unet
 from finetune.objective import LatentDiffusion, Objective
 from finetune.sampling import draw_noise, generators, make_scheduler, sample, to_pil
@@ -114,10 +114,6 @@ def held_out_of(labels: np.ndarray) -> np.ndarray:
     held = np.zeros(len(labels), bool)
     held[[each[-1] for each in places.values() if len(each) > 2]] = True
     return held
-
-
-def to_signed(pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_classifier(

@@ -14,17 +14,7 @@ from torch.nn import functional as F
 
 from finetune.autoencoder.bottleneck import nearest
 from finetune.latents import LatentSpace, RunningMoments
-from finetune.models.autoencoder import FirstStage, decode, encode_moments
-
-
-def to_signed(pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
-    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
-    return torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-
-
-def to_uint8(image_B3HW: Tensor) -> np.ndarray:
-    """Float [B, 3, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, 3]."""
-    return ((image_B3HW.float().clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+from finetune.models.autoencoder import FirstStage, decode, encode_moments, to_signed, to_uint8
 
 
 def reconstruct(vae: FirstStage, pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> np.ndarray:

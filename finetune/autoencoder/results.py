@@ -27,11 +27,10 @@ from finetune.autoencoder.measure import (
     psnr,
     reconstruct,
     ssim,
-    to_signed,
 )
 from finetune.autoencoder.pictures import Pictures
 from finetune.checkpoint import publish
-from finetune.models.autoencoder import FirstStage, downsample_factor
+from finetune.models.autoencoder import FirstStage, downsample_factor, to_signed
 from finetune.pictures import save_png
 
 

@@ -266,11 +266,10 @@ def _loop(
     from finetune import ema, rng
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.bottleneck import PenaltyWeights, perplexity
-    from finetune.autoencoder.measure import to_signed
     from finetune.autoencoder.results import averaged, save_grid
     from finetune.autoencoder.step import of_all, step_once
     from finetune.lr import learning_rate
-    from finetune.models.autoencoder import downsample_factor, latent_channels
+    from finetune.models.autoencoder import downsample_factor, latent_channels, to_signed
 
     steps, batch, device = config.train.steps, config.train.global_batch, world.device
     begin, end = (rank * batch // world.size for rank in (world.rank, world.rank + 1))  # our share of a batch

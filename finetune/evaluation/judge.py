@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune import UserError, first_line
+from finetune.models.autoencoder import to_signed
 from finetune.models.weight_files import write_weights
 
 _LEAST_SCALE, _MOST_SCALE, _SHIFT = 0.8, 1.1, 0.12  # the shift as a share of the picture
@@ -61,7 +62,7 @@ class Judge(nn.Module):
         self.eval()
         device = self.head.weight.device
         parts = [pixels_BHW3[start : start + batch] for start in range(0, len(pixels_BHW3), batch)]
-        return torch.cat([self(_signed(part, device)).float().cpu() for part in parts])
+        return torch.cat([self(to_signed(part, device)).float().cpu() for part in parts])
 
     def save(self, path: Path) -> None:
         """Write weights in float16, and classes and shape beside them, into one safetensors file."""
@@ -113,7 +114,7 @@ def train_judge(
     judge.train()
     for _ in range(epochs):
         for chosen in torch.randperm(len(labels), generator=generator).split(batch):
-            image = varied(_signed(pixels_NHW3[chosen.numpy()], device), generator)
+            image = varied(to_signed(pixels_NHW3[chosen.numpy()], device), generator)
             loss = F.cross_entropy(judge(image), labels[chosen].to(device), label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()
@@ -146,7 +147,3 @@ def top(logits_NK: Tensor, labels_N: Sequence[int], k: int = 1) -> float:
     """Share of pictures whose class is among the `k` likeliest."""
     best = logits_NK.topk(min(k, logits_NK.shape[1]), dim=1).indices
     return float((best == torch.as_tensor(labels_N)[:, None]).any(dim=1).float().mean())
-
-
-def _signed(pixels_BHW3: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 from typing import TypeAlias, assert_never
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin, VQModel
 from diffusers.configuration_utils import register_to_config
@@ -136,6 +137,16 @@ def encoder_info(vae: Autoencoder, source: str | os.PathLike[str], root: str | o
         channels=latent_channels(vae),
         downsample=downsample_factor(vae),
     )
+
+
+def to_signed(pixels_BHW3: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+    """uint8 [B, H, W, 3] -> float32 [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(pixels_BHW3).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
+def to_uint8(image_B3HW: Tensor) -> np.ndarray:
+    """Float [B, 3, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, 3]."""
+    return ((image_B3HW.float().clamp(-1, 1) + 1.0) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 @torch.no_grad()

@@ -19,10 +19,10 @@ from finetune.autoencoder import bottleneck
 from finetune.autoencoder.bottleneck import PenaltyWeights, nearest, perplexity, spread_codebook
 from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
-from finetune.autoencoder.measure import measure_latents, to_signed
+from finetune.autoencoder.measure import measure_latents
 from finetune.autoencoder.step import step_once
 from finetune.autoencoder.train import main
-from finetune.models.autoencoder import decode, encode_moments, encoder_sha256, load_autoencoder
+from finetune.models.autoencoder import decode, encode_moments, encoder_sha256, load_autoencoder, to_signed
 from tests.autoencoder.runs import arguments, assert_same_run, losses
 
 SHAPE = AutoencoderConfig(

@@ -8,8 +8,9 @@ import torch
 
 from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
-from finetune.autoencoder.measure import comparison, measure_latents, psnr, reconstruct, ssim, to_signed, to_uint8
+from finetune.autoencoder.measure import comparison, measure_latents, psnr, reconstruct, ssim
 from finetune.latents import LatentSpace, sample_latents
+from finetune.models.autoencoder import to_signed, to_uint8
 
 TINY = AutoencoderConfig(
     block_out_channels=[8, 16], layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False

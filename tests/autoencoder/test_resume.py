@@ -174,8 +174,8 @@ def test_a_broken_checkpoint_is_passed_over(
 
 def test_the_saved_autoencoder_has_unit_latents(shards: Path, finished: Path) -> None:
     """diffusers' loader reads it, and z * scaling_factor has std 1 over the training pictures' posteriors."""
-    from finetune.autoencoder.measure import to_signed
     from finetune.autoencoder.pictures import Pictures
+    from finetune.models.autoencoder import to_signed
 
     vae = load_autoencoder(finished / "vae")
     pictures = Pictures(str(shards), size=None, held_out=64, seed=0, multiple=2, cache_bytes=0, readers=1)
