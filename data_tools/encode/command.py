@@ -87,6 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="keep the captions' states by this text encoder too (folder or hub id of a Stable Diffusion pipeline)",
     )
+    parser.add_argument(
+        "--caption",
+        metavar="TEXT",
+        type=_caption,
+        default="{}",
+        help='rewrite captions, {} is what each was: "{}, fluent emoji style" (a trigger word, a style)',
+    )
     sizes = parser.add_argument_group("sizes and crops")
     sizes.add_argument(
         "--size", type=positive, metavar="N", help="side of the square in pixels (default: the pictures' own size)"
@@ -169,6 +176,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers_argument(parser)
     add_shard_arguments(parser, "LATENTS")
     add_filter_arguments(parser)
+
+
+def _caption(text: str) -> str:
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no place for the caption; put {{}} where it goes")
+    return text
 
 
 @dataclass(frozen=True)
@@ -270,6 +283,8 @@ def run(args: argparse.Namespace) -> int:
         job |= {"holes": args.holes, "full-holes": args.full_holes}
     if args.lowres:
         job |= {"lowres": args.lowres, "degradation": args.degradation}
+    if args.caption != "{}":
+        job["caption"] = args.caption
     workers = default_workers(place.local_world) if args.workers is None else args.workers
     recipe = Recipe(
         (),
@@ -284,6 +299,7 @@ def run(args: argparse.Namespace) -> int:
         step=info.downsample,
         lowres=args.lowres or 0,
         degradation=args.degradation,
+        caption=args.caption,
     )
     with join(args.out, job, args.overwrite) as work:
         if work is None:

@@ -26,7 +26,8 @@ class Recipe:
     `crop` is `center` or `random`; `flip` is the probability of a horizontal flip. All that is drawn is drawn from
     (seed, key) alone, so any process at any time draws the same. `min_box` is the share of a box that must be in
     the crop. `holes` are drawn for each picture, of which a share of `full_holes` is the whole picture; `step` is
-    the VAE's, pixels of a latent cell. `lowres` is the factor of the small picture, 0 for none.
+    the VAE's, pixels of a latent cell. `lowres` is the factor of the small picture, 0 for none. `caption` is what
+    captions become, with {} for what they were.
     """
 
     table: tuple[Bucket, ...]
@@ -41,6 +42,7 @@ class Recipe:
     step: int = 1
     lowres: int = 0
     degradation: str = "bicubic"
+    caption: str = "{}"
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered |
         crop[0] += round(top * resized[0] / height)
         crop[1] += round(left * resized[1] / width)
     record.update(original_size=original, crop=crop)
+    # Not str.format: a caption may have braces. A picture without a caption keeps none.
+    record["captions"] = [recipe.caption.replace("{}", caption) for caption in record["captions"]]
     if mirrored:
         record["flipped"] = True
     counts = (0, 0)

@@ -267,6 +267,7 @@ def test_latents_that_are_never_finite_are_set_aside(
         (["--device", "warp"], "--device warp can't be used here"),
         (["--batch", "0"], "'0' is not a whole number"),
         (["--vae", "/no/such/vae"], "no autoencoder at /no/such/vae"),
+        (["--caption", "sks"], "'sks' has no place for the caption; put {} where it goes"),
     ],
 )
 def test_mistakes(
@@ -274,6 +275,24 @@ def test_mistakes(
 ) -> None:
     result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", *extra)
     assert (result.code, says in result.err) == (2, True), result.err
+
+
+def test_captions_can_be_rewritten(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    """A style or a trigger word joins each caption; braces of its own stay, and no caption stays none."""
+    source = tmp_path / "shards"
+    with ShardWriter(source, "images") as writer:
+        for key, captions in (("a", ["a {} cat", "cat"]), ("b", [])):
+            members = {"png": encoded(smooth_picture(0, 32, 32)), "json": json_bytes({"captions": captions})}
+            writer.write(key, members, (32, 32))
+        writer.finish()
+    command = ["encode", source, "--vae", vae_folder, "--out", tmp_path / "out"]
+    assert cli(*command, "--caption", "{}, in the style of sks").code == 0
+    shards = ShardSet.open(str(tmp_path / "out"), "latents")
+    found = {shards.key(index): shards.read_json(index)["captions"] for index in range(2)}
+    shards.close()
+    assert found == {"a": ["a {} cat, in the style of sks", "cat, in the style of sks"], "b": []}
+    other = cli(*command, "--caption", "{}, in another style")
+    assert (other.code, "caption" in other.err) == (2, True), other.err
 
 
 def test_sources_that_cannot_be_encoded(cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path) -> None:
