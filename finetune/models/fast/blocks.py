@@ -47,7 +47,8 @@ def group_norm(x_BCHW: Tensor, norm: nn.GroupNorm, *, silu: bool, shift_BC: Tens
         shift_BC = None if shift_BC is None else shift_BC.contiguous()
         return kernels.group_norm(x_BCHW, shift_BC, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
     if shift_BC is not None:
-        x_BCHW = x_BCHW + shift_BC[:, :, None, None]
+        # A float32 shift would raise a bf16 map to float32, which ZeRO's bf16 weights don't go with.
+        x_BCHW = (x_BCHW + shift_BC[:, :, None, None]).to(norm.weight.dtype)
     x_BCHW = F.group_norm(x_BCHW, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(x_BCHW) if silu else x_BCHW
 

@@ -328,6 +328,36 @@ def test_bf16_is_no_further_from_float64_than_eager_bf16(shape, on_torch):
     assert 1e-3 < together["fast"] < 0.1
 
 
+def as_under_zero(config: dict[str, Any]) -> None:
+    """Weights and inputs in bf16, convolutions stored channels-last, no autocast."""
+    fast, eager = make(config), make(config)
+    exact = copy.deepcopy(eager).double()
+    store_channels_last(fast)
+    make_fast(fast, compiled=False)
+    permuted = {name for name, parameter in fast.named_parameters() if stored_channels_last(parameter)}
+    rounded = {name: tensor.bfloat16() for name, tensor in inputs(config, (4, 4)).items() if name != "timestep"}
+    rounded["timestep"] = inputs(config)["timestep"]
+    exact.load_state_dict({name: tensor.bfloat16().double() for name, tensor in exact.state_dict().items()})
+    wanted = passes(exact, in_float64(rounded))
+    apart = {"fast": [], "eager": []}
+    for kind, unet in (("fast", fast.bfloat16()), ("eager", eager.bfloat16())):
+        found = passes(unet, rounded)
+        for name, tensor in wanted.items():
+            one = found[name].permute(0, 3, 1, 2) if kind == "fast" and name in permuted else found[name]
+            apart[kind].append(float((one - tensor).norm() / (tensor.norm() + 1e-12)))
+    means = {kind: sum(each) / len(each) for kind, each in apart.items()}
+    # Of one input either may be luckier by a tenth.
+    assert 1e-3 < means["fast"] <= 1.2 * means["eager"]
+
+
+def test_weights_in_bf16_by_torch(on_torch):
+    as_under_zero(SD15)
+
+
+def test_weights_in_bf16_by_kernels(on_kernels):
+    as_under_zero(ONE_LEVEL)
+
+
 # --- adapters -------------------------------------------------------------------------------------
 
 
