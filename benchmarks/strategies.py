@@ -92,7 +92,7 @@ def wrapped(
         batch: samples of one rank. kind: one of `OURS`. layout: one of the values of `LAYOUTS`.
     """
     trained = trained_of(unet)
-    is_fast = layout is None and kind in ("one", "ddp") and fast.available(world.device)
+    is_fast = layout is None and not kind.startswith("zero3") and fast.available(world.device)
     if is_fast:
         fast.make_fast(getattr(unet, "unet", unet), compiled=True)
     model = make_model(unet, shape, world.device)
@@ -102,7 +102,7 @@ def wrapped(
         if layout or is_fast:
             unet.to(memory_format=torch.channels_last)
         return model, DataParallel(world, model, groups, **common, graphs=is_fast)
-    if layout:
+    if layout or is_fast:
         store_channels_last(unet)
     stage, offload = int(kind[4]), kind.endswith("_offload")
     return model, ZeRO(

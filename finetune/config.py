@@ -83,7 +83,8 @@ class ModelConfig:
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    fast: bool = True  # compiled blocks, our own kernels and CUDA graphs, on GPUs from Ampere on; under ddp
+    # On GPUs from Ampere on, compiled blocks and our own kernels under ddp, zero1 and zero2; CUDA graphs under ddp.
+    fast: bool = True
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,10 @@ import torch
 from finetune import loop
 from finetune.models import fast
 from finetune.models.fast import blocks
-from tests.conftest import metrics
+from finetune.models.unet import build_unet
+from tests.conftest import UNET, metrics
 from tests.strategies.conftest import spawn
+from tests.strategies.test_parity import apart, tensors
 from tests.test_train import parts_of, same_files
 
 SMALL = [  # one level: blocks take a second each to compile
@@ -114,11 +117,13 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
     [
         ([], True),
         (["model.fast=false"], False),
-        (["strategy=zero2"], False),
+        (["strategy=zero1"], True),
+        (["strategy=zero2"], True),
+        (["strategy=zero2", "strategy.offload=cpu"], True),
         (["strategy=zero3"], False),  # weights are there only while their module is called
         (["adapter=lora", "adapter.dora=true", "model.unet={}"], True),
     ],
-    ids=["default", "off", "zero2", "zero3", "dora"],
+    ids=["default", "off", "zero1", "zero2", "zero2-offload", "zero3", "dora"],
 )
 def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, more, made):
     seen, graphs_of = [], []
@@ -151,16 +156,25 @@ def test_what_is_missing_is_told_and_the_unet_stays_as_it_was(overrides, monkeyp
     assert not [notice for notice in parts.notices if "model.fast" in notice]
 
 
-def over_ranks(overrides: list[str], folder: Path, *more: str) -> tuple[Path, Path]:
-    """(fast, eager) runs of two processes, in one launch."""
-    settings = [*overrides, "train.steps=8", "checkpoint.every=8", "train.micro_batch=2", *more, "strategy=ddp"]
-    jobs = [
-        {"run": str(folder / name), "start": None, "overrides": [*settings, f"model.fast={name == 'fast'}"]}
-        for name in ("fast", "eager")
+def launched(folder: Path, jobs: dict[str, tuple[list[str], str | None]]) -> dict[str, Path]:
+    """Folders of runs of two processes, made in one launch: by name (overrides, the run that one goes on from)."""
+    runs = {name: folder / name for name in jobs}
+    told = [
+        {"run": str(runs[name]), "start": start and str(runs[start]), "overrides": settings}
+        for name, (settings, start) in jobs.items()
     ]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    spawn(2, Path(__file__).with_name("driver.py"), str(folder / "jobs.json"))
-    return folder / "fast", folder / "eager"
+    (folder / "jobs.json").write_text(json.dumps(told))
+    print(spawn(2, Path(__file__).with_name("driver.py"), str(folder / "jobs.json")))
+    return runs
+
+
+def over_ranks(overrides: list[str], folder: Path, *more: str) -> tuple[Path, Path]:
+    """(fast, eager) runs of two processes."""
+    settings = [*overrides, "train.steps=8", "checkpoint.every=8", "train.micro_batch=2", *more, "strategy=ddp"]
+    runs = launched(
+        folder, {name: ([*settings, f"model.fast={name == 'fast'}"], None) for name in ("fast", "eager")}
+    )
+    return runs["fast"], runs["eager"]
 
 
 @pytest.mark.slow
@@ -172,6 +186,79 @@ def test_losses_over_ranks(overrides, tmp_path):
 @pytest.mark.parametrize("more", [[], ["model.gradient_checkpointing=true"]], ids=["", "checkpointing"])
 def test_adapters_over_ranks(overrides, pipeline, tmp_path, more):
     require_following(*over_ranks(overrides, tmp_path, *LORA, f"model.pretrained={pipeline}", *more), 8)
+
+
+def six_steps(overrides: list[str], *more: str) -> list[str]:
+    """With accumulation, averages, and a checkpoint after three."""
+    settings = [*overrides, "train.steps=6", "checkpoint.every=3", "train.global_batch=8", "train.micro_batch=2"]
+    return [*settings, "ema.sigma_rels=[0.1]", "ema.snapshot_every=3", *more]
+
+
+def require_same_training(found: Path, wanted: Path, tolerance: float) -> None:
+    """Losses, and weights, averages and moments of the last checkpoint."""
+    assert len(losses(found)) == 6
+    assert losses(found) == pytest.approx(losses(wanted), rel=tolerance)
+    for part in ("weights", "ema", "optimizer"):
+        last = "checkpoints/step-00000006"
+        assert apart(tensors(wanted, part, last), tensors(found, part, last)) < tolerance, part
+
+
+@pytest.fixture(scope="module")
+def one_level(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline with a U-Net of fewer blocks to compile."""
+    folder = tmp_path_factory.mktemp("one-level") / "tiny"
+    shutil.copytree(pipeline, folder, ignore=shutil.ignore_patterns("unet"))
+    shape = {"block_out_channels": [16], "down_block_types": UNET["down_block_types"][:1]}
+    shape["up_block_types"] = UNET["up_block_types"][1:]
+    build_unet(UNET | shape, seed=2).save_pretrained(folder / "unet")
+    return folder
+
+
+def test_zero_with_fast_unets_is_eager_ddp(overrides, one_level, tmp_path):
+    """In float32: all weights under ZeRO-2, which go on under DDP with their layout of memory, and adapters."""
+    full = six_steps(overrides, *SMALL)
+    lora = six_steps(overrides, *LORA, f"model.pretrained={one_level}")
+    runs = launched(
+        tmp_path,
+        {
+            "full": ([*full, "model.fast=false"], None),
+            "full-zero2": ([*full, "strategy=zero2"], None),
+            "full-zero2-ddp": ([*full], "full-zero2"),
+            "lora": ([*lora, "model.fast=false"], None),
+            "lora-zero1": ([*lora, "strategy=zero1"], None),
+        },
+    )
+    for name in ("full-zero2", "full-zero2-ddp", "lora-zero1"):
+        require_same_training(runs[name], runs[name.partition("-")[0]], 1e-5)
+    assert losses(runs["full-zero2-ddp"])[:3] == losses(runs["full-zero2"])[:3]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("more", [[], ["model.gradient_checkpointing=true"]], ids=["", "checkpointing"])
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_zero_with_fast_unets_in_each_precision(overrides, pipeline, tmp_path, adapter, more):
+    """ZeRO's weights are bf16, DDP's are cast: fast runs are as far from eager DDP as eager ZeRO is."""
+    settings = six_steps(
+        overrides, *more, *(SMALL if adapter == "full" else [*LORA, f"model.pretrained={pipeline}"])
+    )
+    jobs = {}
+    for precision in ("fp32", "bf16"):
+        own = [*settings, f"train.precision={precision}"]
+        jobs[precision] = ([*own, "model.fast=false"], None)
+        jobs[f"{precision}-eager"] = ([*own, "model.fast=false", "strategy=zero2"], None)
+        for stage in (1, 2):
+            jobs[f"{precision}-zero{stage}"] = ([*own, f"strategy=zero{stage}"], None)
+    runs = launched(tmp_path, jobs)
+    for stage in (1, 2):
+        require_same_training(runs[f"fp32-zero{stage}"], runs["fp32"], 1e-5)
+        for part in ("weights", "ema"):
+            wanted, eager, found = (
+                tensors(runs[name], part, "checkpoints/step-00000006")
+                for name in ("bf16", "bf16-eager", f"bf16-zero{stage}")
+            )
+            assert 0 < apart(wanted, found) < 1.3 * apart(wanted, eager), part
+        assert losses(runs[f"bf16-zero{stage}"]) == pytest.approx(losses(runs["bf16"]), rel=3e-3)
 
 
 def test_torch_is_as_it_was():
