@@ -1,11 +1,12 @@
-"""What makes a diffusers U-Net train fast on a GPU; its weights, their names and its outputs stay the same.
+"""What makes diffusers' models fast on a GPU; their weights, names and outputs stay the same.
 
-kernels   group norm and GEGLU with what stands beside them, in Triton
+kernels   group norm, GEGLU and others with what stands beside them, in Triton
 lora      adapters merged into the product that they adapt
-blocks    forward passes of diffusers' blocks that keep maps channels-last and call these
+blocks    forward passes of a U-Net's blocks that keep maps channels-last and call these, for training
+encoder   that of an autoencoder's encoder, to encode with
 
-Weights stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths linear
-layers wait for memory, not for arithmetic), FlashAttention 3 (torch carries none).
+Weights that train stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths
+linear layers wait for memory, not for arithmetic), FlashAttention 3 (torch carries none).
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from finetune.models.fast import blocks
+from finetune.models.fast import blocks, encoder
 
-__all__ = ["available", "make_fast", "missing"]
+__all__ = ["available", "make_encoder_fast", "make_fast", "missing"]
 
 
 def available(device: torch.device) -> bool:
-    """Whether `make_fast` is for this device: GPUs from Ampere on."""
+    """Whether what is here is for this device: GPUs from Ampere on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def missing() -> str | None:
-    """What `make_fast` needs beside the device and does not find."""
+    """What it needs beside the device and does not find."""
     if blocks.kernels is None:
         return "Triton"
     # Triton compiles the code that launches its kernels.
@@ -56,3 +57,13 @@ def make_fast(unet: nn.Module, *, compiled: bool) -> None:
     for module in unet.modules():
         if isinstance(module, blocks.Region):
             module.compiled = torch.compile(module.plain, dynamic=False)
+
+
+def make_encoder_fast(autoencoder: nn.Module) -> bool:
+    """Exchange the forward pass of an autoencoder's encoder, in place; False where it is of a kind unknown here."""
+    inner = getattr(autoencoder, "encoder", None)
+    if not isinstance(inner, nn.Module) or not encoder.takes(inner):
+        return False
+    inner.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    inner.__class__ = encoder.Encoder
+    return True

@@ -36,13 +36,14 @@ _BACKENDS = [
 ]
 
 
-def _on_kernels(x: Tensor) -> bool:
+def on_kernels(x: Tensor) -> bool:
+    """Whether this is computed by `kernels`."""
     return kernels is not None and kernels.takes(x)
 
 
 def group_norm(x_BCHW: Tensor, norm: nn.GroupNorm, *, silu: bool, shift_BC: Tensor | None = None) -> Tensor:
     """Group norm of `x_BCHW + shift_BC` and, with `silu`, SiLU of that: [B, C, H, W], channels-last."""
-    if _on_kernels(x_BCHW):
+    if on_kernels(x_BCHW):
         x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
         shift_BC = None if shift_BC is None else shift_BC.contiguous()
         return kernels.group_norm(x_BCHW, shift_BC, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
@@ -166,7 +167,7 @@ class Gate(GEGLU):
     """`GEGLU` whose projection's bias is added where its gradient is at hand."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if not _on_kernels(hidden_states):
+        if not on_kernels(hidden_states):
             return super().forward(hidden_states)
         if type(self.proj) is nn.Linear:
             return kernels.geglu(F.linear(hidden_states, self.proj.weight), self.proj.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -305,3 +306,54 @@ def test_the_kernels_take_what_lies_where_they_run(monkeypatch):
     assert kernels.takes(torch.zeros(1))
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     assert not kernels.takes(torch.zeros(1))
+
+
+# --- the end of a residual block ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seam", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 4, 5), (1, 70, 13, 3), (3, 8, 1, 1)], ids=str)
+def test_join_adds_two_maps_and_a_bias_and_leaves_a_seam_of_zeros(shape, seam):
+    x, h, bias = (one.detach() for one in leaves(shape, shape, shape[1:2]))
+    x, h = (one.contiguous(memory_format=torch.channels_last) for one in (x, h))
+    found = kernels.join(x, h, bias, seam=seam)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    wanted = F.pad(x + h + bias[:, None, None], (0, 1, 0, 1) if seam else (0, 0, 0, 0))
+    torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_join_rounds_half_precision_once(dtype):
+    x, h, bias = (one.detach() for one in leaves((2, 16, 6, 5), (2, 16, 6, 5), (16,), dtype=dtype))
+    x, h = (one.contiguous(memory_format=torch.channels_last) for one in (x, h))
+    exact = x.double() + h.double() + bias.double()[:, None, None]
+    assert_rounded_once([kernels.join(x, h, bias)], [exact])
+
+
+# --- softmax --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cells", [1, 35, 4096, 9000])
+def test_softmax_is_torchs_at_any_length(cells):
+    """Longer than a tile too, where the largest score is found late."""
+    scores = 10 * torch.randn((2, 3, cells), generator=torch.Generator().manual_seed(cells))
+    scores[0, 0, -1] = 200.0
+    scores[0, 1] -= 1e4
+    torch.testing.assert_close(
+        kernels.softmax(scores, 0.3, torch.float32), (0.3 * scores.double()).softmax(-1).float()
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_softmax_rounds_half_precision_once(dtype):
+    scores = torch.randn((4, 50), generator=torch.Generator().manual_seed(0))
+    assert_rounded_once([kernels.softmax(scores, 0.7, dtype)], [(0.7 * scores.double()).softmax(-1)])
+
+
+@pytest.mark.parametrize("broken", [float("inf"), float("nan")])
+def test_softmax_of_what_overflowed_is_no_number(broken):
+    scores = torch.zeros((2, 5000))
+    scores[1, 10] = broken
+    with np.errstate(invalid="ignore"):  # the interpreter's
+        found = kernels.softmax(scores, 1.0, torch.float32)
+    assert found[0].isfinite().all() and found[1].isnan().all()

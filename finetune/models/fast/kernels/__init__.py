@@ -1,7 +1,9 @@
-"""Triton kernels behind custom operators, which `torch.compile` sees through. Importing this needs Triton.
+"""Triton kernels; those for training are operators that `torch.compile` sees through. Importing needs Triton.
 
 norm      group norm with a shift before it and SiLU after it
 geglu     GEGLU with its projection's bias
+join      the end of a residual block, forward alone
+softmax   of attention's scores, forward alone
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ import triton
 from torch import Tensor
 
 from finetune.models.fast.kernels.geglu import geglu
+from finetune.models.fast.kernels.join import join
 from finetune.models.fast.kernels.norm import group_norm
+from finetune.models.fast.kernels.softmax import softmax
 
-__all__ = ["geglu", "group_norm", "takes"]
+__all__ = ["geglu", "group_norm", "join", "softmax", "takes"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, by TRITON_INTERPRET=1: for tests
 
