@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +30,7 @@ from data_tools.arguments import (
 from data_tools.encode import assemble
 from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
 from data_tools.encode.degrade import DEGRADATIONS
-from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, stack
+from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, make_fast, stack
 from data_tools.encode.excluded import Excluded
 from data_tools.encode.parts import PartWriter, Tally
 from data_tools.encode.prepare import Filtered, Prepared, Recipe, measure, prepare
@@ -172,6 +173,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch", type=positive, default=8, metavar="N", help="pictures at a time (default: 8)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the VAE (default: float32)")
+    parser.add_argument(
+        "--fast",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on GPUs from Ampere on: kernels of our own for the VAE (default: yes)",
+    )
     add_device_argument(parser)
     add_workers_argument(parser)
     add_shard_arguments(parser, "LATENTS")
@@ -252,6 +259,8 @@ def run(args: argparse.Namespace) -> int:
     torch.backends.cudnn.deterministic = True
     vae = load_autoencoder(args.vae, dtype=getattr(torch, args.dtype), device=device)
     info = encoder_info(vae, args.vae, args.out)
+    if args.fast and (missing := make_fast(vae)) and place.rank == 0:
+        print(f"--fast needs {missing}, which is not here: the VAE runs as diffusers wrote it", file=sys.stderr)
     fixed = bucket_table(source, args.size, args.aspect_buckets, args.bucket_step, info.downsample)
     if args.lowres and (wrong := [bucket for bucket in fixed if any(side % args.lowres for side in bucket)]):
         shape = f"{wrong[0][0]}x{wrong[0][1]}"

@@ -36,14 +36,13 @@ def stack(bucket: Bucket, samples: list[Prepared], pin: bool) -> Batch:
     """Prepared pictures as a batch."""
     import torch
 
-    pixels_BHW3 = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+    pixels_BHW3 = torch.empty((len(samples), *bucket, 3), dtype=torch.uint8, pin_memory=pin)
+    np.stack([sample.pixels for sample in samples], out=pixels_BHW3.numpy())
     holes_BKHW = None
     if packed := [sample.holes for sample in samples if sample.holes is not None]:
         holes = np.unpackbits(np.stack(packed), axis=-1, count=bucket[1]).view(np.bool_)
         holes_BKHW = torch.from_numpy(holes)
-    if pin:
-        pixels_BHW3 = pixels_BHW3.pin_memory()
-        holes_BKHW = None if holes_BKHW is None else holes_BKHW.pin_memory()
+        holes_BKHW = holes_BKHW.pin_memory() if pin else holes_BKHW
     return Batch(bucket, samples, pixels_BHW3, holes_BKHW)
 
 
@@ -117,6 +116,17 @@ class TextCache:
         if not np.isfinite(states_LD).all():
             raise UserError(f"the states of {self.info.source} are not finite in float16; don't cache them")
         return npy_bytes(states_LD)
+
+
+def make_fast(vae: Autoencoder) -> str | None:
+    """Let the encoder run on kernels of our own where they run; gives what they lack on this GPU, if anything."""
+    from finetune.models import fast
+
+    if not fast.available(vae.device):
+        return None
+    if (missing := fast.missing()) is None:
+        fast.make_encoder_fast(vae)
+    return missing
 
 
 def captions_of(sample: Prepared) -> list[str]:

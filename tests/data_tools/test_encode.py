@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
 from finetune.latents import LatentSpace, sample_latents
-from finetune.models import autoencoder
+from finetune.models import autoencoder, fast
 from finetune.models.autoencoder import encode_moments, encoder_sha256, load_autoencoder
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 
@@ -307,3 +308,39 @@ def test_sources_that_cannot_be_encoded(cli: Cli, image_shards: Path, vae_folder
     ]:
         result = cli("encode", source, "--vae", vae_folder, "--out", tmp_path / "out")
         assert (result.code, says in result.err) == (2, True), result.err
+
+
+def test_the_fast_encoder_comes_to_the_same_latents(
+    cli: Cli, image_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, by Triton's interpreter; the last batch of four is short."""
+    kernels = fast.blocks.kernels
+    if kernels is None or not kernels.INTERPRETED:
+        pytest.skip("Triton's interpreter is off, or there is no Triton")
+    joined: list[int] = []
+    join = kernels.join
+    monkeypatch.setattr(kernels, "join", lambda x, *a, **k: joined.append(len(x)) or join(x, *a, **k))
+    monkeypatch.setattr(fast, "available", lambda device: True)
+    monkeypatch.setattr(fast, "missing", lambda: None)
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    AutoencoderKL(block_out_channels=(4, 4), norm_num_groups=1, **blocks).save_pretrained(tmp_path / "vae")
+    given = ("encode", image_shards, "--vae", tmp_path / "vae", "--batch", 4, "--size", 8, "--workers", 0)
+    found = []
+    for name, words in (("fast", ()), ("slow", ("--no-fast",))):
+        result = cli(*given, "--out", tmp_path / name, *words)
+        assert result.code == 0, result.err
+        found.append(all_moments(ShardSet.open(tmp_path / name, "latents")).astype(np.float32))
+        assert joined == [4] * 5 + [2] * 5, "four resnets and attention, in two batches, and none without"
+    np.testing.assert_allclose(*found, rtol=2e-3, atol=1e-3)
+
+
+def test_without_what_it_needs_a_gpu_encodes_as_before(
+    cli: Cli, image_shards: Path, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fast, "available", lambda device: True)
+    monkeypatch.setattr(fast, "missing", lambda: "a C compiler")
+    monkeypatch.setattr(fast, "make_encoder_fast", lambda vae: pytest.fail("there is no compiler"))
+    result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", "--workers", 0)
+    assert result.code == 0 and verify(tmp_path / "out") == []
+    assert "--fast needs a C compiler, which is not here: the VAE runs as diffusers wrote it\n" in result.err
