@@ -13,6 +13,7 @@ import argparse
 import re
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,11 @@ from benchmarks.train_speed import MAKERS, WORKS
 
 # The first that fits, in lower case.
 CLASSES = {
-    "attention": r"flash|fmha|sdpa|attention",
+    "attention": r"flash|fmha|sdpa|attention|softmax",
     "layout copies": r"nchwtonhwc|nhwctonchw",
     "group norm": r"^_(moments|merge|normalize|sums|merge_sums|gradient)$|groupnorm|group_norm|rowwisemoments",
     "GEGLU": r"^_gate|gelu",
+    "ends of blocks": r"^_join$",
     "joined maps": r"catarray|fused_cat",
     "convolutions": r"conv|fprop|dgrad|wgrad|implicit_gemm|xmma",
     "matrix products": r"gemm|nvjet|cutlass|addmm|\bmm\b|bmm|splitk|cublas",
@@ -44,10 +46,9 @@ def class_of(kernel: str) -> str:
     return next((name for name, pattern in CLASSES.items() if re.search(pattern, kernel.lower())), "other")
 
 
-def breakdown(work: str, variant: str, steps: int, device: torch.device) -> tuple[dict[str, Any], list[str]]:
+def breakdown(step: Callable[[], Any], steps: int, device: torch.device) -> tuple[dict[str, Any], list[str]]:
     """(milliseconds of a step by class, lines of the longest kernels)."""
     on_gpu, wait = device.type == "cuda", waiter(device)
-    step = MAKERS[variant](WORKS[work], device)
     for _ in range(8 if on_gpu else 1):
         step()
     wait()
@@ -98,7 +99,9 @@ def main() -> None:
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = {}
     for variant in arguments.variants.split(","):
-        rows[variant], kernels = breakdown(arguments.work, variant, arguments.steps, device)
+        step = MAKERS[variant](WORKS[arguments.work], device)
+        rows[variant], kernels = breakdown(step, arguments.steps, device)
+        del step
         record(arguments.out, {"work": arguments.work, "variant": variant, **rows[variant], **context()})
         if arguments.kernels:
             print("\n".join(kernels))

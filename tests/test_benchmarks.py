@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import cost_curve, cost_quality, profile_step, scaling, train_speed
+from benchmarks import cost_curve, cost_quality, encode, profile_step, scaling, train_speed
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
 from data_tools import emoji
@@ -86,6 +86,8 @@ def test_a_step_is_profiled_by_class_of_kernel(tmp_path, monkeypatch, capsys):
     [
         ("_normalize", "group norm"),
         ("_gate_gradient", "GEGLU"),
+        ("_join", "ends of blocks"),
+        ("_softmax", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
         ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
@@ -98,6 +100,43 @@ def test_a_step_is_profiled_by_class_of_kernel(tmp_path, monkeypatch, capsys):
 )
 def test_kernels_are_known_by_their_names(kernel, wanted):
     assert profile_step.class_of(kernel) == wanted
+
+
+TINY_ENCODER = ("--size", "32", "--widths", *["32"] * 4, "--batch", "4", "--dtype", "float32", "--workers", "1")
+
+
+def test_encoding_is_measured_in_its_parts(tmp_path, monkeypatch, capsys):
+    """In this process, by torch's operations."""
+    monkeypatch.setattr(blocks, "kernels", None)
+    out = tmp_path / "results.jsonl"
+    chosen = ["--parts", "apart,autoencoder,kernels,path", "--variants", "stock,ours", "--seconds", "0.01"]
+    chosen += ["--pictures", "1", "40", "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["encode", *TINY_ENCODER, *chosen])
+    encode.main()
+    printed = capsys.readouterr().out.splitlines()
+    rows = [json.loads(line) for line in printed if line.startswith("{")]
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    each = [(part, variant) for variant in ("stock", "ours") for part in ("autoencoder", "kernels")]
+    assert [(row["part"], row.get("variant")) for row in rows] == [("apart", None), *each, ("path", None)]
+    assert all(row.keys() >= FIELDS - {"work", "variant"} for row in rows)
+    assert rows[0]["apart"].keys() == {"stock_float32", "ours_float32"} and max(rows[0]["apart"].values()) < 1e-4
+    assert all(row["pictures_per_s"] > 0 for row in rows if row["part"] in ("autoencoder", "path"))
+    assert {"convolutions", "attention"} <= rows[2]["ms"].keys()
+    assert any(" ms " in line for line in printed)  # the longest kernels
+
+
+@pytest.mark.slow
+def test_the_whole_command_is_measured_with_and_without_our_kernels():
+    rows = lines("encode", *TINY_ENCODER, "--parts", "whole", "--pictures", "20", "800")
+    assert [(row["part"], row["variant"]) for row in rows] == [("whole", "stock"), ("whole", "ours")]
+    assert all(row["pictures_per_s"] > 0 and row["start_s"] > 0 for row in rows)
+
+
+def test_unknown_parts_of_encoding_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["encode", "--parts", "autoencoder,all"])
+    with pytest.raises(SystemExit) as ended:
+        encode.main()
+    assert ended.value.code == 2 and "all is not one of" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ the picture with the hole filled with mid-grey. lowres.png is the crop made smal
 
 It may be killed at any moment: the same command goes on, and comes to the same bytes. Any number of processes
 on any number of machines that share the folder work together, each on shards of its own, under torchrun,
-accelerate launch or srun, or just by the same command given again. --workers, --device and the number of
+accelerate launch or srun, or just by the same command given again. --workers, --device, --fast and the number of
 processes don't matter to the result (but for the last bits where machines compute differently); all other
 settings must be the same. While it works the disk holds the latents once, and a shard more for each process.
 
