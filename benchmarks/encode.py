@@ -110,8 +110,8 @@ def noise(batch: int, height: int, width: int, device: torch.device) -> torch.Te
 
 
 def apart(folder: Path, size: int, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """Of pictures of the size, and of odd sides: ||moments - exact|| / ||exact||, the larger."""
-    batches = [noise(2, size, size, device), noise(3, size // 2 + 1, size // 3 * 2 + 3, device)]
+    """Of two pictures of the size, and of one of odd sides: ||moments - exact|| / ||exact||, the larger."""
+    batches = [noise(2, size, size, device), noise(1, size // 2 + 1, size // 3 * 2 + 3, device)]
     found: dict[str, float] = {}
     with contextlib.ExitStack() as scope:
         scope.callback(setattr, torch.backends.cudnn, "allow_tf32", torch.backends.cudnn.allow_tf32)

@@ -217,7 +217,7 @@ class Place:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of --device; `auto` is this process's GPU among those of its machine.
+    """The torch device of --device; `auto` is this process's GPU among those of its machine. A GPU becomes current.
 
     Raises:
         UserError: no such device here.
@@ -227,12 +227,17 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         if not torch.cuda.is_available():
             return torch.device("cpu")
-        return torch.device("cuda", Place.find().local_rank % torch.cuda.device_count())
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name} can't be used here ({first_line(error)}); try --device auto") from None
+        device = torch.device("cuda", Place.find().local_rank % torch.cuda.device_count())
+    else:
+        try:
+            device = torch.device(name)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(
+                f"--device {name} can't be used here ({first_line(error)}); try --device auto"
+            ) from None
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # events and Triton's kernels go to the current one, whatever tensors say
     return device
 
 

@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from data_tools.encode import choose_device
 from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
 from finetune.latents import LatentSpace, sample_latents
@@ -344,3 +345,14 @@ def test_without_what_it_needs_a_gpu_encodes_as_before(
     result = cli("encode", image_shards, "--vae", vae_folder, "--out", tmp_path / "out", "--workers", 0)
     assert result.code == 0 and verify(tmp_path / "out") == []
     assert "--fast needs a C compiler, which is not here: the VAE runs as diffusers wrote it\n" in result.err
+
+
+def test_a_process_takes_its_gpu_and_makes_it_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Events would else be those of the first GPU, and nobody waited for the others' latents."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("LOCAL_RANK", "6")
+    assert choose_device("auto") == torch.device("cuda", 2) and current == [torch.device("cuda", 2)]
+    assert choose_device("cpu").type == "cpu" and len(current) == 1
