@@ -47,7 +47,7 @@ from finetune.models.autoencoder import decode
 from finetune.sampling import draw_noise, generators, make_scheduler, sample
 
 BATCHES = {1: 8, 2: 32, 4: 96, 8: 256, 16: 512, 32: 1024}  # the first that is tried; then half, and so on
-SAMPLED = {1: 8, 2: 16, 4: 32, 8: 64, 16: 64, 32: 64}
+SAMPLED = {1: 8, 2: 16, 4: 32, 8: 128, 16: 256, 32: 512}
 CONF = Path(__file__).parent.parent / "conf/autoencoder/model"
 
 
