@@ -30,11 +30,11 @@ from data_tools.arguments import (
 from data_tools.encode import assemble
 from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
 from data_tools.encode.degrade import DEGRADATIONS
-from data_tools.encode.encoder import Batch, Encoded, Encoder, TextCache, make_fast, stack
+from data_tools.encode.encoder import Batch, Encoded, Encoder, Running, TextCache, make_fast, stack
 from data_tools.encode.excluded import Excluded
 from data_tools.encode.parts import PartWriter, Tally
 from data_tools.encode.prepare import Filtered, Prepared, Recipe, measure, prepare
-from data_tools.encode.work import Work, join
+from data_tools.encode.work import Claimed, Work, join
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import PictureError, parse_colour
 from data_tools.labels import LEAST_OF_A_BOX
@@ -366,6 +366,38 @@ def bucket_table(
     return table
 
 
+class _Unit:
+    """A claimed unit on its way to its part."""
+
+    def __init__(self, claimed: Claimed, part: PartWriter) -> None:
+        from finetune.latents import RunningMoments
+
+        self.claimed, self.part = claimed, part
+        self.tally, self.moments = Tally(), RunningMoments()
+        # Rejects of the writer: in a list of their own, so that their order is fixed.
+        self.late: list[list[str]] = []
+
+    def finish(self) -> None:
+        """Leave it done, and let go of it."""
+        with self.claimed:
+            self.tally.rejects += self.late
+            self.tally.moments = self.moments.state()
+            self.part.finish(self.tally)
+
+    def close(self) -> None:
+        """Let go of it as it is; without `finish`, what it holds is nobody's."""
+        self.part.close()
+        self.claimed.scope.close()
+
+
+def _close(units: set[_Unit]) -> None:
+    for unit in units:
+        unit.close()
+
+
+_END: Any = object()  # what comes after the last batch
+
+
 class Course:
     """The phases of an encoding, each shared with all other processes that work in the folder."""
 
@@ -406,7 +438,7 @@ class Course:
             return
         self.table = [(height, width) for height, width in work.read("table.json")]
         with self._bar("pictures") as (update, seen):
-            work.share(_PARTS, units, work.marks("done"), lambda n: self._encode(n, update), seen)
+            self._encode(work.claimed(_PARTS, units, work.marks("done"), seen), update)
         names = [unit.name for unit in self.units]
         self._once(
             _PLAN,
@@ -489,49 +521,71 @@ class Course:
             table = choose_buckets(table, histogram, self.args.max_buckets)
         return sorted(merge_small(table, histogram, self.args.min_bucket))
 
-    # phase 2: a unit's pictures to its part
+    # phase 2: the units' pictures to their parts
 
-    def _encode(self, unit: int, update: Callable[[int], None]) -> None:
-        """Decode in worker processes, encode, and write, all at the same time.
+    def _encode(self, units: Iterator[Claimed | None], update: Callable[[int], None]) -> None:
+        """Decode in worker processes, encode, and write, all at the same time, and from one unit into the next.
 
-        Batches are formed within the unit, in its order: what is computed together never depends on who does it.
+        Batches are formed within a unit, in its order: what is computed together never depends on who does it.
         """
-        from finetune.latents import RunningMoments
-
-        tally, moments = Tally(), RunningMoments()
-        late: list[list[str]] = []  # rejects of the writer: in a list of their own, so that their order is fixed
-        self.encoder.redone = 0
-        part = PartWriter(self.work, unit, self.table, self.members)
+        under_way: set[_Unit] = set()
+        ended: list[_Unit] = []  # whose last batch may still be running
         with contextlib.ExitStack() as scope:
-            scope.callback(part.close)
+            scope.callback(_close, under_way)
             writer = scope.enter_context(ThreadPoolExecutor(1))
             reader = scope.enter_context(ThreadPoolExecutor(1))
-            batches = self._batches(unit, tally, update)
-            coming = deque(reader.submit(next, batches, None) for _ in range(_BATCHES_AHEAD))
+            batches = self._batches(units, under_way, update)
+            coming = deque(reader.submit(next, batches, _END) for _ in range(_BATCHES_AHEAD))
             scope.callback(lambda: [future.cancel() for future in coming])
             written: deque[Future[None]] = deque()
-            running = None
-            while True:
-                batch = coming.popleft().result()
-                following = self.encoder.start(batch) if batch is not None else None
-                if batch is not None:
-                    coming.append(reader.submit(next, batches, None))
-                if running is not None:  # one batch late, so that the GPU has the next one already
-                    results = self.encoder.finish(running)
-                    written.append(writer.submit(self._write, part, results, tally, late, moments))
-                    if len(written) > _BATCHES_AHEAD:
-                        written.popleft().result()
-                running = following
-                if running is None:
-                    break
-            for future in written:
-                future.result()
-            tally.rejects += late
-            tally.redone = self.encoder.redone
-            tally.moments = moments.state()
-            part.finish(tally)
+            running: tuple[_Unit, Running] | None = None
 
-    def _batches(self, unit: int, tally: Tally, update: Callable[[int], None]) -> Iterator[Batch]:
+            def finish(unit: _Unit) -> None:
+                unit.finish()
+                under_way.discard(unit)
+
+            while (came := coming.popleft().result()) != _END:
+                coming.append(reader.submit(next, batches, _END))
+                unit, batch = came
+                following = None
+                if batch is not None:
+                    assert unit is not None
+                    following = unit, self.encoder.start(batch)
+                elif unit is not None:
+                    ended.append(unit)
+                    if running is not None:  # the GPU goes on with the next unit's first batch
+                        continue
+                if running is not None:  # one batch late, so that the GPU has the next one already
+                    before = self.encoder.redone
+                    results = self.encoder.finish(running[1])
+                    running[0].tally.redone += self.encoder.redone - before
+                    written.append(writer.submit(self._write, running[0], results))
+                written += [writer.submit(finish, unit) for unit in ended]
+                ended.clear()
+                running = following
+                while len(written) > (_BATCHES_AHEAD if running is not None else 0):
+                    written.popleft().result()
+            assert running is None and not ended
+
+    def _batches(
+        self, units: Iterator[Claimed | None], under_way: set[_Unit], update: Callable[[int], None]
+    ) -> Iterator[tuple[_Unit | None, Batch | None]]:
+        """Batches with their units; (unit, None) after its last one, (None, None) where there is none to be had.
+
+        The last of all is (None, None): units are only done when what they left is written.
+        """
+        for claimed in units:
+            if claimed is None:
+                yield None, None
+                continue
+            unit = _Unit(claimed, PartWriter(self.work, claimed.number, self.table, self.members))
+            under_way.add(unit)
+            for batch in self._batches_of(unit, update):
+                yield unit, batch
+            yield unit, None
+
+    def _batches_of(self, unit: _Unit, update: Callable[[int], None]) -> Iterator[Batch]:
+        number, tally = unit.claimed.number, unit.tally
         recipe = dataclasses.replace(self.recipe, table=tuple(self.table))
         pin = self.encoder.on_gpu
         waiting: dict[Bucket, list[Prepared]] = {}
@@ -539,17 +593,17 @@ class Course:
         def left_out() -> None:
             tally.excluded += 1
             tally.seen += 1
-            update(unit)
+            update(number)
 
         work = self.pool.map(
             functools.partial(prepare, recipe=recipe),
-            self._read(unit, left_out),
+            self._read(number, left_out),
             ahead=4 * self.pool.count + self.args.batch,
             catch=(PictureError, CrashError),
             name=_name,
         )
         for item, result in work:
-            update(unit)
+            update(number)
             tally.seen += 1
             match result:
                 case Prepared():
@@ -566,14 +620,12 @@ class Course:
         for bucket in sorted(waiting):
             yield stack(bucket, waiting[bucket], pin)
 
-    def _write(
-        self, part: PartWriter, results: list[Encoded], tally: Tally, late: list[list[str]], moments: Any
-    ) -> None:
-        kept = []
+    def _write(self, unit: _Unit, results: list[Encoded]) -> None:
+        tally, kept = unit.tally, []
         for result in results:
             sample = result.sample
             if result.moments is None:
-                late.append([sample.key, "latents are not finite, even in float32"])
+                unit.late.append([sample.key, "latents are not finite, even in float32"])
                 continue
             members = {LATENT: latent_bytes(result.moments), "json": json_bytes(sample.record)}
             if result.states is not None:
@@ -582,9 +634,9 @@ class Course:
             if result.masked is not None:
                 members[MASKED] = npy_bytes(result.masked)
             try:
-                number = str(part.write(sample.key, members, sample.bucket))
+                number = str(unit.part.write(sample.key, members, sample.bucket))
             except ShardError as error:
-                late.append([sample.key, str(error)])
+                unit.late.append([sample.key, str(error)])
                 continue
             kept.append(result.moments)
             tally.enlarged += sample.enlarged
@@ -592,7 +644,7 @@ class Course:
             tally.boxes_lost += sample.boxes[1]
             tally.crop_loss[number] = tally.crop_loss.get(number, 0.0) + sample.crop_loss
         if kept:
-            moments.add(np.stack(kept))
+            unit.moments.add(np.stack(kept))
 
     # phase 3: the set
 

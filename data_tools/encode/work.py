@@ -43,6 +43,20 @@ _PHASE = 1 << 40
 _POLL_SECONDS = 0.05, 1.0  # between looks at what the other processes have done: first, at most
 
 
+@dataclass(frozen=True)
+class Claimed:
+    """A thing that this process is to do; leaving the context lets go of it."""
+
+    number: int
+    scope: contextlib.ExitStack
+
+    def __enter__(self) -> int:
+        return self.number
+
+    def __exit__(self, *_: object) -> None:
+        self.scope.close()
+
+
 class Work:
     """A claimed folder of latents in progress."""
 
@@ -94,7 +108,29 @@ class Work:
             do: does one thing, and leaves it done.
             seen: told what is done, now and then.
         """
+        for claimed in self.claimed(phase, count, done, seen):
+            if claimed is not None:
+                with claimed:
+                    do(claimed.number)
+
+    def claimed(
+        self,
+        phase: int,
+        count: int,
+        done: Marks | Mark,
+        seen: Callable[[set[int]], None] = lambda _: None,
+    ) -> Iterator[Claimed | None]:
+        """Things of a phase that this process is to do, each claimed until it is closed; ends when all is done.
+
+        None says that there is nothing to do now but what this process holds, or others do: what is held must be
+        done before this ends.
+
+        Args:
+            done: what is done by now, by anyone.
+            seen: told what is done, now and then.
+        """
         left = list(range(count))
+        held: set[int] = set()  # a process may claim again what it holds, so this must be known apart
         wait = _POLL_SECONDS[0]
         while left:
             # All is listed once a second at most: there may be 100,000 things, and as many processes as GPUs.
@@ -103,13 +139,19 @@ class Work:
             left = [number for number in left if number not in finished]
             idle = True
             for number in left:
-                if number in finished:
+                if number in finished or number in held:
                     continue
-                with self.claim(phase, number) as mine:
+                with contextlib.ExitStack() as scope:
                     # It may have been done since we looked: who does it lets go of the claim afterwards. And when
                     # the set is finished, what was done is no longer to be seen.
-                    if mine and number not in done and not self.is_finished():
-                        do(number)
+                    if (
+                        scope.enter_context(self.claim(phase, number))
+                        and number not in done
+                        and not self.is_finished()
+                    ):
+                        held.add(number)
+                        scope.callback(held.discard, number)
+                        yield Claimed(number, scope.pop_all())
                         idle = False
                 if time.monotonic() - looked > _POLL_SECONDS[1]:
                     finished, looked = done.listed(), time.monotonic()
@@ -117,6 +159,7 @@ class Work:
             if idle and left:
                 if self.is_finished():
                     return
+                yield None
                 time.sleep(wait)
                 wait = min(2 * wait, _POLL_SECONDS[1])
             else:

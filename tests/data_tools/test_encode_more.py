@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import tarfile
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from data_tools.encode.encoder import Encoder
 from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, verify
 from finetune.latents import LatentSpace, RunningMoments
@@ -255,6 +257,36 @@ def test_a_full_disk_is_one_line_and_the_rest_of_the_work_goes_on_later(
     assert failures >= 3
     for path in (tmp_path / "whole").iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes()
+
+
+def test_the_next_unit_begins_before_the_last_has_ended(
+    cli: Cli, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU that waits for nothing: a batch begins before the last is looked at, across units too."""
+    with ShardWriter(tmp_path / "images", "images", max_samples=5) as writer:
+        for number in range(15):
+            record = json_bytes({"captions": [f"picture {number}"]})
+            writer.write(f"{number:03d}", {"png": encoded(smooth_picture(number, 32, 32)), "json": record})
+        writer.finish()
+    seen: list[str] = []
+    start, finish = Encoder.start, Encoder.finish
+    monkeypatch.setattr(
+        Encoder, "start", lambda self, batch: (seen.append(f"start {batch.samples[0].key}"), start(self, batch))[1]
+    )
+    monkeypatch.setattr(
+        Encoder,
+        "finish",
+        lambda self, running: (seen.append(f"finish {running.batch.samples[0].key}"), finish(self, running))[1],
+    )
+    options = ["--vae", vae_folder, "--size", 32, "--batch", 3, "--workers", 0, "--out", tmp_path / "latents"]
+    assert cli("encode", tmp_path / "images", *options).code == 0
+    firsts = ["000", "003", "005", "008", "010", "013"]  # of batches of three and two pictures in each unit
+    wanted = ["start 000"]
+    for before, after in itertools.pairwise(firsts):
+        wanted += [f"start {after}", f"finish {before}"]
+    assert seen == [*wanted, "finish 013"]
+    assert Manifest.load(tmp_path / "latents").samples == 15
+    assert verify(tmp_path / "latents") == []
 
 
 def test_a_missing_shard_stops_the_work_instead_of_emptying_it(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
