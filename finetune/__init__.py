@@ -6,6 +6,7 @@ The plan of the package is in CONTRIBUTING.md: each module imports only from flo
 from __future__ import annotations
 
 import errno
+import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -21,6 +22,9 @@ E = TypeVar("E", bound=BaseException)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of an `OSError` that `run_cli` has words for."""
+
+# diffusers imports bitsandbytes where it is there. On some CPUs that asks for a package that nothing here uses.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 class UserError(Exception):
