@@ -32,7 +32,7 @@ $(STAMP): requirements.lock pyproject.toml
 	@touch $@
 
 # Passive: threads that wait for each other sleep. Spinning ones made training ten times slower on busy cores.
-demo: $(STAMP) ## pictures -> latent shards -> training -> images to look at (minutes, no GPU)
+demo: $(STAMP) ## the model in the box learns a style: before, during and after in one picture (minutes, no GPU)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m finetune.demo
 
 test: lint ## everything CI runs: lint, types, and the tests that are not slow

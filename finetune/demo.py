@@ -1,23 +1,37 @@
-"""`make demo`: the whole way from pictures to samples, with the commands that a user would type.
+"""`make demo`: the model in the box learns a style from pictures in the box, by commands that a user would type.
 
-Real pictures (the bundled emoji), an autoencoder, latent shards, a text-to-image model, samples. Each step is one
-command, printed before it runs. Started again, finished steps are skipped and a killed one goes on.
+The base draws emoji in the styles of Noto and Twemoji. LoRA teaches it that of Microsoft's Fluent Emoji. Half of
+the names in its rows are not among those pictures: of them it has never seen the style. Each step is one command,
+printed before it runs. Started again, finished steps are skipped and a killed one goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.resources
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune import UserError, run_cli
 
-PROMPTS = ["red apple", "grinning face", "blue heart", "cat face", "pizza", "rocket", "sunflower", "snowman"]
+BASE = "emoji-base"
+CAPTION = "{}, emoji style"  # words that the base knows: a new one would lead it away from what it draws
+SEEN = ["red apple", "cow face", "rocket", "frog", "mushroom", "strawberry"]
+# Names that the base knows and the pictures do not have. The first have rows, all are judged.
+UNSEEN = [
+    *("avocado", "dog face", "hamburger", "cactus", "light bulb", "palm tree"),
+    *("astronaut", "automobile", "basketball", "bell", "bomb", "butterfly", "cookie", "croissant", "donkey"),
+    *("eggplant", "elephant", "evergreen tree", "ghost", "guitar", "horse face", "koala", "lemon", "lion"),
+    *("pig", "rabbit", "top hat", "treasure chest"),
+]
+ROWS = [*SEEN, *UNSEEN[: len(SEEN)]]
+MIDDLE = 40  # the step of the column between before and after: a checkpoint that is kept
+JUDGE, STYLE = Path("styles.safetensors"), "fluent emoji"
 
 
 def main(argv: list[str]) -> int:
@@ -28,46 +42,91 @@ def main(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
 
-    pictures, autoencoder, latents, run = emoji_shards(), out / "autoencoder", out / "latents", out / "run"
-    step("The pictures: emoji with their names as captions.")
-    command("data-tools", "inspect", pictures)
-    step("1. The first stage: an autoencoder that makes 64x64 pictures 16x16 latents.")
-    command("finetune", "autoencoder", "experiment=emoji", f"data.shards={pictures}", f"run.dir={autoencoder}")
-    step("2. Every picture encoded once, into shards of latents.")
+    pictures, latents, run = emoji_shards(), out / "latents", out / "run"
+    step(f"1. 1,200 emoji in the style to be learned, each encoded once by the autoencoder of {BASE}.")
     if not (latents / "manifest.json").exists():
-        command("data-tools", "encode", pictures, "--vae", autoencoder / "vae", "--out", latents, "--overwrite")
-    command("data-tools", "preview", latents, "--out", out / "reconstructions.png")
-    step("3. A U-Net and its text encoder, trained on the latents.")
-    command("finetune", "train", "experiment=emoji", f"data.shards={latents}", f"run.dir={run}")
-    step("4. Pictures for prompts.")
-    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    sampling = ("--seed", 0, "--steps", 25, "--columns", 4)
-    command("finetune", "sample", run, *prompts, *sampling, "--out", out / "samples.png")
+        words = ["--vae", BASE, "--caption", CAPTION, "--out", latents, "--overwrite"]
+        command("data-tools", "encode", pictures, *words)
+    step(f"2. LoRA on the U-Net of {BASE}.")
+    command("finetune", "train", "experiment=demo", f"data.shards={latents}", f"run.dir={run}")
+    step("3. The same prompts and seeds before, on the way, and after.")
+    (out / "rows.txt").write_text(lines_of(ROWS))
+    (out / "prompts.txt").write_text(lines_of([*ROWS, *UNSEEN[len(SEEN) :]]))
+    draw(BASE, out / "prompts.txt", out / "before")
+    draw(run, out / "rows.txt", out / "during", "--checkpoint", MIDDLE)
+    draw(run, out / "prompts.txt", out / "after")
 
-    first, last = losses(run)
+    sheet(out, {"before": "before", "during": f"{MIDDLE} steps", "after": "after"}, out / "demo.png")
+    before, after = (share_in_style(files(out / name)[len(SEEN) :]) for name in ("before", "after"))
     minutes = (time.perf_counter() - started) / 60
-    print(f"\nDone in {minutes:.1f} minutes. Held-out loss {first:.3f} -> {last:.3f}. Look at:")
-    print(f"  {out / 'reconstructions.png'}   what the autoencoder keeps of the pictures")
-    print(f"  {out / 'samples.png'}           drawn for: {', '.join(PROMPTS)}")
-    print(f"  {run / 'samples'}/              the same prompts while the model learned")
+    print(
+        f"\nDone in {minutes:.1f} minutes. A small classifier of real emoji finds the style in {before:.0%} before"
+    )
+    print(f"and in {after:.0%} after, of {len(UNSEEN)} names that are not among the pictures. Look at:")
+    print(f"  {out / 'demo.png'}   before, after {MIDDLE} steps, and after all; its rows are")
+    print(f"  {', '.join(SEEN)} (among the pictures),")
+    print(f"  {', '.join(ROWS[len(SEEN) :])} (never seen in this style)")
     return 0
 
 
 def emoji_shards() -> Path:
     """The bundled image shards, relative to here where that is shorter to read."""
-    import importlib.resources
-
     path = Path(str(importlib.resources.files("data_tools"))) / "emoji" / "fluent-emoji"
     if not (path / "manifest.json").exists():
         raise UserError(f"the bundled pictures are missing from {path}; install or clone ldm-finetune again")
     return min(path, Path(os.path.relpath(path)), key=lambda p: len(str(p)))
 
 
-def losses(run: Path) -> tuple[float, float]:
-    """First and last held-out loss of a run."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    values = [line["validation/loss"] for line in lines if "validation/loss" in line]
-    return values[0], values[-1]
+def lines_of(names: Sequence[str]) -> str:
+    """A prompt on each line."""
+    return "".join(CAPTION.format(name) + "\n" for name in names)
+
+
+def draw(model: object, prompts: Path, folder: Path, *words: object) -> None:
+    """A picture for each prompt, numbered, into a folder that has no others; nothing is drawn twice."""
+    sampling = ("--seed", 0, "--guidance", 2, "--scheduler", "dpm++", "--steps", 12, "--batch-size", 16)
+    if not (folder / "grid.png").exists():  # written last
+        command("finetune", "sample", model, *words, "--prompts", prompts, *sampling, "--out", folder)
+
+
+def files(folder: Path) -> list[Path]:
+    """The numbered pictures of a folder, in the order of the prompts."""
+    return sorted(folder.glob("[0-9]*.png"))
+
+
+def sheet(out: Path, columns: Mapping[str, str], to: Path) -> None:
+    """One picture: a row for each of `ROWS`, `SEEN` on the left; a column for each folder, under its title."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from finetune import pictures
+
+    half, side, line = len(SEEN), 128, 22
+    blocks = []
+    for title, rows in (("among the pictures", range(half)), ("never seen in this style", range(half, 2 * half))):
+        found = [[files(out / folder)[row] for folder in columns] for row in rows]
+        cells = [Image.open(path).resize((side, side)) for row in found for path in row]
+        grid = pictures.grid(cells, len(columns), gap=8)
+        block = Image.new("RGB", (grid.width, grid.height + 2 * line), "white")
+        block.paste(grid, (0, 2 * line))
+        pen, font = ImageDraw.Draw(block), ImageFont.load_default(15)
+        pen.text((grid.width / 2, 0), title, "black", font, anchor="ma")
+        for number, text in enumerate(columns.values()):
+            pen.text((number * (side + 8) + side / 2, line), text, "black", font, anchor="ma")
+        blocks.append(block)
+    pictures.save_png(pictures.grid(blocks, 2, gap=40), to)
+
+
+def share_in_style(paths: Sequence[Path]) -> float:
+    """Share of pictures that the classifier of styles takes for Fluent Emoji."""
+    import numpy as np
+    from PIL import Image
+
+    from finetune.evaluation.judge import Judge, top
+    from finetune.models.sources import BUNDLED
+
+    judge = Judge.load(BUNDLED / BASE / JUDGE)
+    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
+    return top(judge.logits(pixels), [judge.classes.index(STYLE)] * len(paths))
 
 
 def step(title: str) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def models(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     folder = tmp_path_factory.mktemp("models")
 
-    def with_unet(name: str, **changes: int) -> Path:
+    def with_unet(name: str, **changes: Any) -> Path:
         if not (folder / name).exists():
             shutil.copytree(pipeline, folder / name)
             build_unet({**UNET, **changes}).save_pretrained(folder / name / "unet")
@@ -37,6 +38,9 @@ def models(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
             return made if made.exists() else fakes.tiny_sdxl(made, in_channels=channels)
         if "inpainting" in hub_id:
             return with_unet("inpainting", in_channels=9)
+        if hub_id == "emoji-base":  # three levels, of which the last is trained
+            downs, ups = ["DownBlock2D", *UNET["down_block_types"]], [*UNET["up_block_types"], "UpBlock2D"]
+            return with_unet("emoji", block_out_channels=[16, 32, 32], down_block_types=downs, up_block_types=ups)
         if "x4" in hub_id:
             return with_unet("upscaler", in_channels=7, num_class_embeds=1000)
         return pipeline

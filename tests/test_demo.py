@@ -1,0 +1,104 @@
+"""`make demo`: what it says of its names is so, its picture has what it says, and its parts fit each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_tools import emoji
+from finetune import UserError, demo
+from finetune.config import Config, compose
+from finetune.data.shards import ShardSet
+from finetune.models.sources import BUNDLED
+from tests.conftest import ROOT
+
+
+def names_in_the_box() -> set[str]:
+    shards = ShardSet.open(str(emoji.path()), "images")
+    names = {shards.read_json(index)["captions"][0] for index in range(len(shards))}
+    shards.close()
+    return names
+
+
+def test_half_of_the_rows_were_never_seen_in_the_style() -> None:
+    box = names_in_the_box()
+    assert set(demo.SEEN) <= box
+    assert not set(demo.UNSEEN) & box
+    assert len(set(demo.UNSEEN)) == len(demo.UNSEEN)
+    assert [*demo.SEEN, *demo.UNSEEN[: len(demo.SEEN)]] == demo.ROWS
+    # A prompt on each line, in words that the base has read: two styles of emoji.
+    assert demo.lines_of(["bell", "lion"]) == "bell, emoji style\nlion, emoji style\n"
+
+
+def test_the_column_in_the_middle_is_of_a_checkpoint_that_is_kept() -> None:
+    config, _ = compose("train", ["experiment=demo", "data.shards=x"], Config)
+    steps = range(config.checkpoint.every, config.train.steps + 1, config.checkpoint.every)
+    assert demo.MIDDLE in steps[-config.checkpoint.keep :]
+    assert config.train.steps > demo.MIDDLE
+    assert config.model.pretrained == demo.BASE
+
+
+def test_the_judge_tells_fluent_emoji_from_the_same_without_colours(tmp_path: Path) -> None:
+    shards = ShardSet.open(str(emoji.path()), "images")
+    pictures = []
+    for index in range(0, len(shards), 20):
+        path = tmp_path / f"{index}.webp"
+        path.write_bytes(shards.read_member(index, "webp"))
+        pictures.append(path)
+    shards.close()
+    grey = []
+    for path in pictures:
+        grey.append(path.with_suffix(".grey.png"))
+        Image.open(path).convert("L").save(grey[-1])
+    real = demo.share_in_style(pictures)
+    assert real > 0.8
+    assert demo.share_in_style(grey) < real - 0.3
+
+
+def test_the_picture_has_a_row_for_each_name_and_a_column_for_each_title(tmp_path: Path) -> None:
+    for column, count in (("before", len(demo.ROWS) + 2), ("after", len(demo.ROWS))):
+        (tmp_path / column).mkdir()
+        for row in range(count):
+            level = 10 * row + (5 if column == "after" else 0)
+            Image.new("RGB", (4, 4), (level, level, level)).save(tmp_path / column / f"{row:04d}-name.png")
+        Image.new("RGB", (9, 9)).save(tmp_path / column / "grid.png")
+    demo.sheet(tmp_path, {"before": "first", "after": "then"}, tmp_path / "demo.png")
+    pixels = np.asarray(Image.open(tmp_path / "demo.png"))
+    side, half = 128 + 8, len(demo.SEEN)  # a picture, and the gap
+    width, top = 2 * side - 8, 2 * 22
+    assert pixels.shape == (top + side * half - 8, 2 * width + 40, 3)
+    assert (pixels[:top] < 128).any()  # titles
+    for number in range(len(demo.ROWS)):
+        left, row = divmod(number, half)
+        block = pixels[top + side * row : top + side * row + 128, left * (width + 40) :]
+        assert (block[:, :128] == 10 * number).all()
+        assert (block[:, side : side + 128] == 10 * number + 5).all()
+
+
+def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(demo, "command", lambda *words: asked.append(tuple(map(str, words))))
+    demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
+    (tmp_path / "before").mkdir()
+    (tmp_path / "before" / "grid.png").touch()
+    demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
+    assert len(asked) == 1 and asked[0][:3] == ("finetune", "sample", "model")
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"stopped at `finetune sample` \(exit code 2\)"):
+        demo.command("finetune", "sample", tmp_path / "absent", "--prompt", "x", "--out", tmp_path / "x.png")
+
+
+@pytest.mark.slow  # a minute or two of two cores
+@pytest.mark.timeout(600)
+def test_the_style_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert demo.main(["--out", str(tmp_path)]) == 0
+    before, after = (
+        demo.share_in_style(demo.files(tmp_path / name)[len(demo.SEEN) :]) for name in ("before", "after")
+    )
+    assert before < 0.2 < 0.5 < after
+    assert Image.open(tmp_path / "demo.png").size[1] > Image.open(tmp_path / "demo.png").size[0]
+    assert (BUNDLED / demo.BASE / demo.JUDGE).exists()
