@@ -204,6 +204,7 @@ def latents_of(
                 f"optim.warmup_images={100 * batch}",
                 f"ema.halflife_images={200 * batch}",
                 "checkpoint.keep=1",
+                "data.readers=8",  # they decode pictures: with one, a GPU would wait for it
             ]
             if torch.cuda.is_available():
                 words += ["train.precision=bf16"]

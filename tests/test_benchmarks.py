@@ -359,6 +359,17 @@ def test_pictures_that_no_classifier_can_tell_apart_are_refused(tmp_path, monkey
 
 
 @pytest.mark.slow
+def test_the_trainer_is_measured_beside_its_bare_step(tmp_path):
+    (row,) = lines(
+        "trainer", "--seconds", "0.5", "--every", "5", "--no-wandb", "--out", str(tmp_path / "rows.jsonl")
+    )
+    assert row == json.loads((tmp_path / "rows.jsonl").read_text())
+    assert set(row) >= FIELDS
+    assert row["images_per_s"] > 0 and row["bare_images_per_s"] > 0
+    assert row["of_bare"] == pytest.approx(row["images_per_s"] / row["bare_images_per_s"], rel=1e-2)
+    assert (row["work"], row["batch"], row["wandb"]) == ("tiny_full", 4, False)
+
+
 def test_a_checkpoint_is_measured_beside_what_it_cannot_beat(tmp_path):
     rows = lines("checkpoint", "--batch", "2", "--steps", "2", "--saves", "1", "--folder", str(tmp_path))
     assert [row["variant"] for row in rows] == [
