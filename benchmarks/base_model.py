@@ -152,7 +152,8 @@ def judge_of_styles(
     each = {}
     for number, style in enumerate(judge.classes):
         own = [label == number for label in labels]
-        each[style] = round(top(logits[own], [number] * sum(own)), 4)
+        if any(own):
+            each[style] = round(top(logits[own], [number] * sum(own)), 4)
     measures = {"trained_on": len(seen.names), "pictures": len(labels), "accuracy": round(top(logits, labels), 4)}
     return judge, {**measures, "each": each}
 

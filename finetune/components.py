@@ -48,6 +48,8 @@ from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Checkpoint, Weights, is_run
 from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
+SAMPLING_FILE = "sampling.json"
+
 
 @dataclass
 class Components:
@@ -66,7 +68,7 @@ class Components:
     latents: LatentSpace
     source: str
     step: int | None = None  # of the checkpoint; None for a model that is no run
-    guidance: float | None = None  # of the run's own sample grids
+    guidance: float | None = None  # of the run's own sample grids, or what an export of it says
     guidance_rescale: float = 0.0
     size: tuple[int, int] | None = None  # height and width in pixels of the run's own sample grids
     lora: Lora | None = None
@@ -253,8 +255,32 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
         scheduler=sampler_config(scheduler),
         latents=space,
         source=str(source),
+        **(read_guidance(folder) if folder is not None else {}),
         notices=notices,
     )
+
+
+def write_guidance(folder: Path, parts: Components) -> None:
+    """Say beside a model how it is best drawn from, if the run said so: for `read_guidance`."""
+    if parts.guidance is not None:
+        said = {"guidance": float(parts.guidance), "guidance_rescale": parts.guidance_rescale}
+        (folder / SAMPLING_FILE).write_text(json.dumps(said, indent=1) + "\n")
+
+
+def read_guidance(folder: Path) -> dict[str, Any]:
+    """What `write_guidance` wrote; nothing where it wrote nothing.
+
+    Raises:
+        UserError: the file is broken.
+    """
+    path = folder / SAMPLING_FILE
+    try:
+        said = json.loads(path.read_text())
+        return {name: float(said[name]) for name in ("guidance", "guidance_rescale")}
+    except (FileNotFoundError, NotADirectoryError):  # a single file has none beside it
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read ({first_line(error)}); mend or delete it") from error
 
 
 def _manifest(shards: Any) -> Manifest | None:

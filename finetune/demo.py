@@ -84,7 +84,7 @@ def lines_of(names: Sequence[str]) -> str:
 
 def draw(model: object, prompts: Path, folder: Path, *words: object) -> None:
     """A picture for each prompt, numbered, into a folder that has no others; nothing is drawn twice."""
-    sampling = ("--seed", 0, "--guidance", 2, "--scheduler", "dpm++", "--steps", 12, "--batch-size", 16)
+    sampling = ("--seed", 0, "--scheduler", "dpm++", "--steps", 12, "--batch-size", 16)
     if not (folder / "grid.png").exists():  # written last
         command("finetune", "sample", model, *words, "--prompts", prompts, *sampling, "--out", folder)
 

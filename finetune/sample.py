@@ -174,10 +174,13 @@ def _parser() -> argparse.ArgumentParser:
         "--guidance",
         type=float,
         metavar="SCALE",
-        help=f"classifier-free guidance, 1 is none (default: the run's sample.guidance, else {GUIDANCE})",
+        help=f"classifier-free guidance, 1 is none (default: the run's or model's own, else {GUIDANCE})",
     )
     parser.add_argument(
-        "--guidance-rescale", type=float, metavar="SHARE", help="0 to 1 (default: the run's, else 0, which is none)"
+        "--guidance-rescale",
+        type=float,
+        metavar="SHARE",
+        help="0 to 1 (default: the run's or model's own, else 0, which is none)",
     )
     parser.add_argument("--scheduler", choices=_SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
     parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")

@@ -18,7 +18,7 @@ from diffusers import (
 )
 
 from finetune import UserError
-from finetune.components import Components, load_components
+from finetune.components import Components, load_components, write_guidance
 from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_folder
 from finetune.models.text import save_text_encoder, save_tokenizer
@@ -50,7 +50,7 @@ def export_pipeline(
 
     What no pipeline of diffusers knows (labels, layouts, label maps, nothing at all) is laid out likewise, with
     `task.json` beside, for `finetune sample` and `model.pretrained`; so is a model with a codebook, which Stable
-    Diffusion's pipelines cannot decode with.
+    Diffusion's pipelines cannot decode with. The guidance of a run's sample grids goes along as `sampling.json`.
 
     Returns:
         What the user should be told.
@@ -103,6 +103,7 @@ def export_pipeline(
             save_tokenizer(text.tokenizer, folder / "tokenizer")
         if isinstance(text, TextXL):
             save_tokenizer(text.tokenizer_2, folder / "tokenizer_2")
+        write_guidance(folder, parts)
         if kind is None:
             parts.task.save(folder)
     if kind is not None:

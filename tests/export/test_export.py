@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -134,6 +135,25 @@ def test_every_weight_is_written_in_the_dtype(full, tmp_path, name, dtype):
     assert all(torch.equal(weights[key], wanted[key].to(dtype)) for key in wanted)
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
         assert {tensor.dtype for tensor in load_file(out / f"{part}.safetensors").values()} == {dtype}
+
+
+def test_an_export_is_drawn_with_the_guidance_of_its_run(full, tmp_path):
+    run = shutil.copytree(full, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["sample"] = {"guidance": 2.5, "guidance_rescale": 0.3}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    out, again = tmp_path / "model", tmp_path / "again"
+    export.main([str(run), "--format", "diffusers", "--out", str(out)])
+    parts = load_components(out)
+    assert (parts.guidance, parts.guidance_rescale) == (2.5, 0.3)
+    export.main([str(out), "--format", "diffusers", "--out", str(again)])
+    assert (again / "sampling.json").read_bytes() == (out / "sampling.json").read_bytes()
+    StableDiffusionPipeline.from_pretrained(out)  # does not mind the file
+    (out / "sampling.json").write_text('{"guidance": "much"}')
+    with pytest.raises(UserError, match=r"model/sampling\.json cannot be read .*; mend or delete it"):
+        load_components(out)
+    (out / "sampling.json").unlink()
+    assert load_components(out).guidance is None
 
 
 def test_older_readers_find_their_files(full, tmp_path):
@@ -279,7 +299,7 @@ def test_a_model_that_no_pipeline_knows_is_laid_out_for_sample(tmp_path):
     argv = [str(run), "--format", "diffusers", "--out", str(out)]
     export.main(argv)
     export.main([*argv, "--overwrite"])
-    assert {path.name for path in out.iterdir()} == {"unet", "vae", "scheduler", "task.json"}
+    assert {path.name for path in out.iterdir()} == {"unet", "vae", "scheduler", "task.json", "sampling.json"}
     parts, wanted = load_components(out), load_components(run)
     assert parts.task == wanted.task and parts.latents == wanted.latents
     assert parts.scheduler["prediction_type"] == "epsilon"
