@@ -170,9 +170,9 @@ def prepared_scheduler(real: Any) -> Any:
 def data_parallel_instead(real: Any) -> Any:
     """A plugin that the launch ignored: what runs is not DeepSpeed."""
 
-    def make(config: Any, *args: Any) -> Any:
+    def make(config: Any, *args: Any, **settings: Any) -> Any:
         changed = replace(config, strategy=replace(config.strategy, kind="ddp"))
-        return real(changed, *args)
+        return real(changed, *args, **settings)
 
     return make
 

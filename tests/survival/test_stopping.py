@@ -91,11 +91,13 @@ def test_a_short_grace_leaves_the_older_checkpoint(settings, calm, tmp_path, slo
 def test_signals_while_starting_validating_and_sampling(settings, tmp_path, slow, processes):
     folder, undisturbed = tmp_path / "run", tmp_path / "calm"
     busy = [*settings, "validation.every=6", "sample.every=9", "sample.steps=2", "train.steps=20"]
+    began = time.monotonic()
     with Run(undisturbed, busy, processes=processes) as run:
         assert run.end() == 0
-    for seconds in (1, 4, 8):  # imports, the processes' meeting, the model
+    took = time.monotonic() - began
+    for share in (0.1, 0.3, 0.5):  # imports, the processes' meeting, the model
         with Run(folder, busy, processes=processes) as run:
-            time.sleep(seconds)
+            time.sleep(share * took)
             # Until the interpreter has come to our first line a signal ends it in the system's own way.
             run.until(lambda run=run: run.catches(signal.SIGUSR1), "a handler")
             run.kill(signal.SIGUSR1)
@@ -124,7 +126,7 @@ def test_every_process_told_at_once_stops_once(settings, calm, tmp_path):
         run.kill(signal.SIGUSR1, 0, 1)
         run.kill(signal.SIGUSR1)
         assert run.end() == STOPPED, run.output[-4000:]
-        assert "once more" not in run.output
+        assert "once more:" not in run.output  # what a second signal says
     with Run(folder, settings) as run:
         assert run.end() == 0
     same_end(folder, calm)
