@@ -265,7 +265,7 @@ def main() -> None:
     )
     quality.add_argument("--minutes", type=float, default=2.0, help="of training, for each f")
     quality.add_argument("--vae", action="append", default=[], metavar="F=MODEL", help="a first stage to take")
-    quality.add_argument("--first-stage-steps", type=int, default=4000 if on_gpu else 20)
+    quality.add_argument("--first-stage-steps", type=int, default=1500 if on_gpu else 20)
     quality.add_argument("--classifier-steps", type=int, default=3000 if on_gpu else 20)
     quality.add_argument("--pictures", type=int, default=4096 if on_gpu else 80, help="drawn, for each f")
     arguments = parser.parse_args()

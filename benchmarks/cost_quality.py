@@ -52,8 +52,8 @@ from finetune.tasks.unconditional import Nothing
 PIXELS = 64
 # Widths by level, the last two of which attend: 20.6M, 21.0M, 19.7M and 19.7M parameters.
 UNETS = {1: (64, 128, 192, 256), 2: (128, 192, 256), 4: (160, 288), 8: (160, 288)}
-# Widths of first stages, and channels of their latents.
-STAGES = {2: ((64, 128), 2), 4: ((64, 128, 128), 3), 8: ((64, 128, 128, 256), 4)}
+# Widths of first stages, and channels of their latents: the emoji base's recipe, deeper or less deep.
+STAGES = {2: ((32, 64), 2), 4: ((32, 64, 96), 4), 8: ((32, 64, 96, 128), 4)}
 LR, HALFLIFE_IMAGES = 3e-4, 50_000
 FEATURES = 64
 _PIECE = 256  # pictures at a time
@@ -196,18 +196,12 @@ def latents_of(
         run = kept / f"first-stage-f{factor}"
         if not (run / "vae").is_dir():
             widths, channels = STAGES[factor]
-            words = [f"data.shards={shards}", f"data.size={PIXELS}", f"run.dir={run}", f"train.steps={steps}"]
+            words = ["experiment=base", f"data.shards={shards}", f"data.size={PIXELS}", f"run.dir={run}"]
             words += [f"model.block_out_channels={[width // shrink for width in widths]}".replace(" ", "")]
-            words += [f"model.latent_channels={channels}", f"model.norm_num_groups={32 // shrink}"]
-            words += [f"train.global_batch={batch}", "optim.lr=1e-3", "optim.schedule=cosine", "sample.every=0"]
-            words += [
-                f"optim.warmup_images={100 * batch}",
-                f"ema.halflife_images={200 * batch}",
-                "checkpoint.keep=1",
-                "data.readers=8",  # they decode pictures: with one, a GPU would wait for it
-            ]
-            if torch.cuda.is_available():
-                words += ["train.precision=bf16"]
+            words += [f"model.latent_channels={channels}", f"model.norm_num_groups={16 // shrink}"]
+            words += [f"train.steps={steps}", f"train.global_batch={batch}", "sample.every=0"]
+            if not torch.cuda.is_available():
+                words += ["train.precision=fp32"]
             command("finetune", "autoencoder", *words)
         vae = str(run / "vae")
     if not (latents / "manifest.json").is_file():
@@ -337,7 +331,7 @@ class Quality:
         Raises:
             UserError: one of our commands failed.
         """
-        steps, batch = self.stage_steps, min(self.batch, 64)
+        steps, batch = self.stage_steps, min(self.batch, 128)
         latents, vae = latents_of(
             self.shards, factor, given, self.kept, steps=steps, batch=batch, shrink=self.shrink
         )
