@@ -395,11 +395,12 @@ def draw(rows: Sequence[Mapping[str, Any]], out: Path, hardware: str) -> None:
     ):
         axes.plot(factors, [row[name] for row in rows], marker="o", label=label)
     axes.set_xscale("log", base=2)
-    axes.set_yscale("symlog")
+    axes.set_yscale("log")
     axes.set_xticks(factors, [str(factor) for factor in factors])
     minutes = rows[0]["seconds"] / 60
+    unit = "minute" if f"{minutes:.2g}" == "1" else "minutes"
     axes.set(xlabel="f", ylabel="Frechet distance, 64 features of a classifier")
-    axes.set_title(f"{minutes:.2g} minutes each, {PIXELS} px: {hardware}", fontsize="medium")
+    axes.set_title(f"{minutes:.2g} {unit} each, {PIXELS} px: {hardware}", fontsize="medium")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="center right")
     save_plot(figure, out)
