@@ -138,6 +138,7 @@ def main() -> None:
     row: dict[str, Any] = {"work": f"{arguments.shape}_full", "variant": "trainer", "batch": arguments.batch}
     row |= {"wandb": arguments.wandb, "every": arguments.every}
     with tempfile.TemporaryDirectory(prefix="trainer-") as folder:
+        started = time.perf_counter()
         write_shards(Path(folder) / "shards", arguments.shape, arguments.mib)
         rates: list[float] = []
         for variant in VARIANTS:
@@ -157,6 +158,9 @@ def main() -> None:
             if done.returncode:
                 sys.exit(f"error: {variant} failed: {(done.stderr.strip() or 'nothing said')[-2000:]}")
             rates.append(float(done.stdout.splitlines()[-1]))
+            # Said at once, since the run may be cut off before its row is whole.
+            said = f"{variant}: {rates[-1]:.2f} images/s, {time.perf_counter() - started:.0f} s after the start"
+            print(said, file=sys.stderr, flush=True)
     row |= {"images_per_s": round(rates[1], 2), "bare_images_per_s": round(rates[0], 2)}
     record(arguments.out, row | {"of_bare": round(rates[1] / rates[0], 4)} | context())
 
