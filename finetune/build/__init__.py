@@ -280,8 +280,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if config.model.gradient_checkpointing:
         for part in adapted.values():
             enable_gradient_checkpointing(part)
-    # ZeRO-3 gathers the weights of a module when it is called: code that takes weights from outside finds none.
-    is_fast = config.model.fast and config.strategy.stage < 3 and fast.available(world.device)
+    is_fast = config.model.fast and fast.available(world.device)
     if is_fast and (missing := fast.missing()):
         notices.append(f"model.fast needs {missing}, which is not here: the U-Net runs as diffusers wrote it")
         is_fast = False

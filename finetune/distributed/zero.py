@@ -20,8 +20,8 @@ from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement
 from finetune.models.layout import stored_channels_last
 
-# Blocks whose weights ZeRO-3 gathers as one: with hooks on each of a U-Net's thousand modules the host takes longer
-# for hooks and for starting gathers than the GPU for computing.
+# Blocks whose weights ZeRO-3 gathers as one, beside those that say so (`gathered_whole`): with hooks on each of a
+# U-Net's thousand modules the host takes longer for hooks and for starting gathers than the GPU for computing.
 _GATHERED_WHOLE = (
     "ResnetBlock2D",
     "BasicTransformerBlock",
@@ -288,7 +288,8 @@ def _gathered_whole(module: nn.Module) -> Iterator[None]:
 
     for block in module.modules():
         # A layer with DoRA reads its weight beside the layer that holds it.
-        if type(block).__name__ in _GATHERED_WHOLE or len(getattr(block, "lora_magnitude_vector", ())):
+        whole = type(block).__name__ in _GATHERED_WHOLE or getattr(block, "gathered_whole", False)
+        if whole or len(getattr(block, "lora_magnitude_vector", ())):
             set_z3_leaf_module(block, True)
     kept = stage3.z3_leaf_parameter
     stage3.z3_leaf_parameter = lambda parameter: False

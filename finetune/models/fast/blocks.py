@@ -54,6 +54,13 @@ def group_norm(x_BCHW: Tensor, norm: nn.GroupNorm, *, silu: bool, shift_BC: Tens
     return F.silu(x_BCHW) if silu else x_BCHW
 
 
+class Norm(nn.GroupNorm):
+    """A group norm that keeps its map channels-last."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return group_norm(x_BCHW, self, silu=False)
+
+
 class NormSiLU(nn.GroupNorm):
     """A group norm whose SiLU, elsewhere a module of its own, comes with it."""
 
@@ -61,9 +68,20 @@ class NormSiLU(nn.GroupNorm):
         return group_norm(x_BCHW, self, silu=True)
 
 
-class Region(nn.Module):
-    """A block that is compiled by itself, for training alone: pictures are drawn at sizes that come once."""
+class OneByOne(nn.Conv2d):
+    """A convolution of 1x1 cells on tokens [B, S, C]: channels-last maps, seen as rows."""
 
+    def forward(self, x_BSC: Tensor) -> Tensor:
+        return F.linear(x_BSC, self.weight.flatten(1), self.bias)
+
+
+class Region(nn.Module):
+    """A block that is compiled by itself, for training alone: pictures are drawn at sizes that come once.
+
+    It takes weights from the modules inside without calling them, so ZeRO-3 gathers all of a block's at once.
+    """
+
+    gathered_whole = True
     compiled: Any = None
 
     def plain(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -178,7 +196,7 @@ class Transformer(Transformer2DModel):
     """`Transformer2DModel` over continuous maps: tokens are views of channels-last maps, never copies."""
 
     def _operate_on_continuous_inputs(self, hidden_states: Tensor) -> tuple[Tensor, int]:
-        h_BSC = group_norm(hidden_states, self.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+        h_BSC = self.norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
         h_BSC = self._project(self.proj_in, h_BSC, hidden_states.shape[-2:])
         return h_BSC, h_BSC.shape[-1]
 
@@ -190,10 +208,8 @@ class Transformer(Transformer2DModel):
 
     def _project(self, layer: nn.Module, h_BSC: Tensor, size: tuple[int, ...]) -> Tensor:
         """A linear layer, or a convolution of 1x1 cells, on tokens."""
-        if self.use_linear_projection:
+        if self.use_linear_projection or isinstance(layer, OneByOne):
             return layer(h_BSC)
-        if isinstance(layer, nn.Conv2d):
-            return F.linear(h_BSC, layer.weight.flatten(1), layer.bias)
         h_BCHW: Tensor = layer(h_BSC.unflatten(1, size).permute(0, 3, 1, 2))  # an adapter's
         return h_BCHW.permute(0, 2, 3, 1).flatten(1, 2)
 
@@ -235,6 +251,10 @@ def exchange(unet: nn.Module) -> None:
                 module.__class__ = Resnet
             case Transformer2DModel() if module.is_input_continuous:
                 module.__class__ = Transformer
+                module.norm.__class__ = Norm
+                for layer in (module.proj_in, module.proj_out):
+                    if isinstance(layer, nn.Conv2d):
+                        layer.__class__ = OneByOne
             case BasicTransformerBlock():
                 module.__class__ = TransformerBlock
             case peft.tuners.lora.Linear() if lora.takes(module):

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 class Linear(lora.Linear):
     """peft's adapted linear layer with one plain adapter, without dropout."""
 
+    gathered_whole = True  # under ZeRO-3: it takes weights from the layers inside without calling them
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)

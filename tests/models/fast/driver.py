@@ -18,7 +18,7 @@ from tests.strategies.driver import drive
 
 if __name__ == "__main__":
     original = torch.compile
-    torch.compile = lambda f, **settings: original(f, backend="aot_eager", **settings)
+    torch.compile = lambda f, **settings: original(f, backend="aot_eager", fullgraph=True, **settings)
     fast.available, fast.missing = lambda device: True, lambda: None
     fast.blocks.kernels = None
     code = drive(json.loads(Path(sys.argv[1]).read_text()))

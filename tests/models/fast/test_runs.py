@@ -120,7 +120,7 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
         (["strategy=zero1"], True),
         (["strategy=zero2"], True),
         (["strategy=zero2", "strategy.offload=cpu"], True),
-        (["strategy=zero3"], False),  # weights are there only while their module is called
+        (["strategy=zero3"], True),
         (["adapter=lora", "adapter.dora=true", "model.unet={}"], True),
     ],
     ids=["default", "off", "zero1", "zero2", "zero2-offload", "zero3", "dora"],
@@ -217,7 +217,7 @@ def one_level(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_zero_with_fast_unets_is_eager_ddp(overrides, one_level, tmp_path):
-    """In float32: all weights under ZeRO-2, which go on under DDP with their layout of memory, and adapters."""
+    """In float32: all weights under ZeRO-2 and 3, which go on under DDP with their layout of memory, and adapters."""
     full = six_steps(overrides, *SMALL)
     lora = six_steps(overrides, *LORA, f"model.pretrained={one_level}")
     runs = launched(
@@ -226,11 +226,13 @@ def test_zero_with_fast_unets_is_eager_ddp(overrides, one_level, tmp_path):
             "full": ([*full, "model.fast=false"], None),
             "full-zero2": ([*full, "strategy=zero2"], None),
             "full-zero2-ddp": ([*full], "full-zero2"),
+            "full-zero3": ([*full, "strategy=zero3"], None),
             "lora": ([*lora, "model.fast=false"], None),
             "lora-zero1": ([*lora, "strategy=zero1"], None),
+            "lora-zero3": ([*lora, "strategy=zero3"], None),
         },
     )
-    for name in ("full-zero2", "full-zero2-ddp", "lora-zero1"):
+    for name in ("full-zero2", "full-zero2-ddp", "full-zero3", "lora-zero1", "lora-zero3"):
         require_same_training(runs[name], runs[name.partition("-")[0]], 1e-5)
     assert losses(runs["full-zero2-ddp"])[:3] == losses(runs["full-zero2"])[:3]
 
@@ -249,10 +251,10 @@ def test_zero_with_fast_unets_in_each_precision(overrides, pipeline, tmp_path, a
         own = [*settings, f"train.precision={precision}"]
         jobs[precision] = ([*own, "model.fast=false"], None)
         jobs[f"{precision}-eager"] = ([*own, "model.fast=false", "strategy=zero2"], None)
-        for stage in (1, 2):
+        for stage in (1, 2, 3):
             jobs[f"{precision}-zero{stage}"] = ([*own, f"strategy=zero{stage}"], None)
     runs = launched(tmp_path, jobs)
-    for stage in (1, 2):
+    for stage in (1, 2, 3):
         require_same_training(runs[f"fp32-zero{stage}"], runs["fp32"], 1e-5)
         for part in ("weights", "ema"):
             wanted, eager, found = (
