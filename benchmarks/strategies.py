@@ -92,7 +92,7 @@ def wrapped(
         batch: samples of one rank. kind: one of `OURS`. layout: one of the values of `LAYOUTS`.
     """
     trained = trained_of(unet)
-    is_fast = layout is None and not kind.startswith("zero3") and fast.available(world.device)
+    is_fast = layout is None and fast.available(world.device)
     if is_fast:
         fast.make_fast(getattr(unet, "unet", unet), compiled=True)
     model = make_model(unet, shape, world.device)

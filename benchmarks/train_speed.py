@@ -67,10 +67,14 @@ from finetune.objective import LatentDiffusion
 
 @dataclass(frozen=True)
 class Work:
-    """`eager_batch`: of eager passes, which keep more; `reach`, `stretch`: images/s that we aim for on one H100."""
+    """`batch`: of a pass; `accumulation`: passes of one step; `eager_batch`: of eager passes, which keep more.
+
+    `reach`, `stretch`: images/s that we aim for on one H100.
+    """
 
     shape: str
     batch: int
+    accumulation: int = 1
     eager_batch: int | None = None
     adapter: str = "full"
     checkpointing: bool = False
@@ -85,13 +89,15 @@ class Trained(NamedTuple):
 
 
 WORKS = {
-    "sd21_full": Work("sd21_512", 64, 32, reach=165, stretch=185),
-    "sd15_full": Work("sd15_512", 64, 32, reach=150, stretch=170),
-    "sd15_lora": Work("sd15_512", 64, 32, "lora", reach=210, stretch=240),
+    "sd21_full": Work("sd21_512", 64, eager_batch=32, reach=165, stretch=185),
+    "sd15_full": Work("sd15_512", 64, eager_batch=32, reach=150, stretch=170),
+    "sd15_lora": Work("sd15_512", 64, eager_batch=32, adapter="lora", reach=210, stretch=240),
     "sdxl_lora": Work("sdxl_1024", 8, adapter="lora", reach=24, stretch=30),
     "sdxl_full": Work("sdxl_1024", 8, checkpointing=True, reach=17, stretch=20),
     "sd21_micro4": Work("sd21_512", 4, reach=110, stretch=140),
+    "sd21_micro4_of_64": Work("sd21_512", 4, accumulation=16, reach=110, stretch=140),
     "tiny": Work("tiny", 4),
+    "tiny_of_8": Work("tiny", 4, accumulation=2),
     "tiny_lora": Work("tiny", 4, adapter="lora"),
 }
 
@@ -107,7 +113,7 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
     levels = schedule(device)
     source = batches(work.shape, work.batch, device)
 
-    def step() -> Tensor:
+    def passes() -> Tensor:
         one = next(source)
         assert one.text_states is not None
         moments = one.moments.to(device, non_blocking=True).float()
@@ -118,12 +124,16 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
         noised = diffusion.mix(z, noise, *levels.at(timesteps))
         with torch.autocast(device.type, torch.bfloat16):
             predicted = called(noised, timesteps, states, return_dict=False)[0]
-        loss = nn.functional.mse_loss(predicted.float(), noise)
+        loss = nn.functional.mse_loss(predicted.float(), noise) / work.accumulation
         loss.backward()
+        return loss.detach()
+
+    def step() -> Tensor:
+        losses = [passes() for _ in range(work.accumulation)]
         nn.utils.clip_grad_norm_(trained_of(unet).values(), MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return torch.stack(losses).sum()
 
     return step
 
@@ -160,8 +170,9 @@ def ours(work: Work, device: torch.device, *, is_fast: bool = True, ema: bool = 
 
 def stepping(work: Work, device: torch.device, what: Trained) -> Callable[[], Tensor]:
     source = batches(work.shape, work.batch, device)
-    step = works.stepping(what.strategy, what.model, source, work.batch, what.averages)
-    return lambda: step().loss_sum / work.batch
+    images = work.batch * work.accumulation
+    step = works.stepping(what.strategy, what.model, source, images, what.averages, micro_batches=work.accumulation)
+    return lambda: step().loss_sum / images
 
 
 MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
@@ -196,7 +207,8 @@ def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: to
     median = statistics.median(blocks)
     each = [after - before for before, after in itertools.pairwise([0.0, *ends])]
     slow = max((index for index, one in enumerate(each) if one > 2 * median), default=-1)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    # Memory of CUDA graphs is taken from the card once, and counts as reserved alone.
+    memory = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     return {
         "step_s": median,
         "slowest_s": max(blocks),
@@ -245,12 +257,13 @@ def run(name: str, variant: str, seconds: float) -> dict[str, Any]:
     if variant in ("stock", "eager"):
         work = replace(work, batch=work.eager_batch or work.batch)
     measured = measure(partial(MAKERS[variant], work, device), seconds, device)
-    rate = work.batch / measured["step_s"]
+    rate = work.batch * work.accumulation / measured["step_s"]
     peak, needed = peak_tflops(device), tflop(work)
     return {
         "work": name,
         "variant": variant,
         "batch": work.batch,
+        "accumulation": work.accumulation,
         "images_per_s": round(rate, 2),
         "of_peak": peak and round(rate * needed / peak, 4),
         "tflop_per_image": round(needed, 4),

@@ -210,8 +210,9 @@ def stepping(
     global_batch: int,
     averages: Sequence[Average] = (),
     lr: float = LR,
+    micro_batches: int = 1,
 ) -> Callable[[], StepResult]:
-    """`finetune train`'s step, on one batch of this rank's; a call makes one."""
+    """`finetune train`'s step, on `micro_batches` batches of this rank's; a call makes one."""
     images_seen = 0
 
     def step() -> StepResult:
@@ -221,7 +222,7 @@ def stepping(
             strategy,
             model.conditioner,
             source,
-            micro_batches=1,
+            micro_batches=micro_batches,
             global_batch=global_batch,
             lr=lr,
             dropout=0.0,

@@ -14,26 +14,20 @@ import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from finetune.models.fast import lora
+from finetune.models.fast.attention import attend
 
 try:
     from finetune.models.fast import kernels
 except ImportError:  # no Triton for this machine
     kernels = None  # type: ignore[assignment]
-
-# In this order, of those that a device has; cuDNN's is the fastest on Hopper.
-_BACKENDS = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
 
 
 def on_kernels(x: Tensor) -> bool:
@@ -92,32 +86,82 @@ class Region(nn.Module):
         return passes(*args, **kwargs)
 
 
+class _Joined(torch.autograd.Function):
+    """Two maps [B, C, H, W] and [B, D, H, W] as one [B, C + D, H, W], whose gradient comes as two maps in memory.
+
+    As slices of one map they would slow down all that takes them up the way, and be copied there.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BCHW: Tensor, skip_BDHW: Tensor) -> Tensor:
+        ctx.channels = x_BCHW.shape[1], skip_BDHW.shape[1]
+        return torch.cat([x_BCHW, skip_BDHW], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return tuple(one.contiguous(memory_format=torch.channels_last) for one in dy.split(ctx.channels, dim=1))
+
+
+def _without_bias(conv: nn.Module, x_BCHW: Tensor) -> tuple[Tensor, Tensor | None]:
+    """(the convolution of a map, the bias that is still to be added)."""
+    if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+        return conv._conv_forward(x_BCHW, conv.weight, None), conv.bias
+    return conv(x_BCHW), None  # an adapter's
+
+
 class Resnet(Region, ResnetBlock2D):
     """`ResnetBlock2D` (BigGAN's block as Dhariwal & Nichol 2021, arXiv 2105.05233, have it).
 
     The first convolution's bias and the embedded time go into the second norm, as one shift of each channel: no
-    pass over the map adds them, and none sums their gradients.
+    pass over the map adds them, and none sums their gradients. The other biases are added where both branches meet.
     """
 
     def plain(self: Any, x_BCHW: Tensor, temb: Tensor | None = None, skip_BCHW: Tensor | None = None) -> Tensor:
-        """`skip_BCHW`: further channels of the input; joined here, so that the gradient is made in two parts."""
+        """`skip_BCHW`: further channels of the input."""
         if skip_BCHW is not None:
-            x_BCHW = torch.cat([x_BCHW, skip_BCHW], dim=1)
+            x_BCHW = _Joined.apply(x_BCHW, skip_BCHW)
         h_BCHW = group_norm(x_BCHW, self.norm1, silu=True)
         shift_BC = None
         if self.time_emb_proj is not None:
             assert temb is not None
             shift_BC = self.time_emb_proj(temb if self.skip_time_act else F.silu(temb))
-        conv = self.conv1
-        if isinstance(conv, nn.Conv2d) and shift_BC is not None and conv.bias is not None:
-            h_BCHW = conv._conv_forward(h_BCHW, conv.weight, None)
-            shift_BC = shift_BC.float() + conv.bias.float()
-        else:  # an adapter's
-            h_BCHW = conv(h_BCHW)
-        h_BCHW = self.conv2(self.dropout(group_norm(h_BCHW, self.norm2, silu=True, shift_BC=shift_BC)))
+        if shift_BC is None:
+            h_BCHW = self.conv1(h_BCHW)
+        else:
+            h_BCHW, bias_C = _without_bias(self.conv1, h_BCHW)
+            shift_BC = shift_BC if bias_C is None else shift_BC.float() + bias_C.float()
+        h_BCHW = self.dropout(group_norm(h_BCHW, self.norm2, silu=True, shift_BC=shift_BC))
+        h_BCHW, bias_C = _without_bias(self.conv2, h_BCHW)
+        biases = [bias_C]
         if self.conv_shortcut is not None:
-            x_BCHW = self.conv_shortcut(x_BCHW)
-        return (x_BCHW + h_BCHW) / self.output_scale_factor
+            x_BCHW, bias_C = _without_bias(self.conv_shortcut, x_BCHW)
+            biases.append(bias_C)
+        y_BCHW = x_BCHW + h_BCHW
+        for bias_C in biases:
+            if bias_C is not None:
+                y_BCHW = y_BCHW.float() + bias_C.float()[:, None, None]
+        return (y_BCHW / self.output_scale_factor).to(h_BCHW.dtype)
+
+
+class Upsample(Region, Upsample2D):
+    """`Upsample2D` that repeats cells, with a convolution behind it.
+
+    diffusers makes a map of 64 samples or more NCHW, and autocast makes it float32.
+    """
+
+    def plain(self: Any, x_BCHW: Tensor, output_size: Any = None) -> Tensor:
+        if output_size is not None:
+            return self.conv(F.interpolate(x_BCHW, size=output_size, mode="nearest"))
+        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
+        batch, height, width, channels = x_BHWC.shape
+        cells = x_BHWC[:, :, None, :, None].expand(batch, height, 2, width, 2, channels)
+        return self.conv(cells.reshape(batch, 2 * height, 2 * width, channels).permute(0, 3, 1, 2))
+
+
+class Downsample(Region, Downsample2D):
+    """`Downsample2D` as it is."""
+
+    plain = Downsample2D.forward  # type: ignore[assignment]
 
 
 class TransformerBlock(Region, BasicTransformerBlock):
@@ -227,15 +271,14 @@ class Attend:
     ) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (
-            each.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # [B, heads, S, D]
+            each.unflatten(-1, (attn.heads, -1))  # [B, S, heads, D]
             for each in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
         if attention_mask is not None:
-            attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[2], k.shape[0])
+            attention_mask = attn.prepare_attention_mask(attention_mask, k.shape[1], k.shape[0])
             attention_mask = attention_mask.unflatten(0, (k.shape[0], attn.heads))
-        with sdpa_kernel(_BACKENDS, set_priority=True):
-            mixed = F.scaled_dot_product_attention(q, k, v, attention_mask)
-        return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2).to(q.dtype)))
+        mixed = attend(q, k, v, attention_mask)
+        return attn.to_out[1](attn.to_out[0](mixed.flatten(2).to(q.dtype)))
 
 
 def exchange(unet: nn.Module) -> None:
@@ -249,6 +292,16 @@ def exchange(unet: nn.Module) -> None:
                 and module.downsample is None
             ):
                 module.__class__ = Resnet
+            case Upsample2D() if (
+                module.use_conv
+                and module.interpolate
+                and module.norm is None
+                and not module.use_conv_transpose
+                and module.name == "conv"
+            ):
+                module.__class__ = Upsample
+            case Downsample2D():
+                module.__class__ = Downsample
             case Transformer2DModel() if module.is_input_continuous:
                 module.__class__ = Transformer
                 module.norm.__class__ = Norm

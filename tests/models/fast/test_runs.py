@@ -217,7 +217,7 @@ def one_level(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_zero_with_fast_unets_is_eager_ddp(overrides, one_level, tmp_path):
-    """In float32: all weights under ZeRO-2 and 3, which go on under DDP with their layout of memory, and adapters."""
+    """In float32: all weights under ZeRO-2 and 3, going on under DDP with their layout of memory, and adapters."""
     full = six_steps(overrides, *SMALL)
     lora = six_steps(overrides, *LORA, f"model.pretrained={one_level}")
     runs = launched(
