@@ -1,25 +1,24 @@
 """What makes diffusers' models fast on a GPU; their weights, names and outputs stay the same.
 
 kernels   group norm, GEGLU and others with what stands beside them, in Triton
-attention on the backend that is fastest here
 lora      adapters merged into the product that they adapt
 blocks    forward passes of a U-Net's blocks that keep maps channels-last and call these, for training
 encoder   that of an autoencoder's encoder, to encode with
 
 Weights that train stay float32 and are cast where they are used. Not here, and why: 8-bit products (at these widths
-linear layers wait for memory, not for arithmetic).
+linear layers wait for memory, not for arithmetic), FlashAttention 3 and 4 (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from finetune.models.fast import attention, blocks, encoder
-from finetune.models.fast.cache import compiled_code
+from finetune.models.fast import blocks, encoder
 
 __all__ = ["available", "make_encoder_fast", "make_fast", "missing"]
 
@@ -47,8 +46,9 @@ def make_fast(unet: nn.Module, *, compiled: bool) -> None:
     blocks.exchange(unet)
     if not compiled:
         return
-    attention.load_flash()
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(compiled_code()))
+    # torch's own place is a temporary folder, which a node may have forgotten by the next job.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(caches / "ldm-finetune" / "compiled"))
     # Blocks of one class run the same code, each kind and each bucket with shapes of its own.
     config = torch._dynamo.config
     config.optimize_ddp = False  # it would split graphs by DDP's buckets: blocks are small already
