@@ -1,6 +1,6 @@
 """The schema of `finetune autoencoder`: typed dataclasses with their defaults, composed by Hydra.
 
-Defaults live here; `conf/autoencoder/` holds choices of `model` and `experiment`.
+Defaults live here; `conf/autoencoder/` holds choices of `model`, `tracker` and `experiment`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING, DictConfig
 
 from finetune import UserError
-from finetune.config import CheckpointConfig, EmaConfig, OptimConfig, RunConfig, compose, require, require_choice
+from finetune.config import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    RunConfig,
+    TrackerConfig,
+    compose,
+    require,
+    require_choice,
+)
 
 NAME = FOLDER = "autoencoder"  # of the root file and of its folder in conf/
 
@@ -91,11 +100,6 @@ class GridConfig:
 
 
 @dataclass
-class LogConfig:
-    every: int = 10  # steps between two lines of metrics
-
-
-@dataclass
 class LatentScaleConfig:
     pictures: int = 2048  # the latents' std is measured on up to so many training pictures (not by decoder_only)
 
@@ -119,7 +123,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: GridConfig = field(default_factory=GridConfig)
-    tracker: LogConfig = field(default_factory=LogConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     scale: LatentScaleConfig = field(default_factory=LatentScaleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -176,6 +180,7 @@ def _check_values(config: Config) -> None:
             "train.precision": (config.train.precision, ("fp32", "bf16")),
             "train.device": (config.train.device, ("auto", "cpu", "cuda")),
             "checkpoint.resume": (config.checkpoint.resume, ("auto", "never")),
+            "tracker.mode": (config.tracker.mode, ("auto", "online", "offline")),
         }
     )
     for channels in model.block_out_channels:

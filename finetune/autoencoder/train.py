@@ -10,11 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
-import os
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -35,6 +32,7 @@ if TYPE_CHECKING:
     from finetune.data.order import Order
     from finetune.distributed import World
     from finetune.models.autoencoder import FirstStage
+    from finetune.tracking import Tracker
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
 MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale", "eval")
@@ -129,7 +127,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
     import torch
     from diffusers import VQModel
 
-    from finetune import distributed
+    from finetune import distributed, tracking
     from finetune.autoencoder import checkpoint
     from finetune.autoencoder.build import (
         build,
@@ -183,8 +181,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
             stack.enter_context(closing(held))
         require_shared(world, run)
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
-        for name in ("samples", "checkpoints") if world.is_main else ():
-            (run / name).mkdir(exist_ok=True)
+        if world.is_main:
+            (run / "checkpoints").mkdir(exist_ok=True)
 
         vae = vae.to(device)
         if config.train.channels_last:
@@ -231,23 +229,38 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
                 average["quantize.embedding.weight"].copy_(vae.quantize.embedding.weight.detach())
         if world.is_main:
             write_atomic(run / "config.yaml", yaml.encode())
-            _keep_metrics(run / "metrics.jsonl", step)
+            _forget_measures(run / "metrics.jsonl")
+        tracker = tracking.Tracker(
+            run,
+            world,
+            config=dict(settings),
+            name=config.run.name,
+            project=config.tracker.project,
+            wandb_mode=tracking.wandb_mode(config.tracker.mode) if config.tracker.wandb else None,
+            first_step=step,
+            total_steps=config.train.steps,
+            global_batch=batch,
+        )
         processes = f", {world.size} processes" if world.size > 1 else ""
-        say(
+        tracker.say(
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
-        _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, world, step, depends_on)
-        distributed.stop()  # the others need not wait for what rank 0 measures
-        if world.is_main:
-            finish(config, run, pictures, vae, average, of_main[0], device)
+        failed = True
+        try:
+            _loop(config, pictures, order, vae, average, optimizer, lpips, adversary, tracker, step, depends_on)
+            distributed.stop()  # the others need not wait for what rank 0 measures
+            if world.is_main:
+                finish(config, pictures, vae, average, of_main[0], tracker)
+            failed = False
+        finally:
+            tracker.close(failed=failed)
         return run / "vae"
 
 
 def _loop(
     config: Config,
-    run: Path,
     pictures: Pictures,
     order: Order,
     vae: FirstStage,
@@ -255,7 +268,7 @@ def _loop(
     optimizer: torch.optim.Optimizer,
     lpips: Lpips | None,
     adversary: Adversary | None,
-    world: World,
+    tracker: Tracker,
     step: int,
     depends_on: Mapping[str, Any],
 ) -> None:
@@ -271,29 +284,19 @@ def _loop(
     from finetune.lr import learning_rate
     from finetune.models.autoencoder import downsample_factor, latent_channels, to_signed
 
+    world, run = tracker.world, tracker.run
     steps, batch, device = config.train.steps, config.train.global_batch, world.device
     begin, end = (rank * batch // world.size for rank in (world.rank, world.rank + 1))  # our share of a batch
     penalty = PenaltyWeights(config.loss.kl_weight, config.loss.codebook_weight, config.loss.commitment)
     downsample = downsample_factor(vae)
     weights = list(vae.parameters())
     if step < steps:
-        with tqdm(
-            total=len(pictures), desc="reading", unit="img", disable=not (pictures.cached and world.is_main)
-        ) as bar:
+        silent = not (pictures.cached and world.is_main)
+        with tracker.paused(), tqdm(total=len(pictures), desc="reading", unit="img", disable=silent) as bar:
             pictures.fill_cache(lambda: bar.update())
     vae.train()
-    bar = tqdm(
-        total=steps * batch,
-        initial=step * batch,
-        desc="training",
-        unit="img",
-        mininterval=0.5,
-        disable=not world.is_main,
-    )
-    path = run / "metrics.jsonl" if world.is_main else Path(os.devnull)
-    with bar, path.open("a", encoding="utf-8") as log:
-        last_time, last_step = time.perf_counter(), step
-        for pixels_BHW3 in _batches(pictures, order, step, steps, begin, end):
+    with closing(_batches(pictures, order, step, steps, begin, end)) as batches:
+        for pixels_BHW3 in batches:
             seen = step * batch  # images before this step: the clock of its draws
             ids_B = torch.arange(seen + begin, seen + end, device=device)
             image = to_signed(pixels_BHW3, device)
@@ -332,6 +335,7 @@ def _loop(
                 adversary=judging,
                 world=world,
             )
+            tracker.advance()
             if average is not None:
                 keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
                 ema.update_(list(average.values()), [weight.detach() for weight in weights], keep)
@@ -350,35 +354,33 @@ def _loop(
                     )
                 if uses_K is not None:
                     scalars["perplexity"] = perplexity(uses_K)
-                now = time.perf_counter()
-                rate = (step - last_step) * batch / (now - last_time)
-                last_time, last_step = now, step
-                line = {"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_second": rate}
-                log.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-            bar.update(batch)
-            if saving:
-                log.flush()
-                world.on_main(
-                    functools.partial(
-                        checkpoint.save,
-                        run,
-                        vae,
-                        average,
-                        optimizer,
-                        judging,
-                        step=step,
-                        images_seen=seen,
-                        depends_on=depends_on,
-                        keep=config.checkpoint.keep,
+                rate = tracker.rate()
+                tracker.write({"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_second": rate})
+                tracker.show(scalars["loss"], rate)
+            with tracker.paused():
+                if saving:
+                    world.on_main(
+                        functools.partial(
+                            checkpoint.save,
+                            run,
+                            vae,
+                            average,
+                            optimizer,
+                            judging,
+                            step=step,
+                            images_seen=seen,
+                            depends_on=depends_on,
+                            keep=config.checkpoint.keep,
+                        )
                     )
-                )
-            if world.is_main and config.sample.every and step % config.sample.every == 0 and step < steps:
-                with averaged(vae, average):
-                    save_grid(config, run, pictures, vae, device, step)
+                if world.is_main and config.sample.every and step % config.sample.every == 0 and step < steps:
+                    with averaged(vae, average):
+                        save_grid(config, pictures, vae, step, tracker)
 
 
-def _batches(pictures: Pictures, order: Order, first: int, last: int, begin: int, end: int) -> Iterator[np.ndarray]:
+def _batches(
+    pictures: Pictures, order: Order, first: int, last: int, begin: int, end: int
+) -> Generator[np.ndarray]:
     """uint8 [B, H, W, 3]: pictures begin..end-1 of the batch of each of the steps first..last-1.
 
     The next batch is read while one is trained on.
@@ -411,18 +413,10 @@ def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
 
 
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from: it will be logged again."""
+def _forget_measures(path: Path) -> None:
+    """Drop what was measured when the run had come to its end before: it will be measured again."""
     from finetune.data.shards import write_atomic
 
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
-        if record.get("step", 0) <= step and "loss" in record:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept).encode())
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if '"loss": ' in line).encode())
