@@ -106,6 +106,24 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
+def named(path: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint folder `path`, and its record.
+
+    Raises:
+        UserError: it is not whole, or of another command.
+    """
+    folder = Path(path)
+    fault = find_fault(folder)
+    if fault is not None:
+        raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
+    if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "
+            "another folder"
+        )
+    return folder, json.loads((folder / "trainer.json").read_text())
+
+
 @torch.no_grad()
 def restore(
     folder: Path,

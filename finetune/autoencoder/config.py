@@ -17,8 +17,10 @@ from finetune.config import (
     OptimConfig,
     RunConfig,
     TrackerConfig,
+    WatchConfig,
     compose,
     require,
+    require_bounds,
     require_choice,
 )
 
@@ -124,6 +126,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: GridConfig = field(default_factory=GridConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     scale: LatentScaleConfig = field(default_factory=LatentScaleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -170,6 +173,7 @@ def _check_values(config: Config) -> None:
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     require({"optim.lr": config.optim.lr}, lambda value: value > 0, "must be above 0")
+    require_bounds(config.watch)
     if model.codebook_size is not None:
         require({"model.codebook_size": model.codebook_size}, lambda value: value >= 2, "must be at least 2")
     _check_lpips(config.loss)
@@ -179,7 +183,6 @@ def _check_values(config: Config) -> None:
             "optim.schedule": (config.optim.schedule, ("constant", "cosine")),
             "train.precision": (config.train.precision, ("fp32", "bf16")),
             "train.device": (config.train.device, ("auto", "cpu", "cuda")),
-            "checkpoint.resume": (config.checkpoint.resume, ("auto", "never")),
             "tracker.mode": (config.tracker.mode, ("auto", "online", "offline")),
         }
     )

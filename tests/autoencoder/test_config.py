@@ -73,6 +73,9 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "loss.lpips_weight=2"], "loss.lpips_weight=2.0, but there is no LPIPS"),
         (["data.shards=x", "loss.lpips=y.pth", "loss.lpips_weight=0"], "loss.lpips_weight=0.0 must be above 0"),
         (["data.shards=x", "train.decoder_only=true"], "train.decoder_only=true needs an encoder to keep"),
+        (["data.shards=x", "watch.lost_s=0.5"], "watch.lost_s=0.5 is in seconds: at least 1, or 0 for never"),
+        (["data.shards=x", "tracker.mode=on"], "tracker.mode=on is not known: choose one of auto, online, offline"),
+        (["data.shards=x", "checkpoint.memory_gib=1"], "unknown override 'checkpoint.memory_gib'"),
         (["data.shards=x", "this is no override"], "cannot read the override"),
         (["--steps", "3"], "unknown option --steps"),
         (
