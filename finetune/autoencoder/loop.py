@@ -24,7 +24,8 @@ from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.lpips import Lpips
 from finetune.autoencoder.pictures import Pictures
 from finetune.autoencoder.results import averaged, save_grid
-from finetune.autoencoder.step import of_all, step_once
+from finetune.autoencoder.step import of_all, step_once, trained_weights
+from finetune.autoencoder.zero import Moments, whole_moments
 from finetune.data.order import Order
 from finetune.distributed import LONG, Control, Facts, StopRequest, World
 from finetune.lr import learning_rate
@@ -187,14 +188,19 @@ def _scalars(config: Config, values: dict[str, Tensor], step: int) -> dict[str, 
 
 
 def _save(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on: Mapping[str, Any]) -> None:
+    judging = _judging(config, parts, step)
+    its: Moments = {}
+    if judging is not None:
+        its = whole_moments(judging.optimizer, dict(judging.model.named_parameters()))
     tracker.world.on_main(
         functools.partial(
             checkpoint.save,
             tracker.run,
             parts.vae,
             parts.average,
-            parts.optimizer,
-            _judging(config, parts, step),
+            whole_moments(parts.optimizer, trained_weights(parts.vae)),
+            judging,
+            its,
             step=step,
             images_seen=step * config.train.global_batch,
             depends_on=depends_on,

@@ -2,8 +2,7 @@
 
 A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images seen, so
 the same command after a kill goes on as if nothing had happened, and on however many processes: torchrun's, say.
-Each takes its share of every batch and keeps all of model and optimizer, as data parallelism does: models of this
-size need no sharding.
+Each takes its share of every batch and keeps all of the model, and of the optimizer unless `strategy=zero1`.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from finetune.distributed import StopRequest, World
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
-MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "watch", "scale", "eval")
+MAY_CHANGE = ("run", "checkpoint", "sample", "strategy", "tracker", "watch", "scale", "eval")
 # Pictures and weights are known by their checksums, not by where they lie.
 MAY_CHANGE_KEYS = (
     *("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards"),
@@ -44,6 +43,7 @@ examples:
   finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
   finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
   torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards train.global_batch=64 run.dir=runs/vae
+  torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards strategy=zero1 run.dir=runs/vae
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
 """
 
@@ -63,11 +63,6 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if options := [argument for argument in argv if argument.startswith("-")]:
         raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
-    if wanted := [argument for argument in argv if argument.startswith("strategy=")]:
-        raise UserError(
-            f"{wanted[0]}: models of this size are trained by data parallelism alone, which torchrun starts; "
-            "leave it out"
-        )
     # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return speak_in_turn(lambda: _run(argv))
@@ -142,6 +137,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         build_adversary,
         build_features,
         build_lpips,
+        build_optimizer,
         keep_latents,
         load_given,
         require_room,
@@ -199,14 +195,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         if config.model.pretrained is None:
             vae.register_to_config(sample_size=max(pictures.buckets[0]))
         average = {n: p.detach().clone() for n, p in vae.named_parameters()} if config.ema.enabled else None
-        optimizer = torch.optim.AdamW(
-            trained_weights(vae),
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        betas = config.optim.beta1, config.optim.beta2
+        optimizer = build_optimizer(config, trained_weights(vae), world, lr=config.optim.lr, betas=betas)
         lpips, lpips_sha256 = build_lpips(config, device, say)
         adversary = build_adversary(config, world)
         depends_on = _depends_on(settings) | {

@@ -78,10 +78,11 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "checkpoint.memory_gib=1"], "unknown override 'checkpoint.memory_gib'"),
         (["data.shards=x", "this is no override"], "cannot read the override"),
         (["--steps", "3"], "unknown option --steps"),
-        (
-            ["data.shards=x", "strategy=zero2"],
-            "strategy=zero2: models of this size are trained by data",
-        ),
+        (["data.shards=x", "strategy=zero2"], "strategy=zero2: a first stage's weights and gradients are small"),
+        (["data.shards=x", "strategy=zero3_offload"], "choose strategy=zero1 or ddp"),
+        (["data.shards=x", "strategy=zero4"], "strategy=zero4 is not known: did you mean zero1?"),
+        (["data.shards=x", "strategy=zero1", "strategy.stage=3"], "strategy.stage=3: a first stage's weights"),
+        (["data.shards=x", "strategy=zero1", "strategy.offload=cpu"], "strategy.offload=cpu: a first stage's"),
         (["data.shards=nowhere", "run.dir=unused"], "nowhere"),
     ],
 )
