@@ -44,6 +44,8 @@ def finish(
     """Measure the latents' scale and held-out PSNR, SSIM and rFID, write RUN/vae and the last grid."""
     size, run, device, say = config.train.global_batch, tracker.run, tracker.world.device, tracker.say
     result: dict[str, Any] = {"step": config.train.steps}
+    if tracker.bar is not None:
+        tracker.bar.close()  # of steps, of which there are no more
     with averaged(vae, average):
         if not config.train.decoder_only:
             std, uses_K = _measure_latents(config, pictures, vae, device)
