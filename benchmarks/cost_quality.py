@@ -199,7 +199,7 @@ def latents_of(
             words = ["experiment=base", f"data.shards={shards}", f"data.size={PIXELS}", f"run.dir={run}"]
             words += [f"model.block_out_channels={[width // shrink for width in widths]}".replace(" ", "")]
             words += [f"model.latent_channels={channels}", f"model.norm_num_groups={16 // shrink}"]
-            words += [f"train.steps={steps}", f"train.global_batch={batch}", "sample.every=0"]
+            words += [f"train.steps={steps}", f"train.global_batch={batch}", "sample.every=0", "tracker=none"]
             if not torch.cuda.is_available():
                 words += ["train.precision=fp32"]
             command("finetune", "autoencoder", *words)

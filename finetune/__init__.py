@@ -55,7 +55,7 @@ def first_line(error: BaseException) -> str:
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
-    Exit codes: what `main` returns (None is 0; `finetune train` knows STOPPED and PEER_LOST), 2 for `UserError` and
+    Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
     a full disk, 69 for `PeerLostError`, 130 after Ctrl-C.
     Anything else is a defect of ours and keeps its traceback.
     """

@@ -226,6 +226,12 @@ class CheckpointConfig:
     every: int = 500  # steps; a run's end is always saved
     keep: int = 3
     resume: str = "auto"  # auto | never | a checkpoint folder
+
+
+@dataclass
+class CopiedCheckpointConfig(CheckpointConfig):
+    """A copy in host memory is written while training goes on."""
+
     memory_gib: float | None = None  # host memory of a process for the copy that is written; null: half of the free
 
 
@@ -280,7 +286,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     train: LoopConfig = field(default_factory=LoopConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    checkpoint: CopiedCheckpointConfig = field(default_factory=CopiedCheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
@@ -380,6 +386,17 @@ def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str) -> N
     for key, value in values.items():
         if not holds(value):
             raise UserError(f"{key}={value} {rule}")
+
+
+def require_bounds(watch: WatchConfig) -> None:
+    """Refuse bounds that no watch can keep.
+
+    Raises:
+        UserError: names the key.
+    """
+    require({"watch.start_s": watch.start_s}, lambda value: value > 0, "must be greater than 0")
+    bounds = {"watch.lost_s": watch.lost_s, "watch.stalled_s": watch.stalled_s}
+    require(bounds, lambda value: value == 0 or value >= 1, "is in seconds: at least 1, or 0 for never")
 
 
 def require_choice(values: Mapping[str, tuple[str, Sequence[str]]]) -> None:

@@ -1,16 +1,18 @@
-"""What the commands have in common on the terminal: one line for a mistake, quiet libraries, and names of ranks."""
+"""What the commands have in common on the terminal: one line for a mistake, quiet libraries, ranks, signals."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
+import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from finetune import UserError, is_by_all
+from finetune import STOPPED, UserError, is_by_all
 
 _LATE_SECONDS = 5.0
 
@@ -43,6 +45,19 @@ def speak_in_turn(main: Callable[[], int]) -> int:
         if is_by_all(error):
             return 2
         raise UserError(f"[rank {rank}] {error}") from None
+
+
+@contextlib.contextmanager
+def stopped_at_once() -> Iterator[None]:
+    """While libraries are loaded, for seconds, there is nothing to save; `StopRequest` takes over after that."""
+    old = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    for number in old:
+        signal.signal(number, lambda number, frame: os._exit(STOPPED))
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
 
 
 def quiet_libraries() -> None:

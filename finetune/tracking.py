@@ -164,9 +164,25 @@ class Tracker:
         self.losses.append(loss_sum)
         self.grad_norm = grad_norm
         self.data_seconds += data_seconds
+        self.advance()
+
+    def advance(self) -> None:
+        """Count a step whose numbers come in a line of the caller's own (`write`)."""
         self.steps_since += 1
         if self.bar is not None:
             self.bar.update()
+
+    def rate(self) -> float:
+        """Images a second, all ranks together, since the last call."""
+        now = time.perf_counter()
+        rate = self.steps_since * self.global_batch / (now - self.since)
+        self.steps_since, self.since = 0, now
+        return rate
+
+    def show(self, loss: float, rate: float) -> None:
+        """Put both beside the progress bar."""
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
 
     def settle(self) -> None:
         """Bring the losses of all steps so far to the host; collective, and waits for the device."""
@@ -188,23 +204,21 @@ class Tracker:
             return
         self.settle()
         losses, grad_norm = self.open_losses, float(self.grad_norm)
-        seconds = time.perf_counter() - self.since
+        data_wait_s = self.data_seconds / self.steps_since
         line = {
             "step": step,
             "images_seen": step * self.global_batch,
             "loss": sum(losses) / len(losses),
             "grad_norm": grad_norm,
             "lr": lr,
-            "images_per_s": self.steps_since * self.global_batch / seconds,
-            "data_wait_s": self.data_seconds / self.steps_since,
+            "images_per_s": self.rate(),
+            "data_wait_s": data_wait_s,
         }
         if self.world.device.type == "cuda":
             line["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        self.open_losses, self.grad_norm, self.data_seconds, self.steps_since = [], None, 0.0, 0
-        self.since = time.perf_counter()
+        self.open_losses, self.grad_norm, self.data_seconds = [], None, 0.0
         self.write(line)
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['images_per_s']:.1f} images/s")
+        self.show(line["loss"], line["images_per_s"])
         if self.steps_not_finite >= PATIENCE_STEPS:
             raise UserError(
                 f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: lower "
@@ -237,10 +251,10 @@ class Tracker:
                 raise
         self.unwritten.clear()
 
-    def image(self, step: int, picture: Image.Image, caption: str) -> None:
-        """Keep a picture as samples/step-00001000.png and send it to W&B."""
+    def image(self, step: int, picture: Image.Image, caption: str) -> Path | None:
+        """Keep a picture as samples/step-00001000.png and send it to W&B; returns its file, if this rank has it."""
         if not self.world.is_main:
-            return
+            return None
         folder = self.run / "samples"
         path = folder / f"step-{step:08d}.png"
         try:
@@ -253,6 +267,7 @@ class Tracker:
 
             values = {"samples": wandb.Image(picture, caption=caption), "step": step}
             self._to_wandb(lambda run: run.log(values))
+        return path
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -5,19 +5,16 @@ Also `python -m finetune.train`, for `accelerate launch`, `torchrun` and `srun`.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import STOPPED, UserError, first_line, is_by_all, run_cli
+from finetune import UserError, first_line, is_by_all, run_cli
 from finetune.config import Config, compose, describe, describe_tasks
-from finetune.terminal import quiet_libraries, speak_in_turn
+from finetune.terminal import quiet_libraries, speak_in_turn, stopped_at_once
 
 if TYPE_CHECKING:
     from finetune.distributed import StopRequest
@@ -58,21 +55,8 @@ def _main(argv: list[str]) -> int:
     if "--print" in argv:
         print(OmegaConf.to_yaml(composed), end="")
         return 0
-    with _stopped_at_once():
+    with stopped_at_once():
         return run(config, composed)
-
-
-@contextlib.contextmanager
-def _stopped_at_once() -> Iterator[None]:
-    """While libraries are loaded, for seconds, there is nothing to save; `StopRequest` takes over after that."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
-    for number in old:
-        signal.signal(number, lambda number, frame: os._exit(STOPPED))
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def run(config: Config, composed: DictConfig) -> int:

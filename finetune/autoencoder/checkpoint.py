@@ -25,6 +25,7 @@ from torch import Tensor
 
 from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
+from finetune.autoencoder.zero import Moments
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
@@ -49,8 +50,9 @@ def save(
     run: Path,
     vae: FirstStage,
     average: Mapping[str, Tensor] | None,
-    optimizer: torch.optim.Optimizer,
+    moments: Moments,
     adversary: Adversary | None,
+    adversary_moments: Moments,
     *,
     step: int,
     images_seen: int,
@@ -60,6 +62,7 @@ def save(
     """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
 
     Args:
+        moments, adversary_moments: of all trained parameters (`whole_moments`).
         adversary: the discriminator, when it has made a step.
 
     Raises:
@@ -69,15 +72,14 @@ def save(
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     parameters = dict(vae.named_parameters())
-    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     try:
         write_vae(temporary / "weights" / "vae", vae, parameters)
         if average is not None:
             write_vae(temporary / "ema" / "vae", vae, average)
-        _save_moments(temporary / "optimizer", trained, optimizer)
+        _save_moments(temporary / "optimizer", moments)
         if adversary is not None:
+            _save_moments(temporary / "discriminator", adversary_moments)
             judging = dict(adversary.model.named_parameters())
-            _save_moments(temporary / "discriminator", judging, adversary.optimizer)
             _save_tensors(temporary / "discriminator" / "weights.safetensors", judging)
         write_record(temporary, {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)})
         publish(temporary, final)
@@ -104,6 +106,24 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
             return folder, json.loads((folder / "trainer.json").read_text())
         print(f"warning: passing over the broken checkpoint {folder}: {fault}", file=sys.stderr)
     return None
+
+
+def named(path: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint folder `path`, and its record.
+
+    Raises:
+        UserError: it is not whole, or of another command.
+    """
+    folder = Path(path)
+    fault = find_fault(folder)
+    if fault is not None:
+        raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
+    if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
+        raise UserError(
+            f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "
+            "another folder"
+        )
+    return folder, json.loads((folder / "trainer.json").read_text())
 
 
 @torch.no_grad()
@@ -150,20 +170,22 @@ def restore(
         _restore_moments(folder / "discriminator", judging, adversary.optimizer, adversary_steps)
 
 
-def _save_moments(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+def _save_moments(folder: Path, moments: Moments) -> None:
     folder.mkdir()
     for part in MOMENTS:
-        moments = {name: optimizer.state[parameter][part] for name, parameter in parameters.items()}
-        _save_tensors(folder / f"{part}.safetensors", moments)
+        _save_tensors(folder / f"{part}.safetensors", moments[part])
 
 
 def _restore_moments(
     folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, steps: int
 ) -> None:
-    """What `_save_moments` wrote, of an optimizer that had made `steps` steps."""
+    """What `_save_moments` wrote, of an optimizer that had made `steps` steps: those of its own parameters."""
     moments = {part: load_file(folder / f"{part}.safetensors") for part in MOMENTS}
     fused = any(group.get("fused") for group in optimizer.param_groups)
+    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in parameters.items():
+        if parameter not in own:
+            continue
         # AdamW keeps its step counter on the CPU unless it is fused.
         counter = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = {

@@ -1,6 +1,6 @@
 """The schema of `finetune autoencoder`: typed dataclasses with their defaults, composed by Hydra.
 
-Defaults live here; `conf/autoencoder/` holds choices of `model` and `experiment`.
+Defaults live here; `conf/autoencoder/` holds choices of groups.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING, DictConfig
 
 from finetune import UserError
-from finetune.config import CheckpointConfig, EmaConfig, OptimConfig, RunConfig, compose, require, require_choice
+from finetune.config import (
+    CheckpointConfig,
+    EmaConfig,
+    OptimConfig,
+    RunConfig,
+    StrategyConfig,
+    TrackerConfig,
+    WatchConfig,
+    compose,
+    require,
+    require_bounds,
+    require_choice,
+)
 
 NAME = FOLDER = "autoencoder"  # of the root file and of its folder in conf/
 
@@ -91,11 +103,6 @@ class GridConfig:
 
 
 @dataclass
-class LogConfig:
-    every: int = 10  # steps between two lines of metrics
-
-
-@dataclass
 class LatentScaleConfig:
     pictures: int = 2048  # the latents' std is measured on up to so many training pictures (not by decoder_only)
 
@@ -116,10 +123,12 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
     ema: EmaConfig = field(default_factory=EmaConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: GridConfig = field(default_factory=GridConfig)
-    tracker: LogConfig = field(default_factory=LogConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     scale: LatentScaleConfig = field(default_factory=LatentScaleConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
 
@@ -133,6 +142,9 @@ def load(overrides: Sequence[str]) -> tuple[Config, DictConfig]:
     Raises:
         UserError: an unknown key or choice, a value of the wrong type or out of range, a missing value.
     """
+    for word in overrides:
+        if word in ("strategy=zero2", "strategy=zero3", "strategy=zero3_offload"):
+            raise _splits_too_much(word)
     config, composed = compose(NAME, overrides, Config, FOLDER)
     _check_values(config)
     return config, composed
@@ -166,6 +178,7 @@ def _check_values(config: Config) -> None:
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     require({"optim.lr": config.optim.lr}, lambda value: value > 0, "must be above 0")
+    require_bounds(config.watch)
     if model.codebook_size is not None:
         require({"model.codebook_size": model.codebook_size}, lambda value: value >= 2, "must be at least 2")
     _check_lpips(config.loss)
@@ -175,9 +188,15 @@ def _check_values(config: Config) -> None:
             "optim.schedule": (config.optim.schedule, ("constant", "cosine")),
             "train.precision": (config.train.precision, ("fp32", "bf16")),
             "train.device": (config.train.device, ("auto", "cpu", "cuda")),
-            "checkpoint.resume": (config.checkpoint.resume, ("auto", "never")),
+            "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
+            "strategy.offload": (config.strategy.offload, ("none", "cpu")),
+            "tracker.mode": (config.tracker.mode, ("auto", "online", "offline")),
         }
     )
+    if config.strategy.offload != "none":
+        raise _splits_too_much(f"strategy.offload={config.strategy.offload}")
+    if config.strategy.kind == "zero" and config.strategy.stage != 1:
+        raise _splits_too_much(f"strategy.stage={config.strategy.stage}")
     for channels in model.block_out_channels:
         if channels < 1 or channels % model.norm_num_groups:
             raise UserError(
@@ -190,6 +209,13 @@ def _check_values(config: Config) -> None:
         )
     if not model.block_out_channels:
         raise UserError("model.block_out_channels is empty: give one width for each resolution")
+
+
+def _splits_too_much(asked: str) -> UserError:
+    return UserError(
+        f"{asked}: a first stage's weights and gradients are small, and its memory is activations, which ZeRO does "
+        "not split; choose strategy=zero1 or ddp, and share the batch among more processes"
+    )
 
 
 def require_penalty(loss: LossConfig, has_codebook: bool, model: str) -> None:

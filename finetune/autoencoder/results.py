@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,21 +30,22 @@ from finetune.autoencoder.measure import (
 from finetune.autoencoder.pictures import Pictures
 from finetune.checkpoint import publish
 from finetune.models.autoencoder import FirstStage, downsample_factor, to_signed
-from finetune.pictures import save_png
+from finetune.tracking import Tracker
 
 
 def finish(
     config: Config,
-    run: Path,
     pictures: Pictures,
     vae: FirstStage,
     average: dict[str, Tensor] | None,
     network: FeatureNetwork | None,
-    device: torch.device,
+    tracker: Tracker,
 ) -> Path:
     """Measure the latents' scale and held-out PSNR, SSIM and rFID, write RUN/vae and the last grid."""
-    size = config.train.global_batch
+    size, run, device, say = config.train.global_batch, tracker.run, tracker.world.device, tracker.say
     result: dict[str, Any] = {"step": config.train.steps}
+    if tracker.bar is not None:
+        tracker.bar.close()  # of steps, of which there are no more
     with averaged(vae, average):
         if not config.train.decoder_only:
             std, uses_K = _measure_latents(config, pictures, vae, device)
@@ -54,7 +54,7 @@ def finish(
             if uses_K is not None:
                 used = int((uses_K > 0).sum())
                 result |= {"codebook_used": used / len(uses_K), "codebook_perplexity": perplexity(uses_K)}
-                print(
+                say(
                     f"codebook: {used} of {len(uses_K)} entries used, "
                     f"perplexity {result['codebook_perplexity']:.0f}"
                 )
@@ -72,31 +72,28 @@ def finish(
                 similarities += ssim(pixels_BHW3, recon_BHW3).tolist()
             if network is not None:
                 features.append((network(pixels_BHW3), network(recon_BHW3)))
-        grid = save_grid(config, run, pictures, vae, device, config.train.steps)
+        grid = save_grid(config, pictures, vae, config.train.steps, tracker)
     if decibels:
         result["held_out_psnr_db"] = sum(decibels) / len(decibels)
-        print(f"held-out PSNR: {result['held_out_psnr_db']:.2f} dB over {len(decibels)} pictures")
+        say(f"held-out PSNR: {result['held_out_psnr_db']:.2f} dB over {len(decibels)} pictures")
     if similarities:
         result["held_out_ssim"] = sum(similarities) / len(similarities)
-        print(f"held-out SSIM: {result['held_out_ssim']:.4f} over {len(similarities)} pictures")
+        say(f"held-out SSIM: {result['held_out_ssim']:.4f} over {len(similarities)} pictures")
     if features:
         real_ND, made_ND = (np.concatenate(each) for each in zip(*features, strict=True))
         result |= {"rfid": frechet(real_ND, made_ND), "rfid_pictures": len(real_ND)}
-        print(f"held-out rFID: {result['rfid']:.3f} over {len(real_ND)} pictures")
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as log:
-        log.write(json.dumps(result) + "\n")
+        say(f"held-out rFID: {result['rfid']:.3f} over {len(real_ND)} pictures")
+    tracker.write(result)
     of_latents = f"std {result['latent_std']:.4f}" if "latent_std" in result else "as they were"
-    print(f"latents: {of_latents}, scaling_factor {vae.config['scaling_factor']:.5f}")
+    say(f"latents: {of_latents}, scaling_factor {vae.config['scaling_factor']:.5f}")
     if grid is not None:
-        print(f"pictures and their reconstructions: {grid}")
-    print(f"autoencoder: {run / 'vae'}")
+        say(f"pictures and their reconstructions: {grid}")
+    say(f"autoencoder: {run / 'vae'}")
     return run / "vae"
 
 
-def save_grid(
-    config: Config, run: Path, pictures: Pictures, vae: FirstStage, device: torch.device, step: int
-) -> Path | None:
-    """RUN/samples/step-N.png: held-out pictures (or training ones, when none are) over reconstructions."""
+def save_grid(config: Config, pictures: Pictures, vae: FirstStage, step: int, tracker: Tracker) -> Path | None:
+    """RUN/samples/step-N.png, and to W&B: held-out pictures (training ones, when none are) over reconstructions."""
     tops: list[np.ndarray] = []
     bottoms: list[np.ndarray] = []
     chosen = pictures.held_out_ids if any(map(len, pictures.held_out_ids)) else pictures.train_ids
@@ -105,12 +102,10 @@ def save_grid(
         if len(some):
             pixels = pictures.read(bucket, some)
             tops += list(pixels)
-            bottoms += list(reconstruct(vae, pixels, device))
+            bottoms += list(reconstruct(vae, pixels, tracker.world.device))
     if not tops:
         return None
-    path = run / "samples" / f"step-{step:08d}.png"
-    save_png(comparison(tops, bottoms), path)
-    return path
+    return tracker.image(step, comparison(tops, bottoms), "pictures over their reconstructions")
 
 
 @contextmanager

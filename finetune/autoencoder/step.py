@@ -17,8 +17,8 @@ from finetune.distributed import World
 from finetune.models.autoencoder import FirstStage
 
 
-def trained_weights(vae: FirstStage) -> list[Tensor]:
-    return [parameter for parameter in vae.parameters() if parameter.requires_grad]
+def trained_weights(vae: FirstStage) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
 
 
 def step_once(
@@ -62,9 +62,10 @@ def step_once(
         total = total + weight * adversarial
         judged |= {"adversarial": adversarial.detach(), "adversarial_weight": weight}
     optimizer.zero_grad(set_to_none=True)
-    total.backward(inputs=trained_weights(vae))  # not the discriminator's: this step is not its own
+    weights = list(trained_weights(vae).values())
+    total.backward(inputs=weights)  # not the discriminator's: this step is not its own
     if world is not None:
-        sum_gradients(trained_weights(vae), world)
+        sum_gradients(weights, world)
     grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
     optimizer.step()
     if adversary is not None:

@@ -2,42 +2,27 @@
 
 A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images seen, so
 the same command after a kill goes on as if nothing had happened, and on however many processes: torchrun's, say.
-Each takes its share of every batch and keeps all of model and optimizer, as data parallelism does: models of this
-size need no sharding.
+Each takes its share of every batch and keeps all of the model, and of the optimizer unless `strategy=zero1`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-import math
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import UserError, by_all
+from finetune import UserError, by_all, first_line
 
 if TYPE_CHECKING:
-    import numpy as np
-    import torch
-    from torch import Tensor
-
     from finetune.autoencoder.config import Config
-    from finetune.autoencoder.discriminator import Adversary
     from finetune.autoencoder.features import FeatureNetwork
-    from finetune.autoencoder.lpips import Lpips
-    from finetune.autoencoder.pictures import Pictures
-    from finetune.data.order import Order
-    from finetune.distributed import World
-    from finetune.models.autoencoder import FirstStage
+    from finetune.distributed import StopRequest, World
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
-MAY_CHANGE = ("run", "checkpoint", "sample", "tracker", "scale", "eval")
+MAY_CHANGE = ("run", "checkpoint", "sample", "strategy", "tracker", "watch", "scale", "eval")
 # Pictures and weights are known by their checksums, not by where they lie.
 MAY_CHANGE_KEYS = (
     *("train.steps", "train.threads", "train.device", "data.cache_gib", "data.readers", "data.shards"),
@@ -48,7 +33,7 @@ USAGE = """\
 usage: finetune autoencoder [KEY=VALUE ...]
 
 Train an autoencoder (the first stage) on image shards; the result is RUN/vae, in the diffusers layout.
-The same command goes on where an earlier one stopped.
+The same command goes on where an earlier one stopped; asked to stop (SIGTERM, SIGUSR1, Ctrl-C) it saves first.
 
 examples:
   data-tools ingest folder pictures/ --out shards/
@@ -58,6 +43,7 @@ examples:
   finetune autoencoder data.shards=shards loss.discriminator_weight=0.5 loss.discriminator_start=5000
   finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
   torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards train.global_batch=64 run.dir=runs/vae
+  torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards strategy=zero1 run.dir=runs/vae
   finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
 """
 
@@ -77,11 +63,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if options := [argument for argument in argv if argument.startswith("-")]:
         raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
-    if wanted := [argument for argument in argv if argument.startswith("strategy=")]:
-        raise UserError(
-            f"{wanted[0]}: models of this size are trained by data parallelism alone, which torchrun starts; "
-            "leave it out"
-        )
+    # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return speak_in_turn(lambda: _run(argv))
 
 
@@ -89,21 +72,28 @@ def _run(argv: Sequence[str]) -> int:
     from omegaconf import OmegaConf
 
     from finetune.autoencoder import config as schema
-    from finetune.terminal import quiet_libraries
+    from finetune.terminal import quiet_libraries, stopped_at_once
 
     config, composed = schema.load(argv)
-    quiet_libraries()
     settings = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(settings, dict)
-    train(config, {str(key): value for key, value in settings.items()}, OmegaConf.to_yaml(composed))
-    return 0
+    with stopped_at_once():
+        from finetune.distributed import StopRequest
+
+        quiet_libraries()
+        with StopRequest(int(os.environ.get("RANK", 0))) as request:
+            plain = {str(key): value for key, value in settings.items()}
+            return train(config, plain, OmegaConf.to_yaml(composed), request)
 
 
-def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
-    """Join the other processes, if there are any, and train together; see `_train`."""
+def train(config: Config, settings: Mapping[str, Any], yaml: str, request: StopRequest) -> int:
+    """Join the other processes, if there are any, and train together, see `_train`; returns the exit code."""
+    import torch
+
     from finetune import distributed, is_by_all
 
-    world = distributed.start(config.train.device, uses_deepspeed=False)
+    bounds = distributed.Bounds(config.watch.lost_s, config.watch.stalled_s, config.watch.start_s)
+    world = distributed.start(config.train.device, uses_deepspeed=False, bounds=bounds)
     try:
         if config.train.global_batch % world.size:
             raise by_all(
@@ -112,30 +102,42 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str) -> Path:
                     "processes; give a multiple"
                 )
             )
-        return _train(config, settings, yaml, world)
+        stop = _train(config, settings, yaml, world, request)
+        return request.exit_code(stop) if stop else 0
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the device's memory is full ({first_line(error)}): lower train.global_batch or data.size, share the "
+            "batch among more processes, or set train.precision=bf16"
+        ) from error
     except BaseException as error:
-        if is_by_all(error):  # leaving a group whose members are gone may take forever
+        world.watch.judge(error)
+        # Leaving a group whose members are gone may take forever; the process is about to end anyway.
+        if world.size == 1 or is_by_all(error):
             distributed.stop()
         raise
 
 
-def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World) -> Path:
-    """Train as `config` says, from the last checkpoint of its run folder if there is one; returns RUN/vae.
+def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World, request: StopRequest) -> int:
+    """Train as `config` says, from the last checkpoint of its run folder if there is one, and make RUN/vae.
 
     Args:
         settings: the same config as nested plain values; checkpoints keep what the run depends on.
         yaml: the same config as text, for RUN/config.yaml.
+
+    Returns:
+        The number of the signal that stopped the run, after it was saved; 0 when it is complete.
     """
     import torch
     from diffusers import VQModel
 
-    from finetune import distributed
-    from finetune.autoencoder import checkpoint
+    from finetune import distributed, tracking
+    from finetune.autoencoder import checkpoint, loop
     from finetune.autoencoder.build import (
         build,
         build_adversary,
         build_features,
         build_lpips,
+        build_optimizer,
         keep_latents,
         load_given,
         require_room,
@@ -150,7 +152,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
     from finetune.models.autoencoder import downsample_factor
 
     run = Path(config.run.dir)
-    device = world.device
+    device, watch = world.device, world.watch
+    watch.at("building the model")
     say: Callable[[str], None] = print if world.is_main else lambda line: None
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -183,8 +186,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
             stack.enter_context(closing(held))
         require_shared(world, run)
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
-        for name in ("samples", "checkpoints") if world.is_main else ():
-            (run / name).mkdir(exist_ok=True)
+        if world.is_main:
+            (run / "checkpoints").mkdir(exist_ok=True)
 
         vae = vae.to(device)
         if config.train.channels_last:
@@ -192,14 +195,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
         if config.model.pretrained is None:
             vae.register_to_config(sample_size=max(pictures.buckets[0]))
         average = {n: p.detach().clone() for n, p in vae.named_parameters()} if config.ema.enabled else None
-        optimizer = torch.optim.AdamW(
-            trained_weights(vae),
-            lr=config.optim.lr,
-            betas=(config.optim.beta1, config.optim.beta2),
-            eps=config.optim.eps,
-            weight_decay=config.optim.weight_decay,
-            fused=True,
-        )
+        betas = config.optim.beta1, config.optim.beta2
+        optimizer = build_optimizer(config, trained_weights(vae), world, lr=config.optim.lr, betas=betas)
         lpips, lpips_sha256 = build_lpips(config, device, say)
         adversary = build_adversary(config, world)
         depends_on = _depends_on(settings) | {
@@ -208,7 +205,14 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
             "model.pretrained (weights' sha256)": pretrained_sha256,
         }
         step = 0
-        found = world.on_main(lambda: checkpoint.latest(run)) if config.checkpoint.resume == "auto" else None
+        watch.at("restoring the last checkpoint")
+        match config.checkpoint.resume:
+            case "auto":
+                found = world.on_main(lambda: checkpoint.latest(run))
+            case "never":
+                found = None
+            case path:
+                found = world.on_main(lambda: checkpoint.named(path))
         if found is not None:
             folder, record = found
             require_same(record["depends_on"], depends_on, folder)
@@ -223,6 +227,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
         if step == 0 and isinstance(vae, VQModel) and config.model.pretrained is None:
+            watch.at("beginning the codebook", distributed.LONG)
             if world.is_main:
                 begin_codebook(config, pictures, vae, device)
             codebook = vae.quantize.embedding.weight
@@ -231,170 +236,43 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World)
                 average["quantize.embedding.weight"].copy_(vae.quantize.embedding.weight.detach())
         if world.is_main:
             write_atomic(run / "config.yaml", yaml.encode())
-            _keep_metrics(run / "metrics.jsonl", step)
+            _forget_measures(run / "metrics.jsonl")
+        tracker = tracking.Tracker(
+            run,
+            world,
+            config=dict(settings),
+            name=config.run.name,
+            project=config.tracker.project,
+            wandb_mode=tracking.wandb_mode(config.tracker.mode) if config.tracker.wandb else None,
+            first_step=step,
+            total_steps=config.train.steps,
+            global_batch=batch,
+        )
         processes = f", {world.size} processes" if world.size > 1 else ""
-        say(
+        tracker.say(
             f"{len(pictures)} pictures, {sum(map(len, pictures.held_out_ids))} held out; autoencoder of "
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
-        _loop(config, run, pictures, order, vae, average, optimizer, lpips, adversary, world, step, depends_on)
-        distributed.stop()  # the others need not wait for what rank 0 measures
-        if world.is_main:
-            finish(config, run, pictures, vae, average, of_main[0], device)
-        return run / "vae"
-
-
-def _loop(
-    config: Config,
-    run: Path,
-    pictures: Pictures,
-    order: Order,
-    vae: FirstStage,
-    average: dict[str, Tensor] | None,
-    optimizer: torch.optim.Optimizer,
-    lpips: Lpips | None,
-    adversary: Adversary | None,
-    world: World,
-    step: int,
-    depends_on: Mapping[str, Any],
-) -> None:
-    import torch
-    from diffusers import AutoencoderKL
-    from tqdm import tqdm
-
-    from finetune import ema, rng
-    from finetune.autoencoder import checkpoint
-    from finetune.autoencoder.bottleneck import PenaltyWeights, perplexity
-    from finetune.autoencoder.results import averaged, save_grid
-    from finetune.autoencoder.step import of_all, step_once
-    from finetune.lr import learning_rate
-    from finetune.models.autoencoder import downsample_factor, latent_channels, to_signed
-
-    steps, batch, device = config.train.steps, config.train.global_batch, world.device
-    begin, end = (rank * batch // world.size for rank in (world.rank, world.rank + 1))  # our share of a batch
-    penalty = PenaltyWeights(config.loss.kl_weight, config.loss.codebook_weight, config.loss.commitment)
-    downsample = downsample_factor(vae)
-    weights = list(vae.parameters())
-    if step < steps:
-        with tqdm(
-            total=len(pictures), desc="reading", unit="img", disable=not (pictures.cached and world.is_main)
-        ) as bar:
-            pictures.fill_cache(lambda: bar.update())
-    vae.train()
-    bar = tqdm(
-        total=steps * batch,
-        initial=step * batch,
-        desc="training",
-        unit="img",
-        mininterval=0.5,
-        disable=not world.is_main,
-    )
-    path = run / "metrics.jsonl" if world.is_main else Path(os.devnull)
-    with bar, path.open("a", encoding="utf-8") as log:
-        last_time, last_step = time.perf_counter(), step
-        for pixels_BHW3 in _batches(pictures, order, step, steps, begin, end):
-            seen = step * batch  # images before this step: the clock of its draws
-            ids_B = torch.arange(seen + begin, seen + end, device=device)
-            image = to_signed(pixels_BHW3, device)
-            if config.data.flip:
-                mirrored = rng.integers(config.seed, "mirror", ids_B, 2).bool().view(-1, 1, 1, 1)
-                image = torch.where(mirrored, image.flip(3), image)
-            height, width = (side // downsample for side in image.shape[2:])
-            eps = None
-            if isinstance(vae, AutoencoderKL):
-                eps = rng.normal(config.seed, "posterior", ids_B, (latent_channels(vae), height, width))
-            step, seen = step + 1, seen + batch
-            lr = learning_rate(
-                seen,
-                peak=config.optim.lr,
-                schedule=config.optim.schedule,
-                warmup_images=config.optim.warmup_images,
-                total_images=steps * batch,
-                final_ratio=config.optim.final_lr_ratio,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            judging = adversary if step > config.loss.discriminator_start else None
-            if judging is not None:
-                for group in judging.optimizer.param_groups:
-                    group["lr"] = lr * (config.loss.discriminator_lr or config.optim.lr) / config.optim.lr
-            values = step_once(
-                vae,
-                optimizer,
-                image.contiguous(memory_format=torch.channels_last) if config.train.channels_last else image,
-                eps,
-                penalty=penalty,
-                max_grad_norm=config.optim.max_grad_norm,
-                bf16=config.train.precision == "bf16",
-                lpips=lpips,
-                lpips_weight=config.loss.lpips_weight,
-                adversary=judging,
-                world=world,
-            )
-            if average is not None:
-                keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
-                ema.update_(list(average.values()), [weight.detach() for weight in weights], keep)
-
-            saving = step % config.checkpoint.every == 0 or step == steps
-            if step % config.tracker.every == 0 or saving:
-                values = of_all(values, world)
-                uses_K = values.pop("uses_K", None)
-                scalars = {name: value.item() for name, value in values.items()}  # the only wait for the device
-                if not math.isfinite(sum(scalars.values())):
-                    raise by_all(
-                        UserError(
-                            f"the loss is not finite at step {step}; lower optim.lr={config.optim.lr} or set "
-                            "train.precision=fp32, and start again from the last checkpoint"
-                        )
-                    )
-                if uses_K is not None:
-                    scalars["perplexity"] = perplexity(uses_K)
-                now = time.perf_counter()
-                rate = (step - last_step) * batch / (now - last_time)
-                last_time, last_step = now, step
-                line = {"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_second": rate}
-                log.write(json.dumps(line) + "\n")
-                bar.set_postfix(loss=f"{scalars['loss']:.4f}", refresh=False)
-            bar.update(batch)
-            if saving:
-                log.flush()
-                world.on_main(
-                    functools.partial(
-                        checkpoint.save,
-                        run,
-                        vae,
-                        average,
-                        optimizer,
-                        judging,
-                        step=step,
-                        images_seen=seen,
-                        depends_on=depends_on,
-                        keep=config.checkpoint.keep,
-                    )
-                )
-            if world.is_main and config.sample.every and step % config.sample.every == 0 and step < steps:
-                with averaged(vae, average):
-                    save_grid(config, run, pictures, vae, device, step)
-
-
-def _batches(pictures: Pictures, order: Order, first: int, last: int, begin: int, end: int) -> Iterator[np.ndarray]:
-    """uint8 [B, H, W, 3]: pictures begin..end-1 of the batch of each of the steps first..last-1.
-
-    The next batch is read while one is trained on.
-    """
-
-    def read(step: int) -> np.ndarray:
-        rows = order.batch(step, begin, end)
-        return pictures.read(rows.bucket, pictures.train_ids[rows.bucket][rows.rows])
-
-    with ThreadPoolExecutor(1, thread_name_prefix="batch") as ahead:
-        waiting: Future[np.ndarray] | None = ahead.submit(read, first) if first < last else None
-        for step in range(first, last):
-            assert waiting is not None
-            ready = waiting.result()
-            waiting = ahead.submit(read, step + 1) if step + 1 < last else None
-            yield ready
+        parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary)
+        failed, stop = True, 0
+        try:
+            stop = loop.train(config, parts, tracker, request, step=step, depends_on=depends_on)
+            request.can_save = False  # all is saved, and what is left can be done again
+            stop = stop or request.number
+            watch.leave()  # the others need not wait for what rank 0 measures
+            distributed.stop()
+            if world.is_main and not stop:
+                finish(config, pictures, vae, average, of_main[0], tracker)
+            failed = False
+        except BaseException as error:
+            watch.judge(error)
+            raise
+        finally:
+            tracker.close(failed=failed, goes_on=stop > 0)
+        if stop:
+            say(f"run: {run}, stopped: the same command goes on")
+        return stop
 
 
 def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -411,18 +289,10 @@ def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
 
 
-def _keep_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint that the run goes on from: it will be logged again."""
+def _forget_measures(path: Path) -> None:
+    """Drop what was measured when the run had come to its end before: it will be measured again."""
     from finetune.data.shards import write_atomic
 
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # the line that was being written when the run was killed
-        if record.get("step", 0) <= step and "loss" in record:
-            kept.append(line + "\n")
-    write_atomic(path, "".join(kept).encode())
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        write_atomic(path, "".join(line for line in lines if '"loss": ' in line).encode())

@@ -8,7 +8,7 @@ import torch
 
 from finetune import UserError, diffusion, distributed, lr, tasks, tracking
 from finetune.build.averages import check_averages
-from finetune.config import Config, require, require_choice
+from finetune.config import Config, require, require_bounds, require_choice
 from finetune.models.parts import flat
 
 OUT_OF_MEMORY = (
@@ -72,7 +72,6 @@ def check(config: Config) -> None:
         "optim.d0": config.optim.d0,
         "optim.d_coef": config.optim.d_coef,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
-        "watch.start_s": config.watch.start_s,
         "model.scheduler.shift": schedule.shift,
         "model.text_encoder.embedding_std": config.model.text_encoder.embedding_std,
         "objective.gamma": objective.gamma,
@@ -94,8 +93,7 @@ def check(config: Config) -> None:
         "objective.input_perturbation": objective.input_perturbation,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
-    bounds = {"watch.lost_s": config.watch.lost_s, "watch.stalled_s": config.watch.stalled_s}
-    require(bounds, lambda value: value == 0 or value >= 1, "is in seconds: at least 1, or 0 for never")
+    require_bounds(config.watch)
     betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}
     require(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}

@@ -22,6 +22,7 @@ SETTINGS = [
     "train.global_batch=4",
     "train.threads=1",
     "train.device=cpu",
+    "tracker=none",
     "tracker.every=1",
     "sample.every=0",
 ]

@@ -1,4 +1,4 @@
-"""The first stage on two gloo processes is that of one: losses, weights, discriminator, codebook, resume."""
+"""The first stage on two gloo processes is that of one: losses, weights, both models, codebook, ZeRO-1, resume."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.autoencoder.train import main
-from tests.autoencoder.runs import arguments, losses
+from tests.autoencoder.runs import arguments, assert_same_run, losses
 from tests.conftest import ROOT, environment
 
 # Rounding in the order of sums must stay rounding: Adam divides by the size of a gradient, were it rounding alone.
@@ -90,6 +90,32 @@ def test_two_processes_go_on_where_one_stopped(shards: Path, alone: Path, tmp_pa
     assert done.returncode == 0, done.stderr[-4000:]
     assert "resuming from" in done.stdout
     assert_close_runs(alone, resumed)
+
+
+@pytest.mark.slow
+def test_zero1_goes_on_from_data_parallelism_to_its_bits(
+    shards: Path, together: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = rewound(together[0], tmp_path / "run")
+    done = on_two(arguments(shards, run, *COMMON, "strategy=zero1"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(run, together[0], 4, discriminator=True)
+
+
+@pytest.mark.slow
+def test_data_parallelism_and_one_process_go_on_from_zero1(
+    shards: Path, alone: Path, together: tuple[Path, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = on_two(arguments(shards, run, *COMMON, "strategy=zero1"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(run, together[0], 4, discriminator=True)
+    two, one = rewound(run, tmp_path / "two"), rewound(run, tmp_path / "one")
+    done = on_two(arguments(shards, two, *COMMON))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(two, together[0], 4, discriminator=True)
+    main(arguments(shards, one, *COMMON))
+    assert_close_runs(alone, one)
 
 
 @pytest.mark.slow

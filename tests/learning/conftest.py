@@ -39,7 +39,7 @@ def scene_vae(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Con
         if not (kept / "vae" / "config.json").is_file():
             folder = tmp_path_factory.mktemp("scenes")
             run("ingest", "folder", write_scenes(folder, SCENES, SIZE), "--out", folder / "shards")
-            first_stage.main([*SETTINGS, f"data.shards={folder / 'shards'}", f"run.dir={kept}"])
+            first_stage.main([*SETTINGS, "tracker=none", f"data.shards={folder / 'shards'}", f"run.dir={kept}"])
     return kept / "vae"
 
 

@@ -18,6 +18,8 @@ from tests.conftest import ROOT, environment, metrics
 OURS = ["-m", "launchers.torchrun", "--grace", "8"]
 PLAIN = ["-m", "torch.distributed.run"]
 TRAIN = ["-m", "finetune.train"]
+AUTOENCODER = ["-m", "finetune", "autoencoder"]
+COMMANDS = ("finetune.train", "finetune autoencoder", "worker.py")  # what a rank is known by
 
 
 class Run:
@@ -89,7 +91,7 @@ class Run:
         with contextlib.suppress(psutil.Error):
             for child in psutil.Process(self.process.pid).children(recursive=True):
                 with contextlib.suppress(psutil.Error):
-                    if "finetune.train" in " ".join(child.cmdline()) or "worker.py" in " ".join(child.cmdline()):
+                    if any(words in " ".join(child.cmdline()) for words in COMMANDS):
                         found[int(child.environ()["RANK"])] = child
         self.known.update(found)
         return found
