@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -24,9 +25,13 @@ the job's. Before the time limit, at preemption and at `scancel --signal=USR1 JO
 goes on; after a failure it is tried again.
 
 examples:
-  python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora data.shards=LATENTS run.dir=RUN
-  python -m launchers.slurm nodes=2-4 gpus=a100:8 time=2-00 partition=long account=me -- train.global_batch=768 ...
+  python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora train.global_batch=32 \\
+    optim.lr=3e-4 data.shards=LATENTS run.dir=RUN
+  python -m launchers.slurm nodes=2-4 gpus=a100:4 time=2-00 partition=long account=me -- experiment=sd15_full \\
+    strategy=zero2 train.global_batch=192 optim.lr=3e-5 data.shards=LATENTS run.dir=RUN
   python -m launchers.slurm processes=2 time=30 --dry-run -- experiment=smoke data.shards=LATENTS run.dir=RUN
+
+A global batch is shared by all processes, and is part of the training: the experiments' own are for one machine.
 
 options:
   --dry-run     print the sbatch command line and the script, and submit nothing
@@ -115,24 +120,42 @@ def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
     """Refuse a global batch that can't be shared by the processes of every number of nodes that the job may get.
 
     Raises:
-        UserError: names the numbers, and a batch that works.
+        UserError: names the numbers, and values that work.
     """
-    for nodes in range(job.nodes[0], job.nodes[1] + 1):
-        size = nodes * job.processes
+    sizes = {nodes: nodes * job.processes for nodes in range(job.nodes[0], job.nodes[1] + 1)}
+    for nodes, size in sizes.items():
         kind = "GPUs" if job.gpus else "processes"
         many = f"{nodes} nodes with {job.processes} {kind} each" if nodes > 1 else f"{job.processes} {kind}"
-        share, rest = divmod(global_batch, size)
-        if rest or share == 0:
-            nearest = max(round(global_batch / size), 1) * size
+        if global_batch % size or global_batch < size:
+            works = _nearest_batch(list(sizes.values()), global_batch, micro_batch)
+            what = "the smallest" if works == math.lcm(*sizes.values()) > global_batch else "the nearest"
+            every = f", with any of {_range(job)} nodes" if len(sizes) > 1 else ""
             raise UserError(
-                f"train.global_batch={global_batch} cannot be shared by {many}: take a multiple of {size}, such as "
-                f"{nearest}" + (f", or other nodes than {_range(job)}" if job.nodes[0] != job.nodes[1] else "")
+                f"train.global_batch={global_batch} cannot be shared by {many}: train.global_batch={works} is "
+                f"{what} that can{every}; it needs a learning rate for it (optim.lr)"
             )
+    shares = {nodes: global_batch // size for nodes, size in sizes.items()}
+    for nodes, share in shares.items():
         if micro_batch and share % min(micro_batch, share):
+            fits = max(each for each in range(1, micro_batch + 1) if math.gcd(*shares.values()) % each == 0)
             raise UserError(
                 f"train.micro_batch={micro_batch} does not divide the {share} samples of each process "
-                f"(train.global_batch={global_batch} over {many})"
+                f"(train.global_batch={global_batch} over {nodes * job.processes} processes): take "
+                f"train.micro_batch={fits}"
             )
+
+
+def _nearest_batch(sizes: Sequence[int], wanted: int, micro_batch: int | None) -> int:
+    """The global batch nearest to `wanted` that each number of processes in `sizes` can share by micro-batches."""
+    least = math.lcm(*sizes)
+    micro = micro_batch or 1
+
+    def works(batch: int) -> bool:
+        return all((share := batch // size) % min(micro, share) == 0 for size in sizes)
+
+    near = max(wanted // least, 1)  # every `micro`-th multiple works
+    found = [count * least for count in range(max(near - micro, 1), near + micro + 2) if works(count * least)]
+    return min(found, key=lambda batch: (abs(batch - wanted), batch))
 
 
 def settle_paths(overrides: Sequence[str], config: Config, here: Path) -> tuple[list[str], list[str]]:
