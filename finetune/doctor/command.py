@@ -19,7 +19,7 @@ examples:
   finetune doctor experiment=smoke data.shards=LATENTS run.dir=runs/smoke
   torchrun --nproc-per-node 8 -m finetune.doctor experiment=sd15_full strategy=zero2 data.shards=LATENTS run.dir=RUN
   accelerate launch --config_file launchers/accelerate/one_machine.yaml -m finetune.doctor strategy=zero2 ...
-  srun --ntasks-per-node=1 python -m launchers.torchrun ... -m finetune.doctor ...
+  python -m launchers.slurm nodes=4 gpus=8 --doctor -- experiment=sd15_full data.shards=LATENTS run.dir=RUN
 
 It prints a row for each check: ok, warn, FAIL or skipped, what was seen, and what to do. Exit codes: 0 when nothing
 failed, 1 when something did, 2 for a mistake in the settings. `finetune train --help` lists the settings.

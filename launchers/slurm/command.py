@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import UserError
@@ -18,15 +19,16 @@ from launchers.slurm.settings import KEYS, Job, read
 SCRIPT = Path(__file__).with_name("train.sbatch")
 
 USAGE = """\
-usage: python -m launchers.slurm [KEY=VALUE ...] [--dry-run] [--no-follow] -- OVERRIDES
+usage: python -m launchers.slurm [KEY=VALUE ...] [--doctor] [--dry-run] [--no-follow] -- OVERRIDES
 
 Train under Slurm: checks the overrides and the job's size, submits the job and follows its log. The exit code is
 the job's. Before the time limit, at preemption and at `scancel --signal=USR1 JOB` the run saves, is requeued and
-goes on; after a failure it is tried again.
+goes on; after a failure it is tried again. With --doctor the same nodes are examined, before they have to train.
 
 examples:
   python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora train.global_batch=32 \\
     optim.lr=3e-4 data.shards=LATENTS run.dir=RUN
+  python -m launchers.slurm nodes=4 gpus=8 --doctor -- experiment=sd15_full data.shards=LATENTS run.dir=RUN
   python -m launchers.slurm nodes=2-4 gpus=a100:4 time=2-00 partition=long account=me -- experiment=sd15_full \\
     strategy=zero2 train.global_batch=192 optim.lr=3e-5 data.shards=LATENTS run.dir=RUN
   python -m launchers.slurm processes=2 time=30 --dry-run -- experiment=smoke data.shards=LATENTS run.dir=RUN
@@ -34,12 +36,14 @@ examples:
 A global batch is shared by all processes, and is part of the training: the experiments' own are for one machine.
 
 options:
+  --doctor      run `finetune doctor` in place of training: once, for 30 minutes at most
   --dry-run     print the sbatch command line and the script, and submit nothing
   --no-follow   submit and leave
   -h, --help    this text
 
 settings (KEY=VALUE):
 """
+_DOCTOR_MINUTES = 30
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
@@ -55,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE + "\n".join(f"  {key:<{width}}  {text}".rstrip() for key, text in KEYS.items()))
         return 0
     flags = {word for word in words if word.startswith("-")}
-    if unknown := sorted(flags - {"--dry-run", "--no-follow"}):
+    if unknown := sorted(flags - {"--doctor", "--dry-run", "--no-follow"}):
         raise UserError(
             f"unknown option {unknown[0]}: settings are KEY=VALUE, see python -m launchers.slurm --help"
         )
@@ -72,8 +76,11 @@ def main(argv: Sequence[str]) -> int:
     queue.check(job, known, default)
     run = Path(config.run.dir).absolute()
     folder = Path(job.log).absolute() if job.log else run
-    line = command(job, overrides, folder, job.name or config.run.name)
-    variables = settings(job)
+    name, variables = job.name or config.run.name, settings(job)
+    if "--doctor" in flags:
+        job, name = examining(job), f"{name}-doctor"
+        variables["LDM_FINETUNE_MODULE"] = "finetune.doctor"
+    line = command(job, overrides, folder, name)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if "--dry-run" in flags:
@@ -87,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"cannot make the folder {made} ({error.strerror}); choose another run.dir or log"
             ) from None
-    environ.pop("LDM_FINETUNE_PROCESSES", None)  # the job's GPUs say it, or `settings`
+    for key in ("LDM_FINETUNE_PROCESSES", "LDM_FINETUNE_MODULE"):  # the job says it
+        environ.pop(key, None)
     number = queue.submit(line, {**environ, **variables})
     log = folder / f"slurm-{number}.log"
     print(f"job {number}: log in {log}", flush=True)
@@ -209,6 +217,14 @@ def command(job: Job, overrides: Sequence[str], folder: Path, name: str) -> list
 def _range(job: Job) -> str:
     fewest, most = job.nodes
     return str(fewest) if fewest == most else f"{fewest}-{most}"
+
+
+def examining(job: Job) -> Job:
+    """A job of the same size that runs once: the doctor has nothing to go on with."""
+    once = replace(job, sbatch={**job.sbatch, "no-requeue": ""})
+    if job.time and (job.seconds is None or job.seconds > _DOCTOR_MINUTES * 60):
+        return replace(once, time=str(_DOCTOR_MINUTES), seconds=_DOCTOR_MINUTES * 60, warning=60)
+    return once
 
 
 def settings(job: Job) -> dict[str, str]:

@@ -205,6 +205,18 @@ def test_a_dry_run_prints_the_command_and_changes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("time", "limit"), [("24:00:00", "30"), ("unlimited", "30"), ("20", "20"), ("", None)])
+def test_the_doctor_has_the_runs_nodes_once(
+    launch: Callable[..., tuple[int, str, str]], no_slurm: None, time: str, limit: str | None
+) -> None:
+    words = ["nodes=4", "gpus=2", *([f"time={time}"] if time else []), "--dry-run"]
+    lines = [shlex.split(launch(*words, *more, *RUN)[1].partition("\n\n")[0]) for more in ([], ["--doctor"])]
+    train, doctor = ({word for word in line if not word.startswith(("--time", "--signal"))} for line in lines)
+    assert doctor - train == {"LDM_FINETUNE_MODULE=finetune.doctor", "--no-requeue", "--job-name=smoke-doctor"}
+    assert train - doctor == {"--job-name=smoke"}
+    assert [word for word in lines[1] if word.startswith("--time")] == ([f"--time={limit}"] if limit else [])
+
+
 def examples() -> list[str]:
     """The words after `python -m launchers.slurm` in what the help, train.sbatch and README's section show."""
     readme = (ROOT / "README.md").read_text().partition("## From one process to a cluster")[2].partition("\n## ")[0]
@@ -261,6 +273,10 @@ def test_a_node_starts_one_process_a_gpu() -> None:
     assert "--nproc-per-node=4" in node.command(step, 0, ["seed=1"])
     assert "--nproc-per-node=2" in node.command({**step, "LDM_FINETUNE_PROCESSES": "2"}, 0, [])
     assert node.command(step, 0, ["a=b c"])[-3:] == ["-m", "finetune.train", "a=b c"]
+    assert node.command({**step, "LDM_FINETUNE_MODULE": "finetune.doctor"}, 0, ["a=b"])[-2:] == [
+        "finetune.doctor",
+        "a=b",
+    ]
     with pytest.raises(UserError, match="4 tasks on 1 nodes"):
         node.command({**step, "SLURM_STEP_NUM_TASKS": "4"}, 0, [])
     with pytest.raises(UserError, match="start this through srun"):

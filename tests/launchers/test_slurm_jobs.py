@@ -110,6 +110,41 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster, settings: list[str], tmp_p
     assert "trying again" not in job.text() and "requeued" not in job.text()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_doctor_examines_the_nodes_once(slurm: Cluster, settings: list[str], tmp_path: Path) -> None:
+    """A launch that is well and one without data, at once: the table, its exit code, and nothing else."""
+    cases = (("well", "tracker=none", 0), ("ill", f"data.shards={tmp_path / 'none'}", 1))
+    launcher = [
+        sys.executable,
+        "-m",
+        "launchers.slurm",
+        "nodes=2",
+        "processes=1",
+        "time=24:00:00",
+        "--doctor",
+        "--",
+    ]
+    followers = [
+        subprocess.Popen(
+            [*launcher, *settings, f"run.dir={tmp_path / name}", more],
+            cwd=ROOT, env=job_environment(slurm), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for name, more, _ in cases
+    ]  # fmt: skip
+    for follower, (name, _, code) in zip(followers, cases, strict=True):
+        said, _ = follower.communicate(timeout=240)
+        assert follower.returncode == code, said
+        assert f"the doctor has ended with exit code {code}" in said
+        assert "ok      ranks          2 of 2" in said
+        assert ("FAIL    data" in said) == (code == 1)
+        assert "trying again" not in said and "requeued" not in said
+        number = said.partition("job ")[2].partition(":")[0]
+        state = slurm.job(number)
+        assert (state["Restarts"], state["Requeue"], state["TimeLimit"]) == ("0", "0", "00:30:00")
+        assert [path.name for path in (tmp_path / name).iterdir()] == [f"slurm-{number}.log"]
+
+
 # --- what the script does with its step's end: a stand-in for Python costs no time -----------------
 
 
@@ -117,8 +152,8 @@ def test_a_mistake_is_not_tried_again(slurm: Cluster, settings: list[str], tmp_p
 def stand_in(tmp_path: Path) -> Path:
     """Runs until told to stop: says so and exits as a node that has saved. After a requeue it is done.
 
-    A signal to all processes may reach its `sleep` first, so it sleeps again. One that comes as bash forks is lost on
-    the child: without the kill that `sleep` would go on, and hold the step's output for a minute.
+    A signal to all processes may reach its `sleep` first, so it sleeps again. One that comes as bash forks is lost
+    on the child: without the kill that `sleep` would go on, and hold the step's output for a minute.
     """
     path = tmp_path / "stand-in"
     path.write_text(
