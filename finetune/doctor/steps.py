@@ -16,7 +16,6 @@ from torch import Tensor
 
 from finetune import build, loop
 from finetune.batch import Batch
-from finetune.build import OUT_OF_MEMORY
 from finetune.checkpoint import Progress
 from finetune.config import Config
 from finetune.data.loader import Data
@@ -163,7 +162,7 @@ def step_rows(context: Context) -> list[Row]:
 
     outcomes_steps = context.exchange("steps", "two steps", go, collective=True)
     memory = any(outcome.memory for outcome in outcomes_steps)
-    remedy = OUT_OF_MEMORY if memory else "see what it says; finetune train would fail so"
+    remedy = context.out_of_memory() if memory else "see what it says; finetune train would fail so"
     if failed := context.failures("steps", outcomes_steps, remedy):
         context.parts = None  # a step that broke leaves gradients and hooks in any state
         return rows + failed + skipped(names[1:3], "the steps failed")
