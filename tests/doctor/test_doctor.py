@@ -38,6 +38,7 @@ CAUGHT: dict[str, dict[str, str]] = {
     "weights-zero2": {"weights": "before the first step: rank 1 differs from rank 0 in 1 of"},
     "master-zero2": {"weights": "rank 1: working weights are not the rounded masters in"},
     "piece-zero3": {"weights": "rank 1: working weights are not the rounded masters in"},
+    "gather-zero3": {"weights": r"before the first step: rank 1 differs from rank 0 in [1-9]\d* of \d+ tensors"},
     "frozen": {"weights": "before the first step: rank 1 differs from rank 0 in 1 of"},
     "drift": {"weights": "^after 2 steps: rank 1 differs from rank 0", "resume": "rank 1 does not load"},
     "lr": {"learning rate": "step 1: 0.001 instead of 0.0005, 2 times"},
@@ -51,7 +52,7 @@ CAUGHT: dict[str, dict[str, str]] = {
     "config": {"config": "seed is '0' on rank 0, '1' on rank 1"},
     "space": {"space": "are free"},
 }
-HEALTHY = ("healthy", "healthy-zero2", "healthy-zero3", "healthy-lora")
+HEALTHY = ("healthy", "healthy-zero2", "healthy-zero3", "healthy-gather", "healthy-lora")
 # Launched at once: processes take longer to start than to be examined.
 EARLY = (
     "healthy",
