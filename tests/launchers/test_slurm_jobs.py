@@ -272,6 +272,23 @@ def test_preempted_training_ends_bit_identical(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_lost_node_requeues_the_job(slurm: Cluster, calm: Job, settings: list[str], tmp_path: Path) -> None:
+    """It ends with the calm run's bits, from the checkpoint before."""
+    job = Job.submit(slurm, tmp_path / "run", settings, "--nodes=2", "--exclusive")
+    job.until_line(50)
+    slurm.lose(NODES[1])
+    try:
+        job.until(lambda: job.state()["Restarts"] == "1", "requeue")
+    finally:
+        slurm.recover(NODES[1])
+    assert job.end() == "COMPLETED", job.text()
+    assert "DUE TO NODE FAILURE" in job.text()
+    assert metrics(job.run) == metrics(calm.run)
+    same_checkpoints(job.run, calm.run)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_goes_on_past_its_time_limit(slurm: Cluster, settings: list[str], tmp_path: Path) -> None:
     """Slurm warns up to a minute before the time that was asked for."""
