@@ -137,10 +137,13 @@ def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
         if global_batch % size or global_batch < size:
             works = _nearest_batch(list(sizes.values()), global_batch, micro_batch)
             what = "the smallest" if works == math.lcm(*sizes.values()) > global_batch else "the nearest"
-            every = f", with any of {_range(job)} nodes" if len(sizes) > 1 else ""
+            every, single = "", ""
+            if len(sizes) > 1:
+                every = f", with any of {_range(job)} nodes"
+                single = f"; or give one number of nodes in place of nodes={_range(job)}"
             raise UserError(
                 f"train.global_batch={global_batch} cannot be shared by {many}: train.global_batch={works} is "
-                f"{what} that can{every}; it needs a learning rate for it (optim.lr)"
+                f"{what} that can{every}; it needs a learning rate of its own (optim.lr){single}"
             )
     shares = {nodes: global_batch // size for nodes, size in sizes.items()}
     for nodes, share in shares.items():
