@@ -103,7 +103,8 @@ def batch_sizes(config: Config, world: World) -> tuple[int, int]:
     share, rest = divmod(total, size)
     if rest or share == 0:
         raise UserError(
-            f"train.global_batch={total} cannot be shared by {size} processes: take a multiple of {size}"
+            f"train.global_batch={total} cannot be shared by {size} processes: take a multiple of {size}, such as "
+            f"{max(round(total / size), 1) * size}, with a learning rate of its own (optim.lr)"
         )
     micro = min(config.train.micro_batch or share, share)
     if share % micro:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from finetune import UserError
 from finetune.config import Config, compose
@@ -13,13 +14,14 @@ usage: finetune doctor [KEY=VALUE ...]
 
 Look, in about a minute, at whether `finetune train` with the same settings will run here: agreement of all ranks,
 equal weights, distinct data, the learning rate, save and resume in run.dir, bandwidth, memory, versions.
-Start it as the run will be started. It makes two real steps, and leaves nothing behind.
+Start it as the run will be started. It makes two real steps, and leaves nothing behind. On GPUs these are not
+compiled, which would take minutes: with model.fast=true they are, and the memory measured is the run's own.
 
 examples:
   finetune doctor experiment=smoke data.shards=LATENTS run.dir=runs/smoke
   torchrun --nproc-per-node 8 -m finetune.doctor experiment=sd15_full strategy=zero2 data.shards=LATENTS run.dir=RUN
   accelerate launch --config_file launchers/accelerate/one_machine.yaml -m finetune.doctor strategy=zero2 ...
-  srun --ntasks-per-node=1 python -m launchers.torchrun ... -m finetune.doctor ...
+  python -m launchers.slurm nodes=4 gpus=8 --doctor -- experiment=sd15_full data.shards=LATENTS run.dir=RUN
 
 It prints a row for each check: ok, warn, FAIL or skipped, what was seen, and what to do. Exit codes: 0 when nothing
 failed, 1 when something did, 2 for a mistake in the settings. `finetune train --help` lists the settings.
@@ -46,10 +48,13 @@ def _main(argv: list[str]) -> int:
     if unknown := [word for word in argv if word.startswith("-")]:
         raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune doctor --help")
     config, composed = compose("train", argv, Config)
+    uncompiled = config.model.fast and not any(re.match(r"\+*model\.fast=", word) for word in argv)
+    if uncompiled:
+        config.model.fast = composed.model.fast = False
     quiet_libraries()
     from finetune.doctor import examine
 
-    return examine.run(config, composed, rank, size)
+    return examine.run(config, composed, rank, size, uncompiled=uncompiled)
 
 
 def _number(name: str, default: int) -> int:

@@ -17,7 +17,7 @@ from finetune.doctor.context import Context, settle
 from finetune.doctor.files import space_row
 from finetune.doctor.steps import STEPS, at_start, loop_config, make_steps
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
-from finetune.doctor.weights import Weights, checksum, weights_of
+from finetune.doctor.weights import checksum, weights_of
 from finetune.loop import Parts
 from finetune.posthoc import complete_snapshots
 from finetune.runs import complete_checkpoints, latest_checkpoint
@@ -31,7 +31,6 @@ def resume_rows(context: Context) -> list[Row]:
     assert parts is not None and context.scratch is not None
     config = loop_config(context.config, context.scratch)
     seconds = {"stall": 0.0, "save": 0.0, "load": 0.0}
-    after: list[Weights] = []
 
     def save() -> None:
         progress = replace(
@@ -54,9 +53,7 @@ def resume_rows(context: Context) -> list[Row]:
             raise UserError("; ".join(complaints))
 
     def state() -> tuple[str, str]:
-        weights = weights_of(parts)
-        after.append(weights)
-        return weights.masters_digest(), _state_digest(parts.strategy, parts)
+        return weights_of(parts, gather=False).masters_digest(), _state_digest(parts.strategy, parts)
 
     def load() -> Progress:
         started = time.perf_counter()

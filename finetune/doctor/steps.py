@@ -16,7 +16,6 @@ from torch import Tensor
 
 from finetune import build, loop
 from finetune.batch import Batch
-from finetune.build import OUT_OF_MEMORY
 from finetune.checkpoint import Progress
 from finetune.config import Config
 from finetune.data.loader import Data
@@ -151,7 +150,9 @@ def step_rows(context: Context) -> list[Row]:
     before: list[Weights] = []
     after: list[Weights] = []
     taken: list[tuple[Probe, list[Batch]]] = []
-    outcomes = context.exchange("weights", "weights before the steps", lambda: keep(before, weights_of(parts)))
+    outcomes = context.exchange(
+        "weights", "weights before the steps", lambda: keep(before, weights_of(parts)), collective=True
+    )
     if rows := context.failures("weights", outcomes, "see what it says"):
         return rows + skipped(names[1:], "the weights could not be read")
     rows = equal_rows(context, before[0], outcomes, "before the first step")
@@ -163,11 +164,13 @@ def step_rows(context: Context) -> list[Row]:
 
     outcomes_steps = context.exchange("steps", "two steps", go, collective=True)
     memory = any(outcome.memory for outcome in outcomes_steps)
-    remedy = OUT_OF_MEMORY if memory else "see what it says; finetune train would fail so"
+    remedy = context.out_of_memory() if memory else "see what it says; finetune train would fail so"
     if failed := context.failures("steps", outcomes_steps, remedy):
         context.parts = None  # a step that broke leaves gradients and hooks in any state
         return rows + failed + skipped(names[1:3], "the steps failed")
-    outcomes = context.exchange("weights", "weights after the steps", lambda: keep(after, weights_of(parts)))
+    outcomes = context.exchange(
+        "weights", "weights after the steps", lambda: keep(after, weights_of(parts)), collective=True
+    )
     if failed := context.failures("weights", outcomes, "see what it says"):
         return rows + failed
     rows += equal_rows(context, after[0], outcomes, f"after {STEPS} steps")
@@ -180,7 +183,7 @@ def step_rows(context: Context) -> list[Row]:
         count = len({name for each in moved for name in each.value[0]})
         text = f"equal on all ranks before and after {STEPS} steps ({digest})" if context.size > 1 else f"{digest}"
         if context.size > 1 and getattr(parts.strategy, "stage", 0) == 3:
-            text = f"every rank's pieces are its rounded masters before and after {STEPS} steps"
+            text = f"gathered {text}, and every rank's pieces are its rounded masters"
         rows = [
             Row("weights", OK, f"{text}; the steps moved {count} of {len(parts.strategy.shards)} trained tensors")
         ]

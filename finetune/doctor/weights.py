@@ -42,8 +42,8 @@ class Weights:
     """Checksums at one moment, on one rank.
 
     Attributes:
-        working: by name, of what forward passes use, where each rank holds all of it (not under ZeRO-3, but for
-            the small parameters that it keeps whole), and of the average under DDP.
+        working: by name, of what forward passes use, and of the average under DDP. Under ZeRO-3 of what a gather
+            brings, but for the small parameters that every rank keeps whole.
         masters: by name, of this rank's shards.
         apart: trained parameters whose working weights are not their rounded masters.
         owned: elements of this rank's shards.
@@ -64,14 +64,20 @@ class Weights:
 
 
 @torch.no_grad()
-def weights_of(parts: Parts) -> Weights:
-    """Checksums of everything that ranks must agree on."""
+def weights_of(parts: Parts, *, gather: bool = True) -> Weights:
+    """Checksums of everything that ranks must agree on; collective.
+
+    Args:
+        gather: put ZeRO-3's pieces together, one parameter at a time; else they are left out of `working`.
+    """
     strategy, found = parts.strategy, Weights()
     stage: int = getattr(strategy, "stage", 0)
     parameters = parameters_of(strategy)
     for name, parameter in parameters.items():
         if not hasattr(parameter, "ds_numel") or parameter.data.numel() == parameter.ds_numel:
             found.working[name] = checksum(parameter.data)
+        elif gather:
+            found.working[name] = _gathered(parameter)
     for name, buffer in strategy.module.named_buffers():
         found.working[name] = checksum(buffer)
     if parts.average is not None and stage == 0:
@@ -86,6 +92,13 @@ def weights_of(parts: Parts) -> Weights:
         if stage and not _rounded(parameters[shard.name], shard, stage):
             found.apart.append(shard.name)
     return found
+
+
+def _gathered(parameter: Any) -> int:
+    from deepspeed import zero  # takes seconds, and is here when there is such a parameter
+
+    with zero.GatheredParameters([parameter]):
+        return checksum(parameter.data)
 
 
 def parameters_of(strategy: Strategy) -> dict[str, Any]:
@@ -158,13 +171,10 @@ def moved_names(parts: Parts, before: Weights, after: Weights) -> tuple[list[str
     """Names of masters on this rank that the steps changed, and of frozen parameters that changed."""
     moved = [name for name, value in after.masters.items() if before.masters[name] != value]
     trained = {shard.name for shard in parts.strategy.shards}
-    # ZeRO-3 may keep a parameter whole at one moment and not at the other.
     frozen = [
         name
         for name in parameters_of(parts.strategy)
-        if name not in trained
-        and name in after.working
-        and before.working.get(name, after.working[name]) != after.working[name]
+        if name not in trained and before.working[name] != after.working[name]
     ]
     return moved, frozen
 

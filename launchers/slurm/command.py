@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import UserError
@@ -17,24 +19,31 @@ from launchers.slurm.settings import KEYS, Job, read
 SCRIPT = Path(__file__).with_name("train.sbatch")
 
 USAGE = """\
-usage: python -m launchers.slurm [KEY=VALUE ...] [--dry-run] [--no-follow] -- OVERRIDES
+usage: python -m launchers.slurm [KEY=VALUE ...] [--doctor] [--dry-run] [--no-follow] -- OVERRIDES
 
 Train under Slurm: checks the overrides and the job's size, submits the job and follows its log. The exit code is
 the job's. Before the time limit, at preemption and at `scancel --signal=USR1 JOB` the run saves, is requeued and
-goes on; after a failure it is tried again.
+goes on; after a failure it is tried again. With --doctor the same nodes are examined, before they have to train.
 
 examples:
-  python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora data.shards=LATENTS run.dir=RUN
-  python -m launchers.slurm nodes=2-4 gpus=a100:8 time=2-00 partition=long account=me -- train.global_batch=768 ...
+  python -m launchers.slurm nodes=4 gpus=8 time=24:00:00 -- experiment=sdxl_lora train.global_batch=32 \\
+    optim.lr=3e-4 data.shards=LATENTS run.dir=RUN
+  python -m launchers.slurm nodes=4 gpus=8 --doctor -- experiment=sd15_full data.shards=LATENTS run.dir=RUN
+  python -m launchers.slurm nodes=2-4 gpus=a100:4 time=2-00 partition=long account=me -- experiment=sd15_full \\
+    strategy=zero2 train.global_batch=192 optim.lr=3e-5 data.shards=LATENTS run.dir=RUN
   python -m launchers.slurm processes=2 time=30 --dry-run -- experiment=smoke data.shards=LATENTS run.dir=RUN
 
+A global batch is shared by all processes, and is part of the training: the experiments' own are for one machine.
+
 options:
+  --doctor      run `finetune doctor` in place of training: once, for 30 minutes at most
   --dry-run     print the sbatch command line and the script, and submit nothing
   --no-follow   submit and leave
   -h, --help    this text
 
 settings (KEY=VALUE):
 """
+_DOCTOR_MINUTES = 30
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
@@ -50,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE + "\n".join(f"  {key:<{width}}  {text}".rstrip() for key, text in KEYS.items()))
         return 0
     flags = {word for word in words if word.startswith("-")}
-    if unknown := sorted(flags - {"--dry-run", "--no-follow"}):
+    if unknown := sorted(flags - {"--doctor", "--dry-run", "--no-follow"}):
         raise UserError(
             f"unknown option {unknown[0]}: settings are KEY=VALUE, see python -m launchers.slurm --help"
         )
@@ -67,8 +76,11 @@ def main(argv: Sequence[str]) -> int:
     queue.check(job, known, default)
     run = Path(config.run.dir).absolute()
     folder = Path(job.log).absolute() if job.log else run
-    line = command(job, overrides, folder, job.name or config.run.name)
-    variables = settings(job)
+    name, variables = job.name or config.run.name, settings(job)
+    if "--doctor" in flags:
+        job, name = examining(job), f"{name}-doctor"
+        variables["LDM_FINETUNE_MODULE"] = "finetune.doctor"
+    line = command(job, overrides, folder, name)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     if "--dry-run" in flags:
@@ -82,7 +94,8 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(
                 f"cannot make the folder {made} ({error.strerror}); choose another run.dir or log"
             ) from None
-    environ.pop("LDM_FINETUNE_PROCESSES", None)  # the job's GPUs say it, or `settings`
+    for key in ("LDM_FINETUNE_PROCESSES", "LDM_FINETUNE_MODULE"):  # the job says it
+        environ.pop(key, None)
     number = queue.submit(line, {**environ, **variables})
     log = folder / f"slurm-{number}.log"
     print(f"job {number}: log in {log}", flush=True)
@@ -115,24 +128,45 @@ def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
     """Refuse a global batch that can't be shared by the processes of every number of nodes that the job may get.
 
     Raises:
-        UserError: names the numbers, and a batch that works.
+        UserError: names the numbers, and values that work.
     """
-    for nodes in range(job.nodes[0], job.nodes[1] + 1):
-        size = nodes * job.processes
+    sizes = {nodes: nodes * job.processes for nodes in range(job.nodes[0], job.nodes[1] + 1)}
+    for nodes, size in sizes.items():
         kind = "GPUs" if job.gpus else "processes"
         many = f"{nodes} nodes with {job.processes} {kind} each" if nodes > 1 else f"{job.processes} {kind}"
-        share, rest = divmod(global_batch, size)
-        if rest or share == 0:
-            nearest = max(round(global_batch / size), 1) * size
+        if global_batch % size or global_batch < size:
+            works = _nearest_batch(list(sizes.values()), global_batch, micro_batch)
+            what = "the smallest" if works == math.lcm(*sizes.values()) > global_batch else "the nearest"
+            every, single = "", ""
+            if len(sizes) > 1:
+                every = f", with any of {_range(job)} nodes"
+                single = f"; or give one number of nodes in place of nodes={_range(job)}"
             raise UserError(
-                f"train.global_batch={global_batch} cannot be shared by {many}: take a multiple of {size}, such as "
-                f"{nearest}" + (f", or other nodes than {_range(job)}" if job.nodes[0] != job.nodes[1] else "")
+                f"train.global_batch={global_batch} cannot be shared by {many}: train.global_batch={works} is "
+                f"{what} that can{every}; it needs a learning rate of its own (optim.lr){single}"
             )
+    shares = {nodes: global_batch // size for nodes, size in sizes.items()}
+    for nodes, share in shares.items():
         if micro_batch and share % min(micro_batch, share):
+            fits = max(each for each in range(1, micro_batch + 1) if math.gcd(*shares.values()) % each == 0)
             raise UserError(
                 f"train.micro_batch={micro_batch} does not divide the {share} samples of each process "
-                f"(train.global_batch={global_batch} over {many})"
+                f"(train.global_batch={global_batch} over {nodes * job.processes} processes): take "
+                f"train.micro_batch={fits}"
             )
+
+
+def _nearest_batch(sizes: Sequence[int], wanted: int, micro_batch: int | None) -> int:
+    """The global batch nearest to `wanted` that each number of processes in `sizes` can share by micro-batches."""
+    least = math.lcm(*sizes)
+    micro = micro_batch or 1
+
+    def works(batch: int) -> bool:
+        return all((share := batch // size) % min(micro, share) == 0 for size in sizes)
+
+    near = max(wanted // least, 1)  # every `micro`-th multiple works
+    found = [count * least for count in range(max(near - micro, 1), near + micro + 2) if works(count * least)]
+    return min(found, key=lambda batch: (abs(batch - wanted), batch))
 
 
 def settle_paths(overrides: Sequence[str], config: Config, here: Path) -> tuple[list[str], list[str]]:
@@ -186,6 +220,14 @@ def command(job: Job, overrides: Sequence[str], folder: Path, name: str) -> list
 def _range(job: Job) -> str:
     fewest, most = job.nodes
     return str(fewest) if fewest == most else f"{fewest}-{most}"
+
+
+def examining(job: Job) -> Job:
+    """A job of the same size that runs once: the doctor has nothing to go on with."""
+    once = replace(job, sbatch={**job.sbatch, "no-requeue": ""})
+    if job.time and (job.seconds is None or job.seconds > _DOCTOR_MINUTES * 60):
+        return replace(once, time=str(_DOCTOR_MINUTES), seconds=_DOCTOR_MINUTES * 60, warning=60)
+    return once
 
 
 def settings(job: Job) -> dict[str, str]:

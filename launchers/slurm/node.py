@@ -61,9 +61,10 @@ def command(environ: Mapping[str, str], attempt: int, overrides: Sequence[str]) 
             f"Slurm started {environ['SLURM_STEP_NUM_TASKS']} tasks on {nodes} nodes: give srun "
             "--ntasks-per-node=1, since torchrun starts a node's processes"
         )
+    module = environ.get("LDM_FINETUNE_MODULE") or "finetune.train"
     torchrun = [sys.executable, "-m", "launchers.torchrun", f"--nproc-per-node={processes}"]
     if nodes == 1:
-        return [*torchrun, "--standalone", "-m", "finetune.train", *overrides]
+        return [*torchrun, "--standalone", "-m", module, *overrides]
     # The static rendezvous makes the rank of a node its number in the job, so that rank 0 is on the first node.
     spread = [
         f"--nnodes={nodes}",
@@ -71,7 +72,7 @@ def command(environ: Mapping[str, str], attempt: int, overrides: Sequence[str]) 
         f"--master-addr={head_address(environ)}",
         f"--master-port={port(environ, attempt)}",
     ]
-    return [*torchrun, *spread, "-m", "finetune.train", *overrides]
+    return [*torchrun, *spread, "-m", module, *overrides]
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -23,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from deepspeed import comm as gathering
 
 from finetune import UserError, build, distributed, loop
 from finetune.data.loader import Data, Loader
@@ -61,6 +62,18 @@ def lora(then: Fault = healthy) -> Fault:
             f"model.pretrained={os.environ['PIPELINE']}",
             "model.unet={}",
         ]
+        with then(overrides):
+            yield
+
+    return seeded
+
+
+def wide(then: Fault = healthy) -> Fault:
+    """A model with weights so large that ZeRO-3 takes them apart."""
+
+    @contextlib.contextmanager
+    def seeded(overrides: list[str]) -> Iterator[None]:
+        overrides += ["model.unet.block_out_channels=[16,128]"]
         with then(overrides):
             yield
 
@@ -111,6 +124,23 @@ def one_master(parts: Any) -> None:
 def one_piece(parts: Any) -> None:
     mine = next(shard.name for shard in parts.strategy.shards if shard.master.numel())
     weights.parameters_of(parts.strategy)[mine].ds_tensor.data[0] += 0.25
+
+
+def gathers_other_bits(real: Any) -> Any:
+    """As a bad link or driver does: what this rank's steps use is not what the ranks hold.
+
+    Small weights, which ZeRO-3 keeps whole, come as they are.
+    """
+
+    def gather(output: torch.Tensor, *args: Any, **settings: Any) -> Any:
+        handle = real(output, *args, **settings)
+        if output.numel() > 100_000:
+            if handle is not None:
+                handle.wait()
+            output[0] += 1e-3
+        return handle
+
+    return gather
 
 
 def frozen(parts: Any) -> None:
@@ -336,6 +366,8 @@ CASES: dict[str, Fault] = {
     "weights-zero2": strategy("zero2", after_build(one_weight)),
     "master-zero2": strategy("zero2", after_build(one_master)),
     "piece-zero3": strategy("zero3", after_build(one_piece)),
+    "gather-zero3": strategy("zero3", wide(patched(gathering, "all_gather_into_tensor", gathers_other_bits, (1,)))),
+    "healthy-gather": strategy("zero3", wide()),
     "frozen": lora(after_build(frozen)),
     "drift": patched(DataParallel, "step", drifting, ranks=(1,)),
     "lr": patched(loop, "learning_rate", once_per_process),

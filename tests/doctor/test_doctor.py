@@ -14,7 +14,7 @@ import pytest
 
 from finetune import UserError
 from finetune.checkpoint import RunFolder
-from finetune.doctor import command, examine, files, pieces
+from finetune.doctor import command, examine, files, memory, pieces
 from finetune.doctor.table import Row
 from tests.conftest import ROOT, environment, launch_command
 
@@ -38,6 +38,7 @@ CAUGHT: dict[str, dict[str, str]] = {
     "weights-zero2": {"weights": "before the first step: rank 1 differs from rank 0 in 1 of"},
     "master-zero2": {"weights": "rank 1: working weights are not the rounded masters in"},
     "piece-zero3": {"weights": "rank 1: working weights are not the rounded masters in"},
+    "gather-zero3": {"weights": r"before the first step: rank 1 differs from rank 0 in [1-9]\d* of \d+ tensors"},
     "frozen": {"weights": "before the first step: rank 1 differs from rank 0 in 1 of"},
     "drift": {"weights": "^after 2 steps: rank 1 differs from rank 0", "resume": "rank 1 does not load"},
     "lr": {"learning rate": "step 1: 0.001 instead of 0.0005, 2 times"},
@@ -51,7 +52,7 @@ CAUGHT: dict[str, dict[str, str]] = {
     "config": {"config": "seed is '0' on rank 0, '1' on rank 1"},
     "space": {"space": "are free"},
 }
-HEALTHY = ("healthy", "healthy-zero2", "healthy-zero3", "healthy-lora")
+HEALTHY = ("healthy", "healthy-zero2", "healthy-zero3", "healthy-gather", "healthy-lora")
 # Launched at once: processes take longer to start than to be examined.
 EARLY = (
     "healthy",
@@ -308,6 +309,39 @@ def without_update(real: Any) -> Any:
         return result
 
     return step
+
+
+@pytest.mark.parametrize("more", [[], ["model.fast=true"]])
+def test_steps_are_compiled_only_when_asked_for(examined, monkeypatch, more):
+    """On a GPU, which is pretended here."""
+    from finetune.models import fast
+
+    made_fast: list[Any] = []
+    monkeypatch.setattr(fast, "available", lambda device: True)
+    monkeypatch.setattr(fast, "missing", lambda: None)
+    monkeypatch.setattr(fast, "make_fast", lambda unet, compiled: made_fast.append(unet))
+    monkeypatch.setattr(memory, "_measure", lambda context: MEASURED)
+    code, rows, _ = examined(*more)
+    assert code == 1 and rows["memory"].result == "FAIL"
+    assert len(made_fast) == len(more)
+    assert ("model.fast" in rows) == (not more)
+    assert rows["memory"].remedy.startswith("model.fast=true measures") == (not more)
+    assert ("peak of uncompiled steps 2.0 GiB of 1.0 GiB" in rows["memory"].seen) == (not more)
+    assert ("compiled ones up to" in rows["reading"].seen) == (not more)
+
+
+MEASURED = {
+    "text": "",
+    "device": 0,
+    "host": 0,
+    "copy": 0,
+    "host_now": 1,
+    "host_peak": 1,
+    "host_capacity": 100,
+    "peak": 2 << 30,
+    "reserved": 2 << 30,
+    "capacity": 1 << 30,
+}  # of a GPU that is full
 
 
 def test_help_has_examples(capsys):

@@ -89,6 +89,7 @@ class Cluster:
         # A socket's path may have 107 bytes: pytest's own folders are too deep.
         self.root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.daemons: list[subprocess.Popen[bytes]] = []
+        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
             **{
                 key: value
@@ -136,8 +137,25 @@ class Cluster:
         _wait(lambda: (self.root / "munge.socket").exists(), 30, self.logs)
         self._daemon("slurmctld", "-D", "-i")
         for name in NODES:
-            self._daemon("slurmd", "-D", "-N", name)
+            self.nodes[name] = self._daemon("slurmd", "-D", "-N", name)
         _wait(self._idle, 60, self.logs)
+
+    def lose(self, node: str) -> None:
+        """Kill a node's daemon and what it runs, as if its power had failed; Slurm need not wait to find out."""
+        self.nodes[node].kill()
+        self.nodes[node].wait()
+        log = str(self.root / f"{node}.log")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.name().startswith("slurmstepd") and log in {file.path for file in process.open_files()}:
+                    for child in [process, *process.children(recursive=True)]:
+                        child.kill()
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+
+    def recover(self, node: str) -> None:
+        """Bring a lost node back."""
+        self.nodes[node] = self._daemon("slurmd", "-D", "-N", node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
 
     def stop(self) -> None:
         """End the daemons, their jobs, and every process that came from those."""
@@ -177,7 +195,7 @@ class Cluster:
         )  # fmt: skip
         return done.stdout.split() == ["idle"] * len(NODES)
 
-    def _daemon(self, program: str, *arguments: str) -> None:
+    def _daemon(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         path = shutil.which(program, path=_path())
         assert path is not None, program
         out = (self.root / f"{program}-{len(self.daemons)}.out.log").open("wb")
@@ -191,6 +209,7 @@ class Cluster:
                 preexec_fn=_die_with_the_tests,
             )
         )
+        return self.daemons[-1]
 
     def _strays(self) -> list[psutil.Process]:
         """Processes of jobs, by their environment, and their steps' managers, by the log that they write to.

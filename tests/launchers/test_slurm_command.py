@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -103,9 +104,11 @@ def test_gpus_are_read_from_what_sinfo_says(gres: str, counts: dict[str, int]) -
         ("gpus=1 sbatch.nodes=3", "say nodes=..."),
         ("gpus=1 sbatch.wrap=x", "the launcher sets that itself"),
         ("gpus=1 --dryrun", "unknown option --dryrun"),
-        ("gpus=3", "train.global_batch=8 cannot be shared by 3 GPUs: take a multiple of 3, such as 9"),
-        ("nodes=2-4 gpus=2", "by 3 nodes with 2 GPUs each: take a multiple of 6, such as 6, or other nodes than 2"),
-        ("processes=16", "cannot be shared by 16 processes"),
+        ("gpus=3", "train.global_batch=8 cannot be shared by 3 GPUs: train.global_batch=9 is the nearest that can"),
+        ("nodes=2-4 gpus=2", "by 3 nodes with 2 GPUs each: train.global_batch=24 is the smallest that can, with"),
+        ("processes=16", "by 16 processes: train.global_batch=16 is the smallest that can; it needs a learning"),
+        ("gpus=3 -- train.micro_batch=2", "train.global_batch=6 is the nearest that can"),
+        ("nodes=1-3 gpus=1 -- train.global_batch=36 train.micro_batch=8", "1 processes): take train.micro_batch=6"),
         ("gpus=2 -- train.micro_batch=3", "train.micro_batch=3 does not divide the 4 samples of each process"),
         ("gpus=1 -- train.stepz=3", "unknown override 'train.stepz': did you mean 'train.steps'?"),
         ("gpus=1 -- --print", "unknown option --print after --"),
@@ -118,6 +121,21 @@ def test_mistakes_are_refused_in_one_line(
     code, out, err = launch(*ours.split(), "--dry-run", *RUN, *theirs.split())
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+@pytest.mark.parametrize("nodes", ["1", "4", "2-4"])
+@pytest.mark.parametrize("micro", [None, 1, 3, 4])
+@pytest.mark.parametrize("batch", [1, 4, 30, 97])
+def test_the_value_that_a_refusal_names_works(nodes: str, processes: int, micro: int | None, batch: int) -> None:
+    job = settings.read([f"nodes={nodes}", f"processes={processes}"])
+    values = {"global_batch": batch, "micro_batch": micro}
+    try:
+        command.check_batch(job, **values)
+    except UserError as refused:
+        named = re.search(r": (?:take )?train\.(\w+)=(\d+)", str(refused))
+        assert named is not None
+        command.check_batch(job, **(values | {named[1]: int(named[2])}))
 
 
 @pytest.mark.parametrize(
@@ -187,6 +205,41 @@ def test_a_dry_run_prints_the_command_and_changes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("time", "limit"), [("24:00:00", "30"), ("unlimited", "30"), ("20", "20"), ("", None)])
+def test_the_doctor_has_the_runs_nodes_once(
+    launch: Callable[..., tuple[int, str, str]], no_slurm: None, time: str, limit: str | None
+) -> None:
+    words = ["nodes=4", "gpus=2", *([f"time={time}"] if time else []), "--dry-run"]
+    lines = [shlex.split(launch(*words, *more, *RUN)[1].partition("\n\n")[0]) for more in ([], ["--doctor"])]
+    train, doctor = ({word for word in line if not word.startswith(("--time", "--signal"))} for line in lines)
+    assert doctor - train == {"LDM_FINETUNE_MODULE=finetune.doctor", "--no-requeue", "--job-name=smoke-doctor"}
+    assert train - doctor == {"--job-name=smoke"}
+    assert [word for word in lines[1] if word.startswith("--time")] == ([f"--time={limit}"] if limit else [])
+
+
+def examples() -> list[str]:
+    """The words after `python -m launchers.slurm` in what the help, train.sbatch and README's section show."""
+    readme = (ROOT / "README.md").read_text().partition("## From one process to a cluster")[2].partition("\n## ")[0]
+    script = re.sub(r"^# ?", "", command.SCRIPT.read_text(), flags=re.MULTILINE)
+    whole = "\n".join([command.USAGE, script, readme]).replace("\\\n", " ")
+    shown = re.findall(r"^ +python -m launchers\.slurm (.*)$", whole, re.MULTILINE)
+    for options, overrides in re.findall(
+        r"^ +sbatch (.*) launchers/slurm/train\.sbatch (.*)$", whole, re.MULTILINE
+    ):
+        shown.append(f"{options.replace('--', '').replace('gpus-per-node', 'gpus')} -- {overrides}")
+    assert len(shown) >= 6
+    return shown
+
+
+@pytest.mark.parametrize("words", examples())
+def test_what_is_shown_passes_the_checks(
+    launch: Callable[..., tuple[int, str, str]], no_slurm: None, words: str
+) -> None:
+    ours, _, theirs = words.partition(" -- ")
+    code, _, err = launch(*ours.split(), "--dry-run", "--", *theirs.split())
+    assert (code, [line for line in err.splitlines() if not line.startswith("note: ")]) == (0, [])
+
+
 def test_relative_paths_compose_to_the_absolute_ones() -> None:
     from finetune.config import Config, compose
 
@@ -220,6 +273,10 @@ def test_a_node_starts_one_process_a_gpu() -> None:
     assert "--nproc-per-node=4" in node.command(step, 0, ["seed=1"])
     assert "--nproc-per-node=2" in node.command({**step, "LDM_FINETUNE_PROCESSES": "2"}, 0, [])
     assert node.command(step, 0, ["a=b c"])[-3:] == ["-m", "finetune.train", "a=b c"]
+    assert node.command({**step, "LDM_FINETUNE_MODULE": "finetune.doctor"}, 0, ["a=b"])[-2:] == [
+        "finetune.doctor",
+        "a=b",
+    ]
     with pytest.raises(UserError, match="4 tasks on 1 nodes"):
         node.command({**step, "SLURM_STEP_NUM_TASKS": "4"}, 0, [])
     with pytest.raises(UserError, match="start this through srun"):

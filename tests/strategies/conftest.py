@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT, environment
 
-STEPS = 12
+STEPS, LONG = 12, 20
 
 
 def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280, **variables: str) -> str:
@@ -39,13 +39,19 @@ def spawn(processes: int, script: Path, *arguments: str, timeout: float = 280, *
 
 @dataclass(frozen=True)
 class Run:
-    """A run of `STEPS` steps; one that starts from another's checkpoint of half its steps goes on from there."""
+    """A run of `steps` steps; one that starts from another's checkpoint of half its steps goes on from there."""
 
     adapter: str
     strategy: str
     processes: int = 2
     more: tuple[str, ...] = ()
     start: Run | None = None
+    steps: int = STEPS
+
+    def overrides(self) -> list[str]:
+        half = self.steps // 2
+        length = [f"train.steps={self.steps}", f"checkpoint.every={half}", f"ema.snapshot_every={half}"]
+        return [*length, *self.more, f"strategy={self.strategy}"]
 
 
 class Lab:
@@ -71,7 +77,7 @@ class Lab:
                 {
                     "run": str(self.made[run]),
                     "start": run.start and str(self.made[run.start]),
-                    "overrides": [*self.settings[run.adapter], *run.more, f"strategy={run.strategy}"],
+                    "overrides": [*self.settings[run.adapter], *run.overrides()],
                 }
                 for run in batch
             ]
@@ -100,17 +106,14 @@ def lab(pipeline: Path, latents: Path, tmp_path_factory: pytest.TempPathFactory)
         "experiment=smoke",
         f"data.shards={latents}",
         "tracker=none",
-        f"train.steps={STEPS}",
         "train.micro_batch=2",
         "model.gradient_checkpointing=true",
-        f"checkpoint.every={STEPS // 2}",
         "sample.steps=2",
         "sample.prompts=[a red cat, a blue bus]",
         "ema.halflife_images=40",
         "ema.rampup_ratio=1",
         "ema.halflives_images.short=8",
         "ema.sigma_rels=[0.1]",
-        f"ema.snapshot_every={STEPS // 2}",
     ]
     shape = ["optim.max_grad_norm=0.5", "model.unet.block_out_channels=[16,32]", "model.unet.attention_head_dim=2"]
     tuned = [f"model.pretrained={pipeline}", "model.unet={}", "model.train_text_encoder=true"]

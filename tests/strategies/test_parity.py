@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from finetune import cli
 from finetune.components import load_components
 from tests.conftest import metrics
-from tests.strategies.conftest import STEPS, Run
+from tests.strategies.conftest import LONG, STEPS, Run
 
 ZERO = ("zero1", "zero2", "zero3")
 BF16 = ("train.precision=bf16",)
 LAYOUT = ("model.channels_last=false",)  # what a GPU has by default; a CPU has channels-last
+ONE = ("train.micro_batch=1",)  # four processes have samples for no more in a batch of eight
 AVERAGES = ("ema", "ema-short", "ema-power-0.1")
-LAST = f"checkpoints/step-{STEPS:08d}"
 
 slow = pytest.mark.slow
 pytestmark = pytest.mark.timeout(3600)  # the first test that needs them makes the runs of all
@@ -37,9 +37,10 @@ QUICK = [Run(adapter, "ddp") for adapter in ("full", "lora")] + [Run(*pair) for 
 QUICK += [Run(adapter, then, start=Run(adapter, first)) for adapter, first, then in GOING_ON]
 
 
-def tensors(run: Path, part: str, folder: str = LAST) -> dict[str, torch.Tensor]:
+def tensors(run: Path, part: str, folder: str = "") -> dict[str, torch.Tensor]:
     """Tensors of a part of the last checkpoint, or of a folder like it, by file and name."""
-    files = sorted((run / folder / part).rglob("*.safetensors"))
+    place = run / folder if folder else max((run / "checkpoints").glob("step-*"))
+    files = sorted((place / part).rglob("*.safetensors"))
     return {f"{file.relative_to(run)} {key}": t for file in files for key, t in load_file(file).items()}
 
 
@@ -56,20 +57,21 @@ def logged(run: Path, key: str) -> np.ndarray:
 
 
 def picture(run: Path) -> np.ndarray:
-    return np.asarray(Image.open(run / "samples" / f"step-{STEPS:08d}.png"), dtype=float)
+    return np.asarray(Image.open(max((run / "samples").glob("step-*.png"))), dtype=float)
 
 
 def require_same(run: Path, reference: Path, *, rtol: float, levels: float) -> None:
     """The run's logs, weights, averages, moments and sample grids are the reference's."""
+    settings = yaml.safe_load((reference / "config.yaml").read_text())
+    steps = settings["train"]["steps"]
     for key in ("loss", "grad_norm", "validation/loss"):
-        assert len(logged(reference, key)) == {"validation/loss": 1}.get(key, STEPS)
+        assert len(logged(reference, key)) == {"validation/loss": 1}.get(key, steps)
         np.testing.assert_allclose(logged(run, key), logged(reference, key), rtol=rtol, err_msg=key)
     np.testing.assert_array_equal(logged(run, "lr"), logged(reference, "lr"))
-    settings = yaml.safe_load((reference / "config.yaml").read_text())
     assert logged(reference, "grad_norm").min() > settings["optim"]["max_grad_norm"], "clipping must clip"
     for part in ("weights", *AVERAGES):
         assert apart(tensors(reference, part), tensors(run, part)) < rtol, part
-    for step in (STEPS // 2, STEPS):
+    for step in (steps // 2, steps):
         snapshots = [tensors(path, "power-0.1", f"snapshots/step-{step:08d}") for path in (reference, run)]
         assert len(snapshots[0]) > 0 and apart(*snapshots) < rtol, step
     assert apart(tensors(reference, "optimizer"), tensors(run, "optimizer")) < 10 * rtol
@@ -91,8 +93,8 @@ def test_zero_is_ddp_in_float32(quick, adapter, strategy):
 @pytest.mark.parametrize("strategy", ZERO)
 @pytest.mark.parametrize("adapter", ["dora", "lora_conv"])
 def test_magnitudes_and_adapted_convolutions_are_the_same_under_zero(lab, adapter, strategy):
-    runs = {name: Run(adapter, name) for name in ("ddp", *ZERO)}
-    lab.make(*(Run(other, name) for other in ("dora", "lora_conv") for name in runs))
+    runs = {name: Run(adapter, name, steps=LONG) for name in ("ddp", *ZERO)}
+    lab.make(*(Run(other, name, steps=LONG) for other in ("dora", "lora_conv") for name in runs))
     require_same(lab(runs[strategy]), lab(runs["ddp"]), rtol=1e-5, levels=0.05)
 
 
@@ -118,23 +120,26 @@ def require_same_in_bf16(run: Path, reference: Path) -> None:
 
 @slow
 @pytest.mark.parametrize("adapter", ["full", "lora"])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("strategy", [*ZERO, "zero3_offload"])
-def test_zero_follows_ddp_in_bf16(lab, adapter, strategy):
-    runs = {name: Run(adapter, name, more=BF16) for name in ("ddp", *ZERO, "zero3_offload")}
+def test_zero_follows_ddp_in_bf16(lab, adapter, processes, strategy):
+    runs = {
+        name: Run(adapter, name, processes, (*BF16, *ONE), steps=LONG) for name in ("ddp", *ZERO, "zero3_offload")
+    }
     lab.make(*runs.values())
     require_same_in_bf16(lab(runs[strategy]), lab(runs["ddp"]))
 
 
 @slow
 @pytest.mark.parametrize("adapter", ["full", "lora"])
-@pytest.mark.parametrize("processes", [1, 4])
+@pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("strategy", ["ddp", *ZERO])
 def test_the_number_of_processes_does_not_matter(lab, adapter, processes, strategy):
-    """One process and four train what two do, in float32."""
-    everything = [Run(adapter, name, processes, ("train.micro_batch=1",)) for name in ("ddp", *ZERO)]
-    lab.make(*everything, Run(adapter, "ddp"))
-    run = lab(Run(adapter, strategy, processes, ("train.micro_batch=1",)))
-    require_same(run, lab(Run(adapter, "ddp")), rtol=1e-5, levels=0.05)
+    """Whatever the strategy and the micro-batch, in float32."""
+    reference = Run(adapter, "ddp", steps=LONG)
+    runs = {name: Run(adapter, name, processes, ONE, steps=LONG) for name in ("ddp", *ZERO)}
+    lab.make(*runs.values(), reference)
+    require_same(lab(runs[strategy]), lab(reference), rtol=1e-5, levels=0.05)
 
 
 @slow
@@ -142,12 +147,12 @@ def test_the_number_of_processes_does_not_matter(lab, adapter, processes, strate
 @pytest.mark.parametrize("strategy", ["zero3_offload", *ZERO])
 def test_offload_and_the_other_layout_change_nothing(lab, adapter, strategy):
     """float32; `optimizer` holds squares of gradients near zero, where another order of sums shows most."""
-    runs = [Run(adapter, name, more=LAYOUT) for name in ("zero3_offload", *ZERO)]
-    runs += [Run(adapter, "zero3_offload"), Run(adapter, "ddp")]
-    lab.make(*runs)
-    require_same(lab(Run(adapter, strategy, more=LAYOUT)), lab(Run(adapter, "ddp")), rtol=1e-5, levels=0.05)
+    reference, offloaded = (Run(adapter, name, steps=LONG) for name in ("ddp", "zero3_offload"))
+    runs = {name: Run(adapter, name, more=LAYOUT, steps=LONG) for name in ("zero3_offload", *ZERO)}
+    lab.make(*runs.values(), reference, offloaded)
+    require_same(lab(runs[strategy]), lab(reference), rtol=1e-5, levels=0.05)
     if strategy == "zero3_offload":
-        require_same(lab(Run(adapter, strategy)), lab(Run(adapter, "ddp")), rtol=1e-5, levels=0.05)
+        require_same(lab(offloaded), lab(reference), rtol=1e-5, levels=0.05)
 
 
 @pytest.mark.parametrize("strategy", ["zero3"])

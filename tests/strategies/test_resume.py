@@ -9,10 +9,9 @@ import pytest
 
 from tests.conftest import metrics
 from tests.strategies.conftest import STEPS, Run
-from tests.strategies.test_parity import AVERAGES, apart, tensors
+from tests.strategies.test_parity import AVERAGES, ONE, apart, tensors
 
 PLACES = [("ddp", 1), ("ddp", 2), ("zero2", 2), ("zero3", 4), ("zero3", 2)]
-ONE = ("train.micro_batch=1",)  # four processes have samples for no more in a batch of eight
 
 pytestmark = pytest.mark.timeout(7200)  # the first test makes the runs of all
 

@@ -121,12 +121,20 @@ def remove(name: str) -> None:
     ip("netns", "del", name, check=False)
 
 
+def lacking() -> str:
+    """Why this machine can't have the two hosts, or nothing."""
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
+        return "network namespaces need root and iproute2"
+    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
+        return "this machine (a container without CAP_SYS_ADMIN?) allows no network namespaces"
+    return ""
+
+
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
-        pytest.skip("network namespaces need root and iproute2")
-    if subprocess.run(["unshare", "--net", "--uts", "true"], capture_output=True).returncode:
-        pytest.skip("this machine (a container without CAP_SYS_ADMIN?) allows no network namespaces")
+    """Skipped where there can be none, except in CI."""
+    if reason := lacking():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     for stale in ip("netns", "list").split():  # of a test that was killed
         if stale.startswith(PREFIX) and not Path(f"/proc/{stale.split('-')[2]}").exists():
             remove(stale)
