@@ -2,7 +2,7 @@
 
 The base draws emoji in the styles of Noto and Twemoji. LoRA teaches it that of Microsoft's Fluent Emoji. Half of
 the names in its rows are not among those pictures: of them it has never seen the style. Each step is one command,
-printed before it runs. Started again, finished steps are skipped and a killed one goes on.
+printed before it runs, all in one process. Started again, finished steps are skipped and a killed one goes on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,6 +40,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that the demo makes")
     out: Path = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)
+    # Threads that spin long while they wait take the cores from the readers and from whatever else runs here;
+    # threads that never spin (OMP_WAIT_POLICY=passive) halve the speed of such small layers. Read with torch.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     started = time.perf_counter()
 
     pictures, latents, run = emoji_shards(), out / "latents", out / "run"
@@ -134,20 +137,25 @@ def step(title: str) -> None:
 
 
 def command(program: str, *arguments: object) -> None:
-    """Print a command and run it with this interpreter.
+    """Print a command and run it in this process: to load the libraries may take longer than to train.
 
     Raises:
         UserError: it failed; it has said why.
     """
     words = [str(argument) for argument in arguments]
     print(f"$ {shlex.join([program, *words])}", flush=True)
-    module = program.replace("data-tools", "data_tools")
-    # Threads that spin long while they wait take the cores from the readers and from whatever else runs here;
-    # threads that never spin (OMP_WAIT_POLICY=passive) halve the speed of such small layers.
-    env = {"GOMP_SPINCOUNT": "20000", **os.environ}
-    code = subprocess.run([sys.executable, "-m", module, *words], env=env).returncode
-    if code:
-        raise UserError(f"the demo stopped at `{program} {words[0]}` (exit code {code}); its message is above")
+    argv, sys.argv = sys.argv, [program, *words]
+    try:
+        runpy.run_module(program.replace("-", "_"), run_name="__main__", alter_sys=True)  # as `python -m` does
+    except SystemExit as end:
+        if end.code == 130:
+            raise KeyboardInterrupt from None
+        if end.code:
+            raise UserError(
+                f"the demo stopped at `{program} {words[0]}` (exit code {end.code}); its message is above"
+            ) from None
+    finally:
+        sys.argv = argv
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_tools import emoji
-from finetune import UserError, demo
+from finetune import UserError, __version__, cli, demo
 from finetune.config import Config, compose
 from finetune.data.shards import ShardSet
 from finetune.models.sources import BUNDLED
@@ -78,7 +79,7 @@ def test_the_picture_has_a_row_for_each_name_and_a_column_for_each_title(tmp_pat
         assert (block[:, side : side + 128] == 10 * number + 5).all()
 
 
-def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(demo, "command", lambda *words: asked.append(tuple(map(str, words))))
     demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
@@ -86,9 +87,30 @@ def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypat
     (tmp_path / "before" / "grid.png").touch()
     demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
     assert len(asked) == 1 and asked[0][:3] == ("finetune", "sample", "model")
-    monkeypatch.undo()
+
+
+def test_a_step_is_a_command_that_runs_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, seen = list(sys.argv), []
+
+    def main() -> int:
+        seen.append(sys.argv[1:])
+        return {"train": 0, "sample": 2, "export": 130}[sys.argv[1]]
+
+    monkeypatch.setattr(cli, "main", main)
+    demo.command("finetune", "train", "run.dir=a b")
     with pytest.raises(UserError, match=r"stopped at `finetune sample` \(exit code 2\)"):
-        demo.command("finetune", "sample", tmp_path / "absent", "--prompt", "x", "--out", tmp_path / "x.png")
+        demo.command("finetune", "sample", Path("run"), "--seed", 0)
+    with pytest.raises(KeyboardInterrupt):
+        demo.command("finetune", "export")
+    demo.command("data-tools", "--version")
+    assert seen == [["train", "run.dir=a b"], ["sample", "run", "--seed", "0"], ["export"]]
+    assert capsys.readouterr().out.splitlines() == [
+        *("$ finetune train 'run.dir=a b'", "$ finetune sample run --seed 0", "$ finetune export"),
+        *("$ data-tools --version", __version__),
+    ]
+    assert sys.argv == before
 
 
 @pytest.mark.slow  # a minute or two of two cores
