@@ -30,8 +30,9 @@ UNSEEN = [
     *("pig", "rabbit", "top hat", "treasure chest"),
 ]
 ROWS = [*SEEN, *UNSEEN[: len(SEEN)]]
-MIDDLE = 40  # the step of the column between before and after: a checkpoint that is kept
-JUDGE, STYLE = Path("styles.safetensors"), "fluent emoji"
+MIDDLE = 120  # the step of the column between before and after: a checkpoint that is kept
+STYLES, NAMES = "styles.safetensors", "names.safetensors"  # judges of pictures, beside the base
+STYLE = "fluent emoji"  # as the judge of styles calls it
 
 
 def main(argv: list[str]) -> int:
@@ -60,12 +61,14 @@ def main(argv: list[str]) -> int:
     draw(run, out / "prompts.txt", out / "after")
 
     sheet(out, {"before": "before", "during": f"{MIDDLE} steps", "after": "after"}, out / "demo.png")
-    before, after = (share_in_style(files(out / name)[len(SEEN) :]) for name in ("before", "after"))
     minutes = (time.perf_counter() - started) / 60
-    print(
-        f"\nDone in {minutes:.1f} minutes. A small classifier of real emoji finds the style in {before:.0%} before"
-    )
-    print(f"and in {after:.0%} after, of {len(UNSEEN)} names that are not among the pictures. Look at:")
+    print(f"\nDone in {minutes:.1f} minutes. Of {len(UNSEEN)} names that are not among the pictures, small")
+    print("classifiers of real emoji find")
+    judged = [files(out / name)[len(SEEN) :] for name in ("before", "after")]
+    for what, judge, wanted in (("the style", STYLES, [STYLE] * len(UNSEEN)), ("the name", NAMES, UNSEEN)):
+        before, after = (share_found(judge, paths, wanted) for paths in judged)
+        print(f"  {what:<9} in {before:.0%} before and in {after:.0%} after")
+    print("Look at:")
     print(f"  {out / 'demo.png'}   before, after {MIDDLE} steps, and after all; its rows are")
     print(f"  {', '.join(SEEN)} (among the pictures),")
     print(f"  {', '.join(ROWS[len(SEEN) :])} (never seen in this style)")
@@ -119,17 +122,17 @@ def sheet(out: Path, columns: Mapping[str, str], to: Path) -> None:
     pictures.save_png(pictures.grid(blocks, 2, gap=40), to)
 
 
-def share_in_style(paths: Sequence[Path]) -> float:
-    """Share of pictures that the classifier of styles takes for Fluent Emoji."""
+def share_found(judge: str, paths: Sequence[Path], wanted: Sequence[str]) -> float:
+    """Share of pictures that a classifier beside the base takes for what each should be: a style, or a name."""
     import numpy as np
     from PIL import Image
 
     from finetune.evaluation.judge import Judge, top
     from finetune.models.sources import BUNDLED
 
-    judge = Judge.load(BUNDLED / BASE / JUDGE)
+    classifier = Judge.load(BUNDLED / BASE / judge)
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    return top(judge.logits(pixels), [judge.classes.index(STYLE)] * len(paths))
+    return top(classifier.logits(pixels), [classifier.classes.index(each) for each in wanted])
 
 
 def step(title: str) -> None:
