@@ -96,6 +96,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         style_judge.save(args.style_judge)
     name_judge, measures_of_names = judge_of_names(known, held_out, fluent, args.name_epochs, device)
     judges = {"styles": measures_of_styles, "names": measures_of_names}
+    if args.name_judge is not None:
+        all_sets, judges["names_in_all_styles"] = judge_of_names(
+            known, held_out, fluent, args.name_epochs, device, all_styles=True, width=16, places=2
+        )
+        args.name_judge.parent.mkdir(parents=True, exist_ok=True)
+        all_sets.save(args.name_judge)
     print(json.dumps(judges), flush=True)
 
     from finetune.components import load_components
@@ -159,20 +165,33 @@ def judge_of_styles(
 
 
 def judge_of_names(
-    known: Pictures, held_out: Pictures, fluent: Pictures, epochs: int, device: torch.device
+    known: Pictures,
+    held_out: Pictures,
+    fluent: Pictures,
+    epochs: int,
+    device: torch.device,
+    *,
+    all_styles: bool = False,
+    width: int = 32,
+    places: int = 4,
 ) -> tuple[Judge, dict[str, Any]]:
-    """A judge of all names, and its accuracy on unseen draws of the two sets and on Fluent Emoji's pictures."""
-    unseen = [key.endswith(_UNSEEN) for key in known.keys]
-    seen, draws = known.some(~np.array(unseen)) + held_out, known.some(unseen)
+    """A judge of all names, and its accuracy on unseen draws of the two sets and on Fluent Emoji's pictures.
+
+    Of those it has seen none, or with `all_styles` all but the unseen draws.
+    """
+    names = {*known.names, *held_out.names}
+    fluent = fluent.some([name in names for name in fluent.names])
+    seen, draws = _seen_and_unseen(known)
+    seen += held_out
+    if all_styles:
+        more, fluent = _seen_and_unseen(fluent)
+        seen += more
     judge = _trained(
-        Judge(sorted(set(seen.names)), width=32, places=4), seen.pixels, seen.names, epochs, device, "names"
+        Judge(sorted(names), width=width, places=places), seen.pixels, seen.names, epochs, device, "names"
     )
     where = {name: number for number, name in enumerate(judge.classes)}
     measures: dict[str, Any] = {"classes": len(where), "trained_on": len(seen.names)}
-    for title, pictures in (
-        ("unseen_draws", draws),
-        (FLUENT, fluent.some([name in where for name in fluent.names])),
-    ):
+    for title, pictures in (("unseen_draws", draws), (FLUENT, fluent)):
         if not pictures.names:
             continue
         logits, labels = judge.logits(pictures.pixels), [where[name] for name in pictures.names]
@@ -182,6 +201,11 @@ def judge_of_names(
             "top5": round(top(logits, labels, 5), 4),
         }
     return judge, measures
+
+
+def _seen_and_unseen(pictures: Pictures) -> tuple[Pictures, Pictures]:
+    unseen = np.array([key.endswith(_UNSEEN) for key in pictures.keys])
+    return pictures.some(~unseen), pictures.some(unseen)
 
 
 def _trained(
@@ -259,6 +283,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--style-epochs", type=int, default=6)
     parser.add_argument("--name-epochs", type=int, default=20)
     parser.add_argument("--style-judge", type=Path, metavar="FILE", help="keep the judge of styles here")
+    parser.add_argument(
+        "--name-judge",
+        type=Path,
+        metavar="FILE",
+        help="train a small judge of names in all three styles, and keep it here",
+    )
     parser.add_argument("--out", type=Path, metavar="JSON", help="write the measures here")
     return parser
 

@@ -228,6 +228,7 @@ def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> 
         batch=arguments.batch or (256 if on_gpu else 8),
         compiled=arguments.compiled,
         shrink=1 if on_gpu else 8,
+        seed=arguments.seed,
     )
     rows = []
     for factor in arguments.factors:
@@ -264,6 +265,9 @@ def main() -> None:
         "--kept", type=Path, default=Path("runs/cost_curve"), help="first stages, latents, pictures"
     )
     quality.add_argument("--minutes", type=float, default=2.0, help="of training, for each f")
+    quality.add_argument(
+        "--seed", type=int, default=SEED, metavar="N", help=f"of the U-Nets and what they draw (default: {SEED})"
+    )
     quality.add_argument("--vae", action="append", default=[], metavar="F=MODEL", help="a first stage to take")
     quality.add_argument("--first-stage-steps", type=int, default=1500 if on_gpu else 20)
     quality.add_argument("--classifier-steps", type=int, default=3000 if on_gpu else 20)
@@ -276,6 +280,8 @@ def main() -> None:
         parser.error(f"{min(unknown)} is not one of {', '.join(map(str, MATCHED))}")
     if arguments.out is not None and importlib.util.find_spec("matplotlib") is None:
         parser.error("the plot needs matplotlib: pip install matplotlib")
+    if arguments.seed < 0:
+        parser.error(f"--seed {arguments.seed}: must be at least 0")
     logging.set_verbosity_error()  # it warns of casts to bf16 that are meant
     device = torch.device("cuda" if on_gpu else "cpu")
     measured_on, rows = context(), []

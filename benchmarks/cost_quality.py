@@ -210,7 +210,13 @@ def latents_of(
 
 
 def learn(
-    latents: Path, config: Mapping[str, Any], seconds: float, batch: int, device: torch.device, compiled: bool
+    latents: Path,
+    config: Mapping[str, Any],
+    seconds: float,
+    batch: int,
+    device: torch.device,
+    compiled: bool,
+    seed: int,
 ) -> tuple[nn.Module, LatentSpace, dict[str, Any]]:
     """(the U-Net with averaged weights, its latent space, what there is to say of the training)."""
     shards = ShardSet.open(latents, "latents")
@@ -219,16 +225,16 @@ def learn(
     space = LatentSpace(encoder.scale, encoder.shift)
     buckets = list(shards.bucket_sizes)
     samples = Samples(shards, buckets, [np.empty(0, np.int64)] * len(buckets))
-    order = Order([Source(samples.sizes)], seed=SEED, global_batch=batch)
+    order = Order([Source(samples.sizes)], seed=seed, global_batch=batch)
     data = Data([samples], buckets, order, [], space)
-    loader = data.loader(seed=SEED, micro_batch=batch, readers=2, pin=device.type == "cuda")
-    unet = build_unet(config, seed=SEED).train()
+    loader = data.loader(seed=seed, micro_batch=batch, readers=2, pin=device.type == "cuda")
+    unet = build_unet(config, seed=seed).train()
     is_fast = compiled and fast.available(device)
     if is_fast:
         unet.to(memory_format=torch.channels_last)
         fast.make_fast(unet, compiled=True)
     model = LatentDiffusion(
-        unet, Nothing(), schedule=schedule(device), space=space, objective=Objective(), seed=SEED
+        unet, Nothing(), schedule=schedule(device), space=space, objective=Objective(), seed=seed
     ).train()
     strategy = DataParallel(
         World(0, 1, 0, device),
@@ -254,7 +260,7 @@ def learn(
     wait()
     took = time.perf_counter() - started
     loader.close()
-    averaged = build_unet(config, seed=SEED).to(device)
+    averaged = build_unet(config).to(device)
     names = [shard.name.removeprefix("unet.") for shard in strategy.shards]
     averaged.load_state_dict(dict(zip(names, average.tensors, strict=True)))
     said = {
@@ -274,15 +280,15 @@ def drawn(
     vae: Autoencoder,
     space: LatentSpace,
     shape: tuple[int, int, int],
-    count: int,
+    seeds: range,
     steps: int,
 ) -> Tensor:
-    """Float32 [N, 3, 64, 64] in [-1, 1] on the CPU: picture i from seed i."""
+    """Float32 [N, 3, 64, 64] in [-1, 1] on the CPU, one from each seed."""
     device = next(unet.parameters()).device
     cast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
     made = []
-    for first in range(0, count, _PIECE):
-        noise = draw_noise(generators(range(first, min(first + _PIECE, count))), shape).to(device)
+    for first in range(0, len(seeds), _PIECE):
+        noise = draw_noise(generators(seeds[first : first + _PIECE]), shape).to(device)
         with cast:
             z = sample(unet, {}, None, noise, make_scheduler("ddim", BETAS), steps, 1.0)
         made.append(decode(vae, to_raw(z, space)).cpu())
@@ -299,6 +305,7 @@ class Quality:
         shards: of pictures, with captions that several pictures share; kept: what is made on the way stays here.
         seconds: of training, for each f. steps: of the classifier, of a first stage. count: of pictures drawn.
         shrink: divides all widths, for a CPU.
+        seed: of the U-Nets and of what they draw. First stages and the classifier, the measure, stay the same.
     """
 
     def __init__(
@@ -313,9 +320,11 @@ class Quality:
         batch: int,
         compiled: bool,
         shrink: int,
+        seed: int = SEED,
     ) -> None:
         self.shards, self.kept, self.seconds, self.stage_steps = shards, kept, seconds, steps[1]
         self.count, self.ddim, self.batch, self.compiled, self.shrink = count, ddim, batch, compiled, shrink
+        self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pixels, labels = read_pictures(shards)
         width = max(8, 32 // shrink)
@@ -339,11 +348,13 @@ class Quality:
         encoder = ShardSet.open(latents, "latents").manifest.encoder
         assert encoder is not None
         config = unet_config(factor, encoder.channels, self.shrink)
-        unet, space, said = learn(latents, config, self.seconds, self.batch, self.device, self.compiled)
+        unet, space, said = learn(latents, config, self.seconds, self.batch, self.device, self.compiled, self.seed)
         size = PIXELS // factor
-        images = drawn(unet, vae, space, (encoder.channels, size, size), self.count, self.ddim)
+        seeds = range(self.seed * self.count, (self.seed + 1) * self.count)
+        images = drawn(unet, vae, space, (encoder.channels, size, size), seeds, self.ddim)
         pictures.save_png(pictures.grid(to_pil(images[:64]), 8), self.kept / f"drawn-f{factor}.png", {})
         return {
+            "seed": self.seed,
             "latents": [encoder.channels, size, size],
             **said,
             "ddim_steps": self.ddim,

@@ -2,7 +2,7 @@
 
 The base draws emoji in the styles of Noto and Twemoji. LoRA teaches it that of Microsoft's Fluent Emoji. Half of
 the names in its rows are not among those pictures: of them it has never seen the style. Each step is one command,
-printed before it runs. Started again, finished steps are skipped and a killed one goes on.
+printed before it runs, all in one process. Started again, finished steps are skipped and a killed one goes on.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 import importlib.resources
 import os
+import runpy
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -30,8 +30,9 @@ UNSEEN = [
     *("pig", "rabbit", "top hat", "treasure chest"),
 ]
 ROWS = [*SEEN, *UNSEEN[: len(SEEN)]]
-MIDDLE = 40  # the step of the column between before and after: a checkpoint that is kept
-JUDGE, STYLE = Path("styles.safetensors"), "fluent emoji"
+MIDDLE = 120  # the step of the column between before and after: a checkpoint that is kept
+STYLES, NAMES = "styles.safetensors", "names.safetensors"  # judges of pictures, beside the base
+STYLE = "fluent emoji"  # as the judge of styles calls it
 
 
 def main(argv: list[str]) -> int:
@@ -40,6 +41,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all that the demo makes")
     out: Path = parser.parse_args(argv).out
     out.mkdir(parents=True, exist_ok=True)
+    # Threads that spin long while they wait take the cores from the readers and from whatever else runs here;
+    # threads that never spin (OMP_WAIT_POLICY=passive) halve the speed of such small layers. Read with torch.
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     started = time.perf_counter()
 
     pictures, latents, run = emoji_shards(), out / "latents", out / "run"
@@ -57,12 +61,14 @@ def main(argv: list[str]) -> int:
     draw(run, out / "prompts.txt", out / "after")
 
     sheet(out, {"before": "before", "during": f"{MIDDLE} steps", "after": "after"}, out / "demo.png")
-    before, after = (share_in_style(files(out / name)[len(SEEN) :]) for name in ("before", "after"))
     minutes = (time.perf_counter() - started) / 60
-    print(
-        f"\nDone in {minutes:.1f} minutes. A small classifier of real emoji finds the style in {before:.0%} before"
-    )
-    print(f"and in {after:.0%} after, of {len(UNSEEN)} names that are not among the pictures. Look at:")
+    print(f"\nDone in {minutes:.1f} minutes. Of {len(UNSEEN)} names that are not among the pictures, small")
+    print("classifiers of real emoji find")
+    judged = [files(out / name)[len(SEEN) :] for name in ("before", "after")]
+    for what, judge, wanted in (("the style", STYLES, [STYLE] * len(UNSEEN)), ("the name", NAMES, UNSEEN)):
+        before, after = (share_found(judge, paths, wanted) for paths in judged)
+        print(f"  {what:<9} in {before:.0%} before and in {after:.0%} after")
+    print("Look at:")
     print(f"  {out / 'demo.png'}   before, after {MIDDLE} steps, and after all; its rows are")
     print(f"  {', '.join(SEEN)} (among the pictures),")
     print(f"  {', '.join(ROWS[len(SEEN) :])} (never seen in this style)")
@@ -116,17 +122,17 @@ def sheet(out: Path, columns: Mapping[str, str], to: Path) -> None:
     pictures.save_png(pictures.grid(blocks, 2, gap=40), to)
 
 
-def share_in_style(paths: Sequence[Path]) -> float:
-    """Share of pictures that the classifier of styles takes for Fluent Emoji."""
+def share_found(judge: str, paths: Sequence[Path], wanted: Sequence[str]) -> float:
+    """Share of pictures that a classifier beside the base takes for what each should be: a style, or a name."""
     import numpy as np
     from PIL import Image
 
     from finetune.evaluation.judge import Judge, top
     from finetune.models.sources import BUNDLED
 
-    judge = Judge.load(BUNDLED / BASE / JUDGE)
+    classifier = Judge.load(BUNDLED / BASE / judge)
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
-    return top(judge.logits(pixels), [judge.classes.index(STYLE)] * len(paths))
+    return top(classifier.logits(pixels), [classifier.classes.index(each) for each in wanted])
 
 
 def step(title: str) -> None:
@@ -134,20 +140,25 @@ def step(title: str) -> None:
 
 
 def command(program: str, *arguments: object) -> None:
-    """Print a command and run it with this interpreter.
+    """Print a command and run it in this process: to load the libraries may take longer than to train.
 
     Raises:
         UserError: it failed; it has said why.
     """
     words = [str(argument) for argument in arguments]
     print(f"$ {shlex.join([program, *words])}", flush=True)
-    module = program.replace("data-tools", "data_tools")
-    # Threads that spin long while they wait take the cores from the readers and from whatever else runs here;
-    # threads that never spin (OMP_WAIT_POLICY=passive) halve the speed of such small layers.
-    env = {"GOMP_SPINCOUNT": "20000", **os.environ}
-    code = subprocess.run([sys.executable, "-m", module, *words], env=env).returncode
-    if code:
-        raise UserError(f"the demo stopped at `{program} {words[0]}` (exit code {code}); its message is above")
+    argv, sys.argv = sys.argv, [program, *words]
+    try:
+        runpy.run_module(program.replace("-", "_"), run_name="__main__", alter_sys=True)  # as `python -m` does
+    except SystemExit as end:
+        if end.code == 130:
+            raise KeyboardInterrupt from None
+        if end.code:
+            raise UserError(
+                f"the demo stopped at `{program} {words[0]}` (exit code {end.code}); its message is above"
+            ) from None
+    finally:
+        sys.argv = argv
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ def test_judges_tell_styles_and_names_that_they_were_not_trained_on(places: dict
     assert names["classes"] == 6
     assert names["trained_on"] == 4 * 2 * 3 + 2 * 2  # all but the fourth draws
     assert names["unseen_draws"] == {"pictures": 8, "top1": 1.0, "top5": 1.0}
+    assert names[base_model.FLUENT]["pictures"] == 6
+    _, names = base_model.judge_of_names(known, held_out, fluent, 1, cpu, all_styles=True, width=8, places=2)
+    assert names["trained_on"] == 4 * 2 * 3 + 2 * 2 + 6  # and Fluent Emoji's, which have no fourth draws
+    assert base_model.FLUENT not in names
 
 
 def test_rows_of_pictures_stay_together(places: dict[str, Path]) -> None:
@@ -91,8 +95,9 @@ def test_names_are_chosen_by_a_hash() -> None:
 def test_the_base_is_measured(tmp_path: Path, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     words = [f"--{name}={path}" for name, path in places.items()]
     words += ["--names=1", "--steps=2", "--guidance", "2", "--style-epochs=2", "--name-epochs=2"]
-    out, judge = tmp_path / "measures.json", tmp_path / "styles.safetensors"
-    assert base_model.main(["emoji-base", *words, f"--style-judge={judge}", f"--out={out}"]) == 0
+    out, judge, names = (tmp_path / name for name in ("measures.json", "styles.safetensors", "names.safetensors"))
+    words += [f"--style-judge={judge}", f"--name-judge={names}"]
+    assert base_model.main(["emoji-base", *words, f"--out={out}"]) == 0
     found = json.loads(out.read_text())
     assert found["model"] == "emoji-base" and found["steps"] == 2 and list(found["samples"]) == ["guidance 2"]
     assert found["reconstructions"]["pictures"] == found["autoencoder"]["pictures"] == 4
@@ -102,5 +107,6 @@ def test_the_base_is_measured(tmp_path: Path, places: dict[str, Path], capsys: p
         assert measured["pictures"] == 2  # one name in both styles
         assert 0 <= measured["name_top1"] <= measured["name_top5"] <= 1
     assert Judge.load(judge).classes == sorted(STYLES)
+    assert Judge.load(names).classes == sorted(PLACES)
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["names"] for line in told if "guidance" in line] == ["known", "held_out"]

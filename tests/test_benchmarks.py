@@ -22,6 +22,8 @@ from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
 from data_tools import emoji
 from finetune.data.shards import ShardWriter, json_bytes
+from finetune.latents import LatentSpace
+from finetune.models.autoencoder import Pixels
 from finetune.models.fast import blocks
 from finetune.models.unet import build_unet
 from tests.conftest import ROOT, environment
@@ -324,16 +326,28 @@ def test_u_nets_whose_quality_is_compared_are_of_one_size():
     assert max(sizes) / min(sizes) < 1.07
 
 
+def test_each_seed_draws_its_own_picture_whatever_the_others():
+    unet = build_unet(cost_quality.unet_config(1, 3, 8)).eval()
+    both, last = (
+        cost_quality.drawn(unet, Pixels(), LatentSpace(1.0), (3, 16, 16), seeds, 2)
+        for seeds in (range(4, 6), range(5, 6))
+    )
+    torch.testing.assert_close(both[1:], last)
+    assert (both[0] - both[1]).abs().mean() > 0.1
+
+
 @pytest.mark.slow
 def test_quality_is_measured_on_pictures(tmp_path, monkeypatch, capsys):
     shards, out = write_squares(tmp_path / "shards"), tmp_path / "curve.jsonl"
     given = ["--quality", str(shards), "--kept", str(tmp_path / "kept"), "--factors", "1", "--minutes", "0.001"]
     given += ["--pictures", "16", "--ddim", "2", "--batch", "2", "--classifier-steps", "10", "--out", str(out)]
+    given += ["--seed", "3"]
     monkeypatch.setattr(sys, "argv", ["cost_curve", *given])
     cost_curve.main()
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
     assert row.keys() >= FIELDS and "error" not in row
     assert (row["factor"], row["latents"], row["drawn"], row["pictures"]) == (1, [3, 64, 64], 16, 32)
+    assert row["seed"] == 3
     # Pixels are kept as they are; what was hardly trained draws nothing like the pictures.
     assert row["frechet_first_stage"] == pytest.approx(row["frechet_real"])
     assert row["frechet"] > row["frechet_real"] > 0

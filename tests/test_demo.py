@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 from PIL import Image
 
 from data_tools import emoji
-from finetune import UserError, demo
+from finetune import UserError, __version__, cli, demo
 from finetune.config import Config, compose
 from finetune.data.shards import ShardSet
+from finetune.evaluation.judge import Judge
 from finetune.models.sources import BUNDLED
 from tests.conftest import ROOT
 
@@ -53,9 +55,23 @@ def test_the_judge_tells_fluent_emoji_from_the_same_without_colours(tmp_path: Pa
     for path in pictures:
         grey.append(path.with_suffix(".grey.png"))
         Image.open(path).convert("L").save(grey[-1])
-    real = demo.share_in_style(pictures)
+    wanted = [demo.STYLE] * len(pictures)
+    real = demo.share_found(demo.STYLES, pictures, wanted)
     assert real > 0.8
-    assert demo.share_in_style(grey) < real - 0.3
+    assert demo.share_found(demo.STYLES, grey, wanted) < real - 0.3
+
+
+def test_the_judge_of_names_knows_what_is_drawn(tmp_path: Path) -> None:
+    assert set(demo.ROWS + demo.UNSEEN) <= set(Judge.load(BUNDLED / demo.BASE / demo.NAMES).classes)
+    shards, paths = ShardSet.open(str(emoji.path()), "images"), {}
+    for index in range(len(shards)):
+        if (name := shards.read_json(index)["captions"][0]) in demo.SEEN:
+            paths[name] = tmp_path / f"{index}.webp"
+            paths[name].write_bytes(shards.read_member(index, "webp"))
+    shards.close()
+    pictures = [paths[name] for name in demo.SEEN]
+    assert demo.share_found(demo.NAMES, pictures, demo.SEEN) == 1
+    assert demo.share_found(demo.NAMES, pictures, demo.SEEN[1:] + demo.SEEN[:1]) == 0
 
 
 def test_the_picture_has_a_row_for_each_name_and_a_column_for_each_title(tmp_path: Path) -> None:
@@ -78,7 +94,7 @@ def test_the_picture_has_a_row_for_each_name_and_a_column_for_each_title(tmp_pat
         assert (block[:, side : side + 128] == 10 * number + 5).all()
 
 
-def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_drawn_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, ...]] = []
     monkeypatch.setattr(demo, "command", lambda *words: asked.append(tuple(map(str, words))))
     demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
@@ -86,9 +102,30 @@ def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypat
     (tmp_path / "before" / "grid.png").touch()
     demo.draw("model", tmp_path / "prompts.txt", tmp_path / "before")
     assert len(asked) == 1 and asked[0][:3] == ("finetune", "sample", "model")
-    monkeypatch.undo()
+
+
+def test_a_step_is_a_command_that_runs_in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, seen = list(sys.argv), []
+
+    def main() -> int:
+        seen.append(sys.argv[1:])
+        return {"train": 0, "sample": 2, "export": 130}[sys.argv[1]]
+
+    monkeypatch.setattr(cli, "main", main)
+    demo.command("finetune", "train", "run.dir=a b")
     with pytest.raises(UserError, match=r"stopped at `finetune sample` \(exit code 2\)"):
-        demo.command("finetune", "sample", tmp_path / "absent", "--prompt", "x", "--out", tmp_path / "x.png")
+        demo.command("finetune", "sample", Path("run"), "--seed", 0)
+    with pytest.raises(KeyboardInterrupt):
+        demo.command("finetune", "export")
+    demo.command("data-tools", "--version")
+    assert seen == [["train", "run.dir=a b"], ["sample", "run", "--seed", "0"], ["export"]]
+    assert capsys.readouterr().out.splitlines() == [
+        *("$ finetune train 'run.dir=a b'", "$ finetune sample run --seed 0", "$ finetune export"),
+        *("$ data-tools --version", __version__),
+    ]
+    assert sys.argv == before
 
 
 @pytest.mark.slow  # a minute or two of two cores
@@ -96,9 +133,8 @@ def test_nothing_is_drawn_twice_and_what_fails_is_said(tmp_path: Path, monkeypat
 def test_the_style_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert demo.main(["--out", str(tmp_path)]) == 0
-    before, after = (
-        demo.share_in_style(demo.files(tmp_path / name)[len(demo.SEEN) :]) for name in ("before", "after")
-    )
-    assert before < 0.2 < 0.5 < after
+    before, after = (demo.files(tmp_path / name)[len(demo.SEEN) :] for name in ("before", "after"))
+    style = [demo.STYLE] * len(after)
+    assert demo.share_found(demo.STYLES, before, style) < 0.2 < 0.5 < demo.share_found(demo.STYLES, after, style)
+    assert demo.share_found(demo.NAMES, after, demo.UNSEEN) > 0.5
     assert Image.open(tmp_path / "demo.png").size[1] > Image.open(tmp_path / "demo.png").size[0]
-    assert (BUNDLED / demo.BASE / demo.JUDGE).exists()

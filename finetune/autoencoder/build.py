@@ -77,7 +77,6 @@ def load_given(model: AutoencoderConfig) -> tuple[FirstStage, str]:
             raise UserError(
                 f"model.{name}={value}, but {model.pretrained} has {given}: leave it out, the given shape is kept"
             )
-    vae.register_to_config(_name_or_path="")  # diffusers would write where it lay into RUN/vae
     return vae.requires_grad_(True), weights_sha256(vae.state_dict())
 
 

@@ -101,6 +101,7 @@ def load_autoencoder(
         raise UserError(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None
     if getattr(vae.config, "latents_mean", None) is not None:
         raise UserError(f"{source} normalises latents channel by channel, which shards can't say; use another VAE")
+    vae.register_to_config(_name_or_path="")  # diffusers would write where it lay into every copy
     return vae.to(device).eval().requires_grad_(False)
 
 

@@ -40,6 +40,7 @@ def load_unet(
         unet = UNet2DConditionModel.from_pretrained(name, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no U-Net can be loaded from {name}: {first_line(error)}") from error
+    unet.register_to_config(_name_or_path="")  # diffusers would write where it lay into every copy
     return unet.eval()
 
 

@@ -137,6 +137,16 @@ def test_every_weight_is_written_in_the_dtype(full, tmp_path, name, dtype):
         assert {tensor.dtype for tensor in load_file(out / f"{part}.safetensors").values()} == {dtype}
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "base"])
+def test_no_export_says_where_its_parts_lay(kind, request, tmp_path):
+    source, out = request.getfixturevalue(kind), tmp_path / "model"
+    assert export.main([str(source), "--format", "diffusers", "--out", str(out)]) == 0
+    written = {path.relative_to(out).as_posix(): path.read_text() for path in out.rglob("*.json")}
+    assert {"vae/config.json", "unet/config.json", "text_encoder/config.json"} <= set(written)
+    places = (str(source), str(tmp_path.parent))
+    assert [name for name, text in written.items() if any(place in text for place in places)] == []
+
+
 def test_an_export_is_drawn_with_the_guidance_of_its_run(full, tmp_path):
     run = shutil.copytree(full, tmp_path / "run")
     config = yaml.safe_load((run / "config.yaml").read_text())
