@@ -14,8 +14,10 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners import lora as peft_lora
 from torch import Tensor, nn
@@ -192,6 +194,8 @@ def test_every_block_of_stable_diffusion_is_exchanged():
                 (ResnetBlock2D, blocks.Resnet),
                 (Transformer2DModel, blocks.Transformer),
                 (BasicTransformerBlock, blocks.TransformerBlock),
+                (Upsample2D, blocks.Upsample),
+                (Downsample2D, blocks.Downsample),
             ):
                 assert not isinstance(module, theirs) or type(module) is ours
         attentions = [m for m in unet.modules() if hasattr(m, "to_q")]
@@ -199,6 +203,24 @@ def test_every_block_of_stable_diffusion_is_exchanged():
         up = {type(block) for block in unet.up_blocks}
         assert up == {blocks.Up, blocks.CrossAttnUp}
         assert isinstance(unet.conv_norm_out, blocks.NormSiLU)
+
+
+def test_gradients_between_blocks_are_whole_maps(on_torch):
+    """Channels-last and dense, also where a block joins a skip connection: slices would be copied on their way."""
+    unet = make(SD15).to(memory_format=torch.channels_last)
+    make_fast(unet, compiled=False)
+    layouts = []
+
+    def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
+        for map_ in args:
+            if isinstance(map_, Tensor) and map_.requires_grad and map_.dim() == 4:
+                map_.register_hook(lambda dy: layouts.append(dy.is_contiguous(memory_format=torch.channels_last)))
+
+    for module in unet.modules():
+        if isinstance(module, blocks.Resnet):
+            module.register_forward_pre_hook(watch)
+    unet(**inputs(SD15)).sample.sum().backward()
+    assert len(layouts) > 8 and all(layouts)
 
 
 def test_names_and_weights_stay_and_the_file_loads_anywhere(tmp_path, on_torch):
