@@ -241,6 +241,7 @@ def test_a_killed_run_goes_on_in_wandb_though_an_inherited_service_holds_its_id(
     """A notebook, or an agent of W&B's, starts runs: its service outlives a killed one, and keeps the id."""
     import wandb
 
+    wandb.teardown()  # a service that earlier tests left in this process would not be told of in the environment
     quiet = wandb.Settings(silent=True, console="off")
     held = wandb.init(id="0a1b2c3d", mode="offline", dir=tmp_path / "held", settings=quiet)
     service = os.environ["WANDB_SERVICE"]
@@ -288,14 +289,11 @@ def test_a_run_goes_on_without_wandb_when_it_cannot_start_again(
     assert [line["step"] for line in lines_of(tmp_path)] == [1]
 
 
+@pytest.mark.usefixtures("logged_out")
 def test_wandb_offline_is_one_run_over_a_restart(
-    overrides: list[str], tmp_path: Path, command: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], tmp_path: Path, command: Callable[..., tuple[int, str]]
 ) -> None:
     """Real W&B, no network: lines, pictures, and the same run id after a restart."""
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     run = tmp_path / "run"
     settings = [*overrides, "tracker=wandb", "tracker.every=1", "sample.every=2", "sample.steps=2", "train.steps=2"]
     assert command("train", *settings) == (0, "")

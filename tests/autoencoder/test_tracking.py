@@ -12,14 +12,9 @@ from finetune.autoencoder.train import main
 from tests.autoencoder.runs import arguments
 
 
-def test_wandb_offline_is_one_run_over_a_restart(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("logged_out")
+def test_wandb_offline_is_one_run_over_a_restart(shards: Path, tmp_path: Path) -> None:
     """Real W&B, no network: lines, reconstructions and measures, under one id."""
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
-    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     run = tmp_path / "run"
     more = ("tracker=wandb", "sample.every=1", "optim.schedule=constant")
     main(arguments(shards, run, *more, "train.steps=2"))
