@@ -232,7 +232,7 @@ def learn(
     is_fast = compiled and fast.available(device)
     if is_fast:
         unet.to(memory_format=torch.channels_last)
-        fast.make_fast(unet, compiled=True)
+        fast.make_fast(unet)
     model = LatentDiffusion(
         unet, Nothing(), schedule=schedule(device), space=space, objective=Objective(), seed=seed
     ).train()

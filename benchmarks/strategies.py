@@ -94,7 +94,7 @@ def wrapped(
     trained = trained_of(unet)
     is_fast = layout is None and fast.available(world.device)
     if is_fast:
-        fast.make_fast(getattr(unet, "unet", unet), compiled=True)
+        fast.make_fast(getattr(unet, "unet", unet))
     model = make_model(unet, shape, world.device)
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}

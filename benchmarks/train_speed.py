@@ -144,7 +144,7 @@ def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool) -> Tr
     if is_fast or device.type == "cpu":  # as `model.channels_last` is by default
         unet.to(memory_format=torch.channels_last)
     if is_fast:
-        fast.make_fast(unet, compiled=device.type == "cuda")
+        fast.make_fast(unet)
     module = with_added(unet, work.shape, work.batch, device)
     model = make_model(module, work.shape, device)
     group = ParamGroup("unet", {f"unet.{name}": p for name, p in trained_of(module).items()})

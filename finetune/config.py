@@ -83,7 +83,7 @@ class ModelConfig:
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    # On GPUs from Ampere on, compiled blocks and our own kernels under ddp, zero1 and zero2; CUDA graphs under ddp.
+    # On GPUs from Ampere on, kernels of our own; on one of them CUDA graphs as well.
     fast: bool = True
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -295,7 +295,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     elif channels_last:
         store_channels_last(unet)
     if is_fast:
-        fast.make_fast(unet, compiled=True)
+        fast.make_fast(unet)
 
     schedule = config.model.scheduler
     model = LatentDiffusion(

@@ -54,7 +54,7 @@ class Encoder(vae.Encoder):
             if attention is not None:
                 h_BCHW = _attention(attention, h_BCHW)
             h_BCHW = _resnet(resnet, h_BCHW, None)
-        return self.conv_out(blocks.group_norm(h_BCHW, self.conv_norm_out, silu=True))
+        return self.conv_out(_normalized(h_BCHW, self.conv_norm_out, None, silu=True))
 
 
 def _without_bias(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ def _without_bias(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
 
 def _normalized(x_BCHW: Tensor, norm: nn.GroupNorm, bias_C: Tensor | None, *, silu: bool) -> Tensor:
     shift_BC = None if bias_C is None else bias_C.expand(len(x_BCHW), -1)
-    return blocks.group_norm(x_BCHW, norm, silu=silu, shift_BC=shift_BC)
+    return blocks.group_norm(x_BCHW, norm, silu=silu, shift_BC=shift_BC)[1]
 
 
 def _resnet(resnet: ResnetBlock2D, x_BCHW: Tensor, bias_C: Tensor | None, *, seam: bool = False) -> Tensor:
@@ -78,7 +78,7 @@ def _resnet(resnet: ResnetBlock2D, x_BCHW: Tensor, bias_C: Tensor | None, *, sea
             bias_C = resnet.conv_shortcut.weight.float().flatten(1) @ bias_C.float()
     if bias_C is not None:
         ends_C = ends_C + bias_C.float()
-    return _join(x_BCHW, h_BCHW, ends_C, seam=seam)
+    return blocks.kernels.join(x_BCHW, h_BCHW, ends_C, seam=seam)
 
 
 def _attention(attention: Attention, x_BCHW: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def _attention(attention: Attention, x_BCHW: Tensor) -> Tensor:
     mixed_BSC = attend(attention.to_q(h_BSC), attention.to_k(h_BSC), attention.to_v(h_BSC))
     out: Any = attention.to_out[0]
     h_BSC = F.linear(mixed_BSC, out.weight)
-    return _join(x_BCHW, h_BSC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2), out.bias)
+    return blocks.kernels.join(x_BCHW, h_BSC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2), out.bias)
 
 
 def attend(q_BSC: Tensor, k_BSC: Tensor, v_BSC: Tensor) -> Tensor:
@@ -117,11 +117,6 @@ def _scores(q_BRC: Tensor, k_BSC: Tensor) -> Tensor:
     if q_BRC.is_cuda:  # summed in float32 anyway: kept so
         return torch.bmm(q_BRC, k_BSC.mT, out_dtype=torch.float32)
     return torch.bmm(q_BRC.float(), k_BSC.float().mT)
-
-
-def _join(x_BCHW: Tensor, h_BCHW: Tensor, bias_C: Tensor, *, seam: bool = False) -> Tensor:
-    x_BCHW, h_BCHW = (each.contiguous(memory_format=torch.channels_last) for each in (x_BCHW, h_BCHW))
-    return blocks.kernels.join(x_BCHW, h_BCHW, bias_C, seam=seam)
 
 
 def takes(encoder: nn.Module) -> bool:

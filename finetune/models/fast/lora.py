@@ -20,15 +20,23 @@ class Linear(lora.Linear):
 
     gathered_whole = True  # under ZeRO-3: it takes weights from the layers inside without calling them
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def sum(self) -> Tensor | None:
+        """The weight [O, I] that the layer multiplies by; None while the adapter is switched off or merged."""
         if self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
+            return None
         (name,) = self.active_adapters
         base: Any = self.get_base_layer()
-        with torch.autocast(x.device.type, enabled=False):  # what an adapter adds would drown in bf16's last bit
-            update_OI = self.lora_B[name].weight.float() @ self.lora_A[name].weight.float()
-            weight_OI = base.weight + (self.scaling[name] * update_OI).to(base.weight.dtype)
-        return F.linear(x, weight_OI, base.bias)
+        with torch.autocast(base.weight.device.type, enabled=False):  # an update would drown in bf16's last bit
+            down_RI, up_OR = self.lora_A[name].weight.float(), self.lora_B[name].weight.float()
+            if base.weight.dtype == torch.float32:
+                return torch.addmm(base.weight, up_OR, down_RI, alpha=self.scaling[name])
+            return base.weight + (self.scaling[name] * (up_OR @ down_RI)).to(base.weight.dtype)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight_OI = self.sum()
+        if weight_OI is None:
+            return super().forward(x, *args, **kwargs)
+        return F.linear(x, weight_OI, self.get_base_layer().bias)
 
 
 def takes(layer: Any) -> bool:

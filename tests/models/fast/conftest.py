@@ -1,18 +1,39 @@
-"""Fast U-Nets on a CPU: compiled by a backend that runs what was traced, without kernels."""
+"""Fast U-Nets on a CPU: by torch's own operations, or by kernels in Triton's interpreter."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from finetune.models import fast
 from finetune.models.fast import blocks
+
+
+@pytest.fixture(autouse=True)
+def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 is rounded to bf16, as on a GPU: the interpreter would cut its last bits off."""
+    if blocks.kernels is None or not blocks.kernels.INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    original: Callable[..., Any] = interpreter._convert_float
+
+    def convert(values: Any, given: Any, wanted: Any, mode: Any) -> Any:
+        if (given.name, wanted.name) != ("fp32", "bf16"):
+            return original(values, given, wanted, mode)
+        floats = torch.from_numpy(np.array(values).view(np.float32))
+        return floats.bfloat16().view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 @pytest.fixture
 def on_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's operations, as where Triton is missing: the interpreter is slow, and no compiler sees through it."""
+    """Torch's operations, as where Triton is missing: the interpreter is slow."""
     monkeypatch.setattr(blocks, "kernels", None)
 
 
@@ -23,18 +44,11 @@ def on_kernels() -> None:
 
 
 @pytest.fixture
-def compiled(on_torch: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
-    """Says how many graphs were compiled so far."""
-    original = torch.compile
-    monkeypatch.setattr(
-        torch, "compile", lambda f, **settings: original(f, backend="aot_eager", fullgraph=True, **settings)
-    )
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # `make_fast` sets it where nothing has
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    config = torch._dynamo.config
-    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
-    with config.patch(**limits):  # as they were, at the end
-        yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    torch._dynamo.reset()
+def fastened(on_torch: None, monkeypatch: pytest.MonkeyPatch) -> list[torch.nn.Module]:
+    """U-Nets are made fast, as on a GPU; those that were so far."""
+    made: list[torch.nn.Module] = []
+    original = fast.make_fast
+    monkeypatch.setattr(fast, "available", lambda device: True)
+    monkeypatch.setattr(fast, "missing", lambda: None)
+    monkeypatch.setattr(fast, "make_fast", lambda unet: made.append(unet) or original(unet))
+    return made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -143,7 +142,7 @@ def assert_same(fast: nn.Module, eager: nn.Module, given: dict[str, Any], tolera
 def pair(config: dict[str, Any], adapt: Callable[[nn.Module], Any] | None = None) -> tuple[Any, Any]:
     """(made fast, eager) with the same weights."""
     fast, eager = make(config, adapt), make(config, adapt)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     return fast, eager
 
 
@@ -178,7 +177,7 @@ def test_outputs_and_gradients_by_kernels(shape, size, stored, on_kernels, monke
     fast, eager = make(config), make(config)
     if stored:
         store_channels_last(fast)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     assert_same(fast, eager, inputs(config, size, batch=1 if max(size) < 8 else 2))
     norms = sum(isinstance(module, nn.GroupNorm) for module in eager.modules())
     gates = sum(isinstance(module, BasicTransformerBlock) for module in eager.modules())
@@ -188,7 +187,7 @@ def test_outputs_and_gradients_by_kernels(shape, size, stored, on_kernels, monke
 def test_every_block_of_stable_diffusion_is_exchanged():
     for config in SHAPES.values():
         unet = make(config)
-        make_fast(unet, compiled=False)
+        make_fast(unet)
         for module in unet.modules():
             for theirs, ours in (
                 (ResnetBlock2D, blocks.Resnet),
@@ -205,10 +204,11 @@ def test_every_block_of_stable_diffusion_is_exchanged():
         assert isinstance(unet.conv_norm_out, blocks.NormSiLU)
 
 
-def test_gradients_between_blocks_are_whole_maps(on_torch):
+def test_gradients_between_blocks_are_whole_maps(on_kernels):
     """Channels-last and dense, also where a block joins a skip connection: slices would be copied on their way."""
-    unet = make(SD15).to(memory_format=torch.channels_last)
-    make_fast(unet, compiled=False)
+    config = SD15 | {"layers_per_block": 1, "norm_num_groups": 2}
+    unet = make(config).to(memory_format=torch.channels_last)
+    make_fast(unet)
     layouts = []
 
     def watch(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -219,8 +219,8 @@ def test_gradients_between_blocks_are_whole_maps(on_torch):
     for module in unet.modules():
         if isinstance(module, blocks.Resnet):
             module.register_forward_pre_hook(watch)
-    unet(**inputs(SD15)).sample.sum().backward()
-    assert len(layouts) > 8 and all(layouts)
+    unet(**inputs(config, (4, 4), batch=1)).sample.sum().backward()
+    assert len(layouts) > 5 and all(layouts)
 
 
 def test_names_and_weights_stay_and_the_file_loads_anywhere(tmp_path, on_torch):
@@ -237,7 +237,7 @@ def test_names_and_weights_stay_and_the_file_loads_anywhere(tmp_path, on_torch):
 
 def test_twice_is_once(on_torch):
     fast, eager = pair(SD15)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     assert_same(fast, eager, inputs(SD15))
 
 
@@ -250,7 +250,7 @@ def test_layouts_of_weights(shape, layout, on_torch):
         fast.to(memory_format=torch.channels_last)
     elif layout == "stored":
         store_channels_last(fast)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     assert_same(fast, eager, inputs(SHAPES[shape], (6, 10)))
 
 
@@ -258,7 +258,7 @@ def test_maps_stay_channels_last(on_torch):
     """What a block returns never has to be copied for the next one."""
     fast = make(SD15)
     fast.to(memory_format=torch.channels_last)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     seen = []
     for module in fast.modules():
         if isinstance(module, blocks.Resnet):
@@ -355,7 +355,7 @@ def as_under_zero(config: dict[str, Any]) -> None:
     fast, eager = make(config), make(config)
     exact = copy.deepcopy(eager).double()
     store_channels_last(fast)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     permuted = {name for name, parameter in fast.named_parameters() if stored_channels_last(parameter)}
     rounded = {name: tensor.bfloat16() for name, tensor in inputs(config, (4, 4)).items() if name != "timestep"}
     rounded["timestep"] = inputs(config)["timestep"]
@@ -424,7 +424,7 @@ def test_lora_of_convolutions_with_weights_channels_last(stored, on_torch):
         store_channels_last(fast)
     else:
         fast.to(memory_format=torch.channels_last)
-    make_fast(fast, compiled=False)
+    make_fast(fast)
     assert_same(fast, eager, inputs(SD15))
 
 
@@ -498,7 +498,7 @@ def test_a_small_update_acts_in_bf16_as_much_as_by_peft(base, size):
     assert abs(ours - 1) <= abs(theirs - 1) + 0.15
 
 
-# --- gradient checkpointing, compilation, no gradients ----------------------------------------------
+# --- gradient checkpointing -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -516,104 +516,6 @@ def test_gradient_checkpointing(shape, on_torch):
     passes(eager, inputs(config))
     assert calls[fast] == calls[eager]  # once more in the backward pass, and no less is spared than diffusers does
     assert max(calls[fast].values()) == 2
-
-
-@pytest.mark.parametrize("with_lora", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_a_bucket_is_compiled_at_its_first_batch_alone(with_lora, compiled):
-    targets = (*UNET_TARGETS, "proj_in", "conv1", "ff.net.0.proj")
-    adapt = (lambda unet: add_lora(unet, 4, 6.0, target_modules=targets)) if with_lora else None
-    fast, eager = make(ONE_LEVEL, adapt), make(ONE_LEVEL, adapt)
-    make_fast(fast, compiled=True)
-    counts = []
-    for size in ((2, 2), (2, 2), (3, 1), (2, 2), (3, 1)):
-        assert_same(fast, eager, inputs(ONE_LEVEL, size, seed=len(counts)))
-        counts.append(compiled())
-    first = counts[0]
-    assert 0 < first <= sum(isinstance(module, blocks.Region) for module in fast.modules())
-    assert first < counts[2] <= 2 * first
-    assert counts == [first, first, counts[2], counts[2], counts[2]]
-
-
-def test_equal_blocks_are_compiled_once(compiled):
-    """Four layers of one transformer are one graph: deep models start quickly."""
-    graphs = []
-    for depth in (1, 4):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        config = ONE_LEVEL | {"transformer_layers_per_block": depth}
-        fast = make(config)
-        make_fast(fast, compiled=True)
-        passes(fast, inputs(config, (4, 4)))
-        graphs.append(compiled())
-    assert graphs[0] == graphs[1] > 0
-
-
-def test_nothing_is_compiled_without_gradients(compiled):
-    """Pictures and validation come at sizes of their own."""
-    fast, eager = make(ONE_LEVEL), make(ONE_LEVEL)
-    make_fast(fast, compiled=True)
-    with torch.no_grad():
-        for size in ((8, 8), (16, 12)):
-            given = inputs(ONE_LEVEL, size)
-            torch.testing.assert_close(fast(**given).sample, eager(**given).sample, rtol=1e-4, atol=1e-5)
-    assert compiled() == 0
-    passes(fast, inputs(ONE_LEVEL, (4, 4)))
-    made = compiled()
-    assert made > 0
-    with torch.no_grad():
-        fast(**inputs(ONE_LEVEL, (12, 12)))
-    assert compiled() == made
-
-
-def test_gradient_checkpointing_of_compiled_blocks(compiled):
-    fast, eager = make(ONE_LEVEL), make(ONE_LEVEL)
-    enable_gradient_checkpointing(fast)
-    make_fast(fast, compiled=True)
-    given = inputs(ONE_LEVEL, (4, 4))
-    assert_same(fast, eager, given)
-    made = compiled()
-    assert made > 0
-    assert_same(fast, eager, given)
-    assert compiled() == made
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_compiled_blocks_of_every_shape(shape, checkpointing, compiled):
-    fast, eager = make(SHAPES[shape]), make(SHAPES[shape])
-    if checkpointing:
-        enable_gradient_checkpointing(fast)
-    make_fast(fast, compiled=True)
-    for size in ((8, 8), (9, 7), (8, 8)):
-        assert_same(fast, eager, inputs(SHAPES[shape], size))
-    assert compiled() > 0
-
-
-def test_compiled_blocks_under_autocast_follow_eager(compiled):
-    fast, eager = make(ONE_LEVEL), make(ONE_LEVEL)
-    fast.to(memory_format=torch.channels_last)
-    make_fast(fast, compiled=True)
-    found, wanted = (passes(unet, inputs(ONE_LEVEL, (4, 4)), torch.bfloat16) for unet in (fast, eager))
-    assert compiled() > 0
-    for name in ("output", "sample"):
-        assert float((found[name] - wanted[name]).norm()) < 0.03 * float(wanted[name].norm())
-
-
-def test_limits_of_compilation_are_raised_and_never_lowered(compiled):
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=100_000):
-        make_fast(make(ONE_LEVEL), compiled=True)
-        assert torch._dynamo.config.recompile_limit >= 1024
-        assert torch._dynamo.config.accumulated_recompile_limit == 100_000
-
-
-def test_compiled_code_is_kept_where_a_later_run_finds_it(compiled, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    make_fast(make(ONE_LEVEL), compiled=True)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "ldm-finetune" / "compiled")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/chosen")
-    make_fast(make(ONE_LEVEL), compiled=True)
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/chosen"
 
 
 # --- where it is used -------------------------------------------------------------------------------

@@ -34,17 +34,10 @@ def with_gradients(function, tensors: list[Any], dy: torch.Tensor) -> list[torch
     return [y, *torch.autograd.grad(y, needed, dy.to(y.dtype))]
 
 
-def cut(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """float64 `x` in another type. The interpreter cuts bf16's last bits off, where a GPU rounds."""
-    if dtype != torch.bfloat16:
-        return x.to(dtype)
-    return (x.float().view(torch.int32) & ~0xFFFF).view(torch.float32)
-
-
 def assert_rounded_once(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
     """Each is as near to what is exact as its type allows: nothing inside was rounded to that type."""
     for one, exact in zip(found, wanted, strict=True):
-        assert apart(one, exact) <= 1.01 * apart(cut(exact, one.dtype), exact) + 1e-6
+        assert apart(one, exact) <= 1.01 * apart(exact.to(one.dtype), exact) + 1e-6
 
 
 def in_float64(tensors: list[Any]) -> list[Any]:
@@ -76,7 +69,7 @@ def norm_of_torch(groups: int, silu: bool):
 
 
 def norm_of_ours(groups: int, silu: bool):
-    return lambda x, shift, weight, bias: kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)
+    return lambda x, shift, weight, bias: kernels.group_norm(x, shift, weight, bias, groups, 1e-5, silu)[1]
 
 
 def both_norms(inputs: list[Any], groups: int, silu: bool, seed: int = 9):
@@ -199,6 +192,141 @@ def test_samples_are_normalized_each_by_itself():
         assert torch.equal(norm_of_ours(2, True)(x, shift, *inputs[2:]), whole[index : index + 1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_gradient_of_the_map_itself_comes_along(dtype, normalized):
+    """What goes by the norm is added to what comes through it, once."""
+    inputs = norm_inputs((2, 8, 5, 3), dtype=dtype)
+    dx, dy = (torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(i)).to(dtype) for i in (1, 2))
+
+    def through(norm):
+        def compute(*tensors):
+            same, y = norm(*tensors)
+            return ((same * dx.to(same)).sum() + (y * dy.to(y)).sum() * normalized).to(same.dtype)
+
+        return compute
+
+    ours = with_gradients(
+        through(lambda x, *more: kernels.group_norm(x, *more, 2, 1e-5, True)), inputs, torch.ones(())
+    )
+    wanted = through(lambda x, *more: (x, norm_of_torch(2, True)(x, *more)))
+    exact = with_gradients(wanted, in_float64(inputs), torch.ones(()))
+    for one, other in zip(ours[1:], exact[1:], strict=True):
+        if normalized:
+            assert apart(one, other) < (1e-5 if dtype == torch.float32 else 5e-3)
+        else:
+            torch.testing.assert_close(one, other.to(one.dtype))
+
+
+# --- layer norm -----------------------------------------------------------------------------------
+
+
+def add_norm_of_torch(x, h, bias, weight, beta):
+    y = x if h is None else x + h if bias is None else x + h + bias
+    return y, F.layer_norm(y, y.shape[-1:], weight, beta, 1e-5)
+
+
+def both_add_norms(inputs: list[Any], seed: int = 9):
+    """[y, its norm, gradients...] of ours, and of torch in float64."""
+    dys = [torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed + i)) for i in (0, 1)]
+    found = []
+    for function, tensors in (
+        (lambda *all_: kernels.add_norm(*all_, 1e-5), inputs),
+        (add_norm_of_torch, in_float64(inputs)),
+    ):
+        y, n = function(*tensors)
+        needed = [x for x in tensors if x is not None and x.requires_grad]
+        given = [dy.to(inputs[0].dtype).to(y.dtype) for dy in dys]
+        gradients = torch.autograd.grad([y * 1, n], needed, given, allow_unused=True)
+        found.append([y, n, *gradients])
+    return found
+
+
+def add_norm_inputs(shape, *, added=True, biased=True, dtype=torch.float32, weights=torch.float32) -> list[Any]:
+    """x, h, bias, the norm's weight and bias."""
+    x, h = leaves(shape, shape if added else None, dtype=dtype)
+    bias, weight, beta = leaves(shape[-1:] if biased else None, shape[-1:], shape[-1:], dtype=weights, seed=1)
+    return [x, h, bias, weight, beta]
+
+
+@pytest.mark.parametrize(("added", "biased"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 5, 24),
+        (3, 7, 320),  # as Stable Diffusion's narrowest
+        (1, 1, 8),
+        (2, 1030, 4),  # more rows than a tile of 1,024, the last one not full
+        (2, 2, 3, 10),
+    ],
+    ids=str,
+)
+def test_add_norm_and_its_gradients_are_those_of_torch(shape, added, biased):
+    ours, wanted = both_add_norms(add_norm_inputs(shape, added=added, biased=biased))
+    assert len(ours) == 5 + added + biased
+    for one, other in zip(ours, wanted, strict=True):
+        assert one.is_contiguous()
+        assert apart(one, other) < 1e-5 or float(other.abs().max()) < 1e-6
+
+
+def test_rows_of_many_chunks_are_summed(monkeypatch):
+    """As of a batch that has more rows than programs."""
+    from finetune.models.fast.kernels import layer_norm
+
+    monkeypatch.setattr(layer_norm, "_PROGRAMS", 2)
+    monkeypatch.setattr(layer_norm, "_TILE", 64)
+    ours, wanted = both_add_norms(add_norm_inputs((3, 37, 16)))
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_add_norm_rounds_half_precision_once(dtype, weights):
+    """The sum, and then the norm of the rounded sum: what is kept is what is normalized."""
+    inputs = add_norm_inputs((2, 40, 32), dtype=dtype, weights=weights)
+    y, n = kernels.add_norm(*inputs, 1e-5)
+    exact, _ = add_norm_of_torch(*in_float64(inputs))
+    assert_rounded_once([y], [exact])
+    _, wanted = add_norm_of_torch(y.double(), None, None, *in_float64(inputs[3:]))
+    assert_rounded_once([n], [wanted])
+    ours, wanted = both_add_norms(inputs)
+    for one, other, given in zip(ours[2:], wanted[2:], inputs, strict=True):
+        assert one.dtype == given.dtype
+        assert apart(one, other) < 1e-2
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2, 3, 4), (3,), (0, 1)])
+def test_add_norm_of_what_needs_no_gradient(frozen):
+    inputs = add_norm_inputs((4, 12))
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    ours, wanted = both_add_norms(inputs)
+    assert len(ours) == 7 - len(frozen)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_add_norm_of_which_one_output_is_used(used):
+    inputs = add_norm_inputs((4, 12))
+    dy = torch.randn((4, 12), generator=torch.Generator().manual_seed(0))
+    ours = torch.autograd.grad(kernels.add_norm(*inputs, 1e-5)[used], inputs[:3], dy)
+    exact = in_float64(inputs)
+    wanted = torch.autograd.grad(add_norm_of_torch(*exact)[used], exact[:3], dy.double())
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_a_large_mean_of_tokens_costs_no_digits():
+    inputs = add_norm_inputs((6, 48))
+    with torch.no_grad():
+        inputs[0].add_(100.0)
+    ours, wanted = both_add_norms(inputs)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 2e-5
+
+
 # --- GEGLU ----------------------------------------------------------------------------------------
 
 
@@ -270,36 +398,7 @@ def test_geglu_of_views():
         assert apart(*(torch.autograd.grad(y.square().sum(), wide)[0] for y in (found, wanted))) < 1e-5
 
 
-# --- as torch's operators -------------------------------------------------------------------------
-
-# Fake tensors have no memory that the interpreter could read, so that the rest of `opcheck` needs a GPU.
-CHECKS = ("test_schema", "test_autograd_registration")
-
-
-@pytest.mark.parametrize("shifted", [False, True])
-def test_group_norm_keeps_the_rules_of_custom_operators(shifted):
-    inputs = norm_inputs((1, 8, 3, 3), shifted=shifted)
-    operator = torch.ops.ldm_finetune.group_norm.default
-    torch.library.opcheck(operator, (*inputs, 2, 1e-5, True), test_utils=CHECKS)
-    outputs = operator(*inputs, 2, 1e-5, True)
-    assert [one.requires_grad for one in outputs] == [True, False, False]
-    for one, function in zip(
-        outputs[1:], (lambda x: x.mean(-1), lambda x: (x.var(-1, correction=0) + 1e-5).rsqrt())
-    ):
-        x = inputs[0] + inputs[1][:, :, None, None] if shifted else inputs[0]
-        torch.testing.assert_close(one, function(x.reshape(1, 2, -1)))
-    backward = torch.ops.ldm_finetune.group_norm_backward.default
-    plain = [one if one is None else one.detach() for one in (*inputs, *outputs[1:])]
-    torch.library.opcheck(backward, (plain[0].clone(), *plain, True), test_utils=("test_schema",))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-def test_geglu_keeps_the_rules_of_custom_operators(biased):
-    inputs = leaves((5, 12), (12,) if biased else None)
-    torch.library.opcheck(torch.ops.ldm_finetune.geglu.default, tuple(inputs), test_utils=CHECKS)
-    plain = [one if one is None else one.detach() for one in inputs]
-    backward = torch.ops.ldm_finetune.geglu_backward.default
-    torch.library.opcheck(backward, (torch.ones(5, 6), *plain), test_utils=("test_schema",))
+# --- where they run -------------------------------------------------------------------------------
 
 
 def test_the_kernels_take_what_lies_where_they_run(monkeypatch):
@@ -328,6 +427,39 @@ def test_join_rounds_half_precision_once(dtype):
     x, h = (one.contiguous(memory_format=torch.channels_last) for one in (x, h))
     exact = x.double() + h.double() + bias.double()[:, None, None]
     assert_rounded_once([kernels.join(x, h, bias)], [exact])
+
+
+@pytest.mark.parametrize("seam", [False, True])
+@pytest.mark.parametrize("shape", [(2, 16, 4, 5), (1, 70, 40, 3), (3, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("added", [True, False])
+def test_gradients_of_join(shape, added, seam):
+    inputs = leaves(shape, shape if added else None, shape[1:2])
+    x, h, bias = in_float64(inputs)
+    ours = kernels.join(*inputs, seam=seam)
+    wanted = F.pad((x + h if added else x) + bias[:, None, None], (0, 1, 0, 1) if seam else (0, 0, 0, 0))
+    assert apart(ours, wanted) < 1e-6
+    dy = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3))
+    needed = [[one for one in each if one is not None] for each in (inputs, (x, h, bias))]
+    gradients = [torch.autograd.grad(y, each, dy.to(y)) for y, each in zip((ours, wanted), needed, strict=True)]
+    for one, other in zip(*gradients, strict=True):
+        assert apart(one, other) < 1e-6
+
+
+def test_a_bias_of_join_that_is_bf16_is_summed_in_float32():
+    x, h, bias = leaves((2, 4, 30, 30), (2, 4, 30, 30), (4,), dtype=torch.bfloat16)
+    (found,) = torch.autograd.grad(kernels.join(x, h, bias), bias, torch.ones_like(x))
+    assert found.dtype == torch.bfloat16 and found.tolist() == [1800.0] * 4
+
+
+@pytest.mark.parametrize("widths", [(6, 70), (64, 64), (3, 1)], ids=str)
+def test_cat_and_its_gradients_are_whole_maps(widths):
+    x, skip = leaves(*((2, width, 5, 9) for width in widths))
+    y = kernels.cat(x, skip)
+    assert torch.equal(y, torch.cat([x, skip], dim=1)) and y.is_contiguous(memory_format=torch.channels_last)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3))
+    gradients = torch.autograd.grad(y, (x, skip), dy)
+    for one, other in zip(gradients, dy.split(widths, dim=1), strict=True):
+        assert torch.equal(one, other) and one.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- softmax --------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Triton kernels; those for training are operators that `torch.compile` sees through. Importing needs Triton.
+"""Triton kernels with their gradients. Importing needs Triton.
 
-norm      group norm with a shift before it and SiLU after it
-geglu     GEGLU with its projection's bias
-join      the end of a residual block, forward alone
-softmax   of attention's scores, forward alone
+norm        group norm with a shift before it and SiLU after it
+layer_norm  the end of one residual branch and the layer norm before the next
+geglu       GEGLU with its projection's bias
+join        the end of a residual block; a skip connection taken up
+softmax     of attention's scores, forward alone
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import triton
 from torch import Tensor
 
 from finetune.models.fast.kernels.geglu import geglu
-from finetune.models.fast.kernels.join import join
+from finetune.models.fast.kernels.join import cat, join
+from finetune.models.fast.kernels.layer_norm import add_norm
 from finetune.models.fast.kernels.norm import group_norm
 from finetune.models.fast.kernels.softmax import softmax
 
-__all__ = ["geglu", "group_norm", "join", "softmax", "takes"]
+__all__ = ["add_norm", "cat", "geglu", "group_norm", "join", "softmax", "takes"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, by TRITON_INTERPRET=1: for tests
 

@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
 _ROWS, _TILE_R, _TILE_D, _WARPS = 256, 16, 128, 4
 
@@ -46,7 +45,8 @@ def _gate(x_R2D, bias_2D, y_RD, R, D,
 
 @triton.jit
 def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D,
-                   BIASED: tl.constexpr, ROWS: tl.constexpr, TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
+                   BIASED: tl.constexpr, SUMMED: tl.constexpr, ROWS: tl.constexpr,
+                   TR: tl.constexpr, TD: tl.constexpr):  # fmt: skip
     """The gradient of x; and of each feature its sum over a chunk of ROWS rows."""
     chunk, d = tl.program_id(0), tl.program_id(1) * TD + tl.arange(0, TD)
     first = chunk * ROWS
@@ -69,10 +69,10 @@ def _gate_gradient(x_R2D, bias_2D, dy_RD, dx_R2D, sums_N2D, R, D,
         dg = dy * a * (below + g * density)
         tl.store(dx_R2D + at, da.to(dx_R2D.dtype.element_ty), mask=there)
         tl.store(dx_R2D + at + D, dg.to(dx_R2D.dtype.element_ty), mask=there)
-        if BIASED:
+        if SUMMED:
             sum_a += da
             sum_g += dg
-    if BIASED:
+    if SUMMED:
         tl.store(sums_N2D + chunk * 2 * D + d, tl.sum(sum_a, 0), mask=d < D)
         tl.store(sums_N2D + chunk * 2 * D + D + d, tl.sum(sum_g, 0), mask=d < D)
 
@@ -84,46 +84,32 @@ def _grid(rows: int, features: int) -> tuple[int, int]:
 _TILE = {"ROWS": _ROWS, "TR": _TILE_R, "TD": _TILE_D, "num_warps": _WARPS}
 
 
-@triton_op("ldm_finetune::geglu", mutates_args={})
-def _geglu(x_R2D: Tensor, bias_2D: Tensor | None) -> Tensor:
-    rows, features = x_R2D.shape[0], x_R2D.shape[1] // 2
-    y_RD = torch.empty((rows, features), dtype=x_R2D.dtype, device=x_R2D.device)
-    bias = x_R2D if bias_2D is None else bias_2D  # never read where there is none
-    wrap_triton(_gate)[_grid(rows, features)](
-        x_R2D, bias, y_RD, rows, features, BIASED=bias_2D is not None, **_TILE
-    )
-    return y_RD
+class _GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_R2D: Tensor, bias_2D: Tensor | None) -> Tensor:
+        x_R2D = x_R2D.contiguous()
+        rows, features = x_R2D.shape[0], x_R2D.shape[1] // 2
+        y_RD = torch.empty((rows, features), dtype=x_R2D.dtype, device=x_R2D.device)
+        bias = x_R2D if bias_2D is None else bias_2D  # never read where there is none
+        _gate[_grid(rows, features)](x_R2D, bias, y_RD, rows, features, BIASED=bias_2D is not None, **_TILE)
+        ctx.save_for_backward(x_R2D, bias_2D)
+        return y_RD
 
-
-@triton_op("ldm_finetune::geglu_backward", mutates_args={})
-def _geglu_backward(dy_RD: Tensor, x_R2D: Tensor, bias_2D: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradient of x, and float32 [N, 2D] whose sum is the bias's (empty without one)."""
-    rows, features = dy_RD.shape
-    biased = bias_2D is not None
-    bias = x_R2D if bias_2D is None else bias_2D
-    dx_R2D = torch.empty_like(x_R2D)
-    chunks = triton.cdiv(rows, _ROWS)
-    sums_N2D = torch.empty((chunks if biased else 0, 2 * features), dtype=torch.float32, device=x_R2D.device)
-    wrap_triton(_gate_gradient)[_grid(rows, features)](
-        x_R2D, bias, dy_RD, dx_R2D, sums_N2D, rows, features, BIASED=biased, **_TILE
-    )
-    return dx_R2D, sums_N2D
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:
-    x_R2D, bias_2D = ctx.saved_tensors
-    needs_bias = ctx.needs_input_grad[1]
-    dx_R2D, sums_N2D = _geglu_backward(dy_RD.contiguous(), x_R2D, bias_2D)
-    return dx_R2D, sums_N2D.sum(0).to(bias_2D.dtype) if needs_bias else None
-
-
-torch.library.register_autograd("ldm_finetune::geglu", _gradients, setup_context=_keep)
+    @staticmethod
+    def backward(ctx: Any, dy_RD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x_R2D, bias_2D = ctx.saved_tensors
+        needs_bias = ctx.needs_input_grad[1]
+        rows, features = dy_RD.shape
+        dx_R2D = torch.empty_like(x_R2D)
+        chunks = triton.cdiv(rows, _ROWS) if needs_bias else 0
+        sums_N2D = torch.empty((chunks, 2 * features), dtype=torch.float32, device=x_R2D.device)
+        _gate_gradient[_grid(rows, features)](
+            x_R2D, x_R2D if bias_2D is None else bias_2D, dy_RD.contiguous(), dx_R2D, sums_N2D, rows, features,
+            BIASED=bias_2D is not None, SUMMED=needs_bias, **_TILE,
+        )  # fmt: skip
+        return dx_R2D, sums_N2D.sum(0).to(bias_2D.dtype) if needs_bias else None
 
 
 def geglu(x: Tensor, bias_2D: Tensor | None) -> Tensor:
     """The first half of (x + bias)'s features times the GELU of the second: [..., 2D] to [..., D], as x is."""
-    return _geglu(x.flatten(0, -2).contiguous(), bias_2D).unflatten(0, x.shape[:-1])
+    return _GEGLU.apply(x.flatten(0, -2), bias_2D).unflatten(0, x.shape[:-1])

@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
 
-_TILE_S, _TILE_C, _WARPS = 32, 64, 4
+_TILE_S, _TILE_C, _WARPS = 16, 64, 2
+_ROWS = 128  # of a chunk at least
 _CHUNKS = 64  # of a map's cells at most; each has its own moments
 
 
@@ -174,8 +174,9 @@ def _merge_sums(sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, S,
 
 
 @triton.jit
-def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BSC, S, C, CG, BG,
-              ROWS: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
+def _gradient(x_BSC, dy_BSC, further_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BSC,
+              S, C, CG, BG,
+              ROWS: tl.constexpr, ADDED: tl.constexpr, SHIFTED: tl.constexpr, SILU: tl.constexpr,
               TS: tl.constexpr, TC: tl.constexpr):  # fmt: skip
     sample, chunk, c = tl.program_id(0), tl.program_id(1), tl.program_id(2) * TC + tl.arange(0, TC)
     first = chunk * ROWS
@@ -183,6 +184,7 @@ def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means
     x_BSC += sample.to(tl.int64) * S * C
     dy_BSC += sample.to(tl.int64) * S * C
     dx_BSC += sample.to(tl.int64) * S * C
+    further_BSC += sample.to(tl.int64) * S * C
     mean_C, rstd_C, weight, bias = _of_channels(
         shift_BC, weight_C, bias_C, mean_BG, rstd_BG, sample, c, C, CG, SHIFTED
     )
@@ -201,126 +203,117 @@ def _gradient(x_BSC, dy_BSC, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, means
             gate = tl.sigmoid(u)
             du = du * gate * (1.0 + u * (1.0 - gate))
         dx = rstd_C[None, :] * (weight[None, :] * du - mean_du[None, :] - normal * mean_dun[None, :])
+        if ADDED:
+            dx += tl.load(further_BSC + at_SC, mask=there, other=0.0).to(tl.float32)
         tl.store(dx_BSC + at_SC, dx.to(dx_BSC.dtype.element_ty), mask=there)
+
+
+def _merged(of_group: int) -> dict[str, int]:
+    """Tiles of what merges: few kinds, since each is compiled."""
+    return {"TN": _CHUNKS, "TG": triton.next_power_of_2(of_group)}
 
 
 def _chunks(cells: int) -> tuple[int, int]:
     """(number of chunks, cells of one): enough programs for a GPU, few enough to merge in one."""
-    rows = max(4 * _TILE_S, triton.next_power_of_2(triton.cdiv(cells, _CHUNKS)))
+    rows = max(_ROWS, triton.next_power_of_2(triton.cdiv(cells, _CHUNKS)))
     return triton.cdiv(cells, rows), rows
 
 
-@triton_op("ldm_finetune::group_norm", mutates_args={})
-def _group_norm(
-    x_BCHW: Tensor, shift_BC: Tensor | None, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The map [B, C, H, W], channels-last in the dtype of `x_BCHW`, and float32 [B, groups] means and deviations.
+class _GroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_BCHW: Tensor,
+        shift_BC: Tensor | None,
+        weight_C: Tensor,
+        bias_C: Tensor,
+        groups: int,
+        eps: float,
+        silu: bool,
+    ) -> tuple[Tensor, Tensor]:
+        x_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x_BCHW.shape
+        cells, of_group = height * width, channels // groups
+        number, rows = _chunks(cells)
+        new = {"dtype": torch.float32, "device": x_BCHW.device}
+        y_BCHW = torch.empty_like(x_BCHW)  # keeps the layout
+        mean_BNC, m2_BNC = torch.empty((2, batch, number, channels), **new).unbind()  # type: ignore[call-overload]
+        mean_BG, rstd_BG = torch.empty((2, batch, groups), **new).unbind()  # type: ignore[call-overload]
+        shift = x_BCHW if shift_BC is None else shift_BC.contiguous()  # never read where there is none
+        shifted = shift_BC is not None
+        grid = (batch, number, triton.cdiv(channels, _TILE_C))
+        tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
+        _moments[grid](x_BCHW, shift, mean_BNC, m2_BNC, cells, channels, SHIFTED=shifted, **tile)
+        _merge[(batch, groups)](
+            mean_BNC, m2_BNC, mean_BG, rstd_BG, cells, channels, number, rows, eps, of_group, **_merged(of_group)
+        )
+        _normalize[grid](
+            x_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, y_BCHW, cells, channels, of_group,
+            SHIFTED=shifted, SILU=silu, **tile,
+        )  # fmt: skip
+        ctx.save_for_backward(x_BCHW, shift if shifted else None, weight_C, bias_C, mean_BG, rstd_BG)
+        ctx.silu = silu
+        ctx.set_materialize_grads(False)
+        return x_BCHW, y_BCHW
 
-    `x_BCHW` is channels-last, the others are contiguous.
-    """
-    batch, channels, height, width = x_BCHW.shape
-    cells, of_group = height * width, channels // groups
-    number, rows = _chunks(cells)
-    new = {"dtype": torch.float32, "device": x_BCHW.device}
-    y_BCHW = torch.empty_like(x_BCHW)  # keeps the layout
-    mean_BNC = torch.empty((batch, number, channels), **new)  # type: ignore[call-overload]
-    m2_BNC = torch.empty_like(mean_BNC)
-    mean_BG = torch.empty((batch, groups), **new)  # type: ignore[call-overload]
-    rstd_BG = torch.empty_like(mean_BG)
-    shift = x_BCHW if shift_BC is None else shift_BC  # never read where there is none
-    shifted = shift_BC is not None
-    grid = (batch, number, triton.cdiv(channels, _TILE_C))
-    tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
-    wrap_triton(_moments)[grid](x_BCHW, shift, mean_BNC, m2_BNC, cells, channels, SHIFTED=shifted, **tile)
-    merged = {"TN": triton.next_power_of_2(number), "TG": triton.next_power_of_2(of_group)}
-    wrap_triton(_merge)[(batch, groups)](
-        mean_BNC, m2_BNC, mean_BG, rstd_BG, cells, channels, number, rows, eps, of_group, **merged
-    )
-    wrap_triton(_normalize)[grid](
-        x_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, y_BCHW, cells, channels, of_group,
-        SHIFTED=shifted, SILU=silu, **tile,
-    )  # fmt: skip
-    return y_BCHW, mean_BG, rstd_BG
-
-
-@triton_op("ldm_finetune::group_norm_backward", mutates_args={})
-def _group_norm_backward(
-    dy_BCHW: Tensor,
-    x_BCHW: Tensor,
-    shift_BC: Tensor | None,
-    weight_C: Tensor,
-    bias_C: Tensor,
-    mean_BG: Tensor,
-    rstd_BG: Tensor,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the map and the shift (empty without one), and float32 [2, B, C] of bias and weight."""
-    batch, channels, height, width = x_BCHW.shape
-    groups = mean_BG.shape[1]
-    cells, of_group = height * width, channels // groups
-    number, rows = _chunks(cells)
-    new = {"dtype": torch.float32, "device": x_BCHW.device}
-    shifted = shift_BC is not None
-    shift = x_BCHW if shift_BC is None else shift_BC
-    sums_3BNC = torch.empty((3 if shifted else 2, batch, number, channels), **new)  # type: ignore[call-overload]
-    sums_2BC = torch.empty((2, batch, channels), **new)  # type: ignore[call-overload]
-    means_2BG = torch.empty((2, batch, groups), **new)  # type: ignore[call-overload]
-    dshift_BC = torch.empty((batch, channels) if shifted else (0,), **new)  # type: ignore[call-overload]
-    dx_BCHW = torch.empty_like(x_BCHW)
-    grid = (batch, number, triton.cdiv(channels, _TILE_C))
-    tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
-    stride = batch * number * channels
-    wrap_triton(_sums)[grid](
-        x_BCHW, dy_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC, cells, channels, of_group, stride,
-        SHIFTED=shifted, SILU=silu, **tile,
-    )  # fmt: skip
-    merged = {"TN": triton.next_power_of_2(number), "TG": triton.next_power_of_2(of_group)}
-    wrap_triton(_merge_sums)[(batch, groups)](
-        sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, cells, channels, number, stride,
-        batch * channels, batch * groups, of_group, SHIFTED=shifted, **merged,
-    )  # fmt: skip
-    wrap_triton(_gradient)[grid](
-        x_BCHW, dy_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BCHW, cells, channels, of_group,
-        batch * groups, SHIFTED=shifted, SILU=silu, **tile,
-    )  # fmt: skip
-    return dx_BCHW, dshift_BC, sums_2BC
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x_BCHW, shift_BC, weight_C, bias_C, _, _, silu = inputs
-    _, mean_BG, rstd_BG = output
-    ctx.mark_non_differentiable(mean_BG, rstd_BG)
-    ctx.save_for_backward(x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG)
-    ctx.silu = silu
-
-
-def _backward(ctx: Any, dy_BCHW: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG = ctx.saved_tensors
-    dy_BCHW = dy_BCHW.contiguous(memory_format=torch.channels_last)
-    dx_BCHW, dshift_BC, sums_2BC = _group_norm_backward(
-        dy_BCHW, x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG, ctx.silu
-    )
-    _, needs_shift, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-    return (
-        dx_BCHW,
-        dshift_BC.to(shift_BC.dtype) if needs_shift else None,
-        sums_2BC[1].sum(0).to(weight_C.dtype) if needs_weight else None,
-        sums_2BC[0].sum(0).to(bias_C.dtype) if needs_bias else None,
-        None,
-        None,
-        None,
-    )
-
-
-torch.library.register_autograd("ldm_finetune::group_norm", _backward, setup_context=_keep)
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, further_BCHW: Tensor | None, dy_BCHW: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        x_BCHW, shift_BC, weight_C, bias_C, mean_BG, rstd_BG = ctx.saved_tensors
+        added = further_BCHW is not None
+        dy_BCHW = torch.zeros_like(x_BCHW) if dy_BCHW is None else dy_BCHW
+        dy_BCHW = dy_BCHW.contiguous(memory_format=torch.channels_last)
+        further_BCHW = dy_BCHW if further_BCHW is None else further_BCHW
+        further_BCHW = further_BCHW.contiguous(memory_format=torch.channels_last)
+        batch, channels, height, width = x_BCHW.shape
+        groups = mean_BG.shape[1]
+        cells, of_group = height * width, channels // groups
+        number, rows = _chunks(cells)
+        new = {"dtype": torch.float32, "device": x_BCHW.device}
+        shifted = shift_BC is not None
+        shift = x_BCHW if shift_BC is None else shift_BC
+        sums_3BNC = torch.empty((3 if shifted else 2, batch, number, channels), **new)  # type: ignore[call-overload]
+        sums_2BC = torch.empty((2, batch, channels), **new)  # type: ignore[call-overload]
+        means_2BG = torch.empty((2, batch, groups), **new)  # type: ignore[call-overload]
+        dshift_BC = torch.empty((batch, channels) if shifted else (0,), **new)  # type: ignore[call-overload]
+        dx_BCHW = torch.empty_like(x_BCHW)
+        grid = (batch, number, triton.cdiv(channels, _TILE_C))
+        tile = {"ROWS": rows, "TS": _TILE_S, "TC": _TILE_C, "num_warps": _WARPS}
+        stride = batch * number * channels
+        _sums[grid](
+            x_BCHW, dy_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, sums_3BNC, cells, channels, of_group,
+            stride, SHIFTED=shifted, SILU=ctx.silu, **tile,
+        )  # fmt: skip
+        _merge_sums[(batch, groups)](
+            sums_3BNC, weight_C, rstd_BG, sums_2BC, means_2BG, dshift_BC, cells, channels, number, stride,
+            batch * channels, batch * groups, of_group, SHIFTED=shifted, **_merged(of_group),
+        )  # fmt: skip
+        _gradient[grid](
+            x_BCHW, dy_BCHW, further_BCHW, shift, weight_C, bias_C, mean_BG, rstd_BG, means_2BG, dx_BCHW, cells,
+            channels, of_group, batch * groups, ADDED=added, SHIFTED=shifted, SILU=ctx.silu, **tile,
+        )  # fmt: skip
+        _, needs_shift, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        sums_2C = sums_2BC.sum(1) if needs_weight or needs_bias else sums_2BC
+        return (
+            dx_BCHW,
+            dshift_BC.to(shift_BC.dtype) if needs_shift else None,
+            sums_2C[1].to(weight_C.dtype) if needs_weight else None,
+            sums_2C[0].to(bias_C.dtype) if needs_bias else None,
+            None,
+            None,
+            None,
+        )
 
 
 def group_norm(
     x_BCHW: Tensor, shift_BC: Tensor | None, weight_C: Tensor, bias_C: Tensor, groups: int, eps: float, silu: bool
-) -> Tensor:
-    """Normalized `x_BCHW + shift_BC` times weight plus bias, then SiLU: [B, C, H, W], channels-last, as x is.
+) -> tuple[Tensor, Tensor]:
+    """(x, SiLU of normalized `x_BCHW + shift_BC` times weight plus bias), both channels-last in the dtype of x.
+
+    Go on with the first where x is used further: its gradient then comes along with the norm's.
 
     Args:
-        x_BCHW: channels-last; shift_BC: contiguous. Both float32, bfloat16 or float16.
+        x_BCHW, shift_BC: float32, bfloat16 or float16; weight_C, bias_C: contiguous.
     """
-    return _group_norm(x_BCHW, shift_BC, weight_C, bias_C, groups, eps, silu)[0]
+    return _GroupNorm.apply(x_BCHW, shift_BC, weight_C, bias_C, groups, eps, silu)
