@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 
 from finetune import UserError
 from finetune.config import Config, compose
@@ -14,8 +13,7 @@ usage: finetune doctor [KEY=VALUE ...]
 
 Look, in about a minute, at whether `finetune train` with the same settings will run here: agreement of all ranks,
 equal weights, distinct data, the learning rate, save and resume in run.dir, bandwidth, memory, versions.
-Start it as the run will be started. It makes two real steps, and leaves nothing behind. On GPUs these are not
-compiled, which would take minutes: with model.fast=true they are, and the memory measured is the run's own.
+Start it as the run will be started. It makes two real steps, and leaves nothing behind.
 
 examples:
   finetune doctor experiment=smoke data.shards=LATENTS run.dir=runs/smoke
@@ -48,13 +46,10 @@ def _main(argv: list[str]) -> int:
     if unknown := [word for word in argv if word.startswith("-")]:
         raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune doctor --help")
     config, composed = compose("train", argv, Config)
-    uncompiled = config.model.fast and not any(re.match(r"\+*model\.fast=", word) for word in argv)
-    if uncompiled:
-        config.model.fast = composed.model.fast = False
     quiet_libraries()
     from finetune.doctor import examine
 
-    return examine.run(config, composed, rank, size, uncompiled=uncompiled)
+    return examine.run(config, composed, rank, size)
 
 
 def _number(name: str, default: int) -> int:

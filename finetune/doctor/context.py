@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from finetune.build import OUT_OF_MEMORY
 from finetune.config import Config
 from finetune.distributed import World
 from finetune.doctor.board import Board, Outcome
@@ -24,7 +23,7 @@ LIMITS_S = {
     "network": 120.0,
     "data": 300.0,
     "build": 1200.0,  # a large model from a slow disk
-    "steps": 600.0,  # the first one may compile
+    "steps": 600.0,  # the first one may compile kernels
     "save": 1200.0,
     "weights": 300.0,
 }
@@ -43,7 +42,6 @@ class Context:
         peak_bytes, reserved_bytes: on this rank's GPU while steps were made, of tensors and with torch's reserve.
         checkpoint_bytes, snapshot_bytes: what a checkpoint, and the averages that are kept of it, take on the disk.
         apart: config keys whose values differ among the ranks.
-        uncompiled: the run's U-Net is compiled (`model.fast`), and the one examined here is not.
     """
 
     config: Config
@@ -61,7 +59,6 @@ class Context:
     checkpoint_bytes: int = 0
     snapshot_bytes: int = 0
     apart: list[str] = field(default_factory=list)
-    uncompiled: bool = False
 
     def exchange(
         self, kind: str, name: str, function: Callable[[], Any], *, collective: bool = False
@@ -72,13 +69,6 @@ class Context:
     def joined(self) -> World:
         assert self.world is not None
         return self.world
-
-    def out_of_memory(self) -> str:
-        """What to do when the device's memory is full."""
-        measure = (
-            "model.fast=true measures what the run itself needs, which is less; or " if self.uncompiled else ""
-        )
-        return f"{measure}{OUT_OF_MEMORY}"
 
     def named(self, ranks: Sequence[int]) -> str:
         """Ranks with their hosts, where there are several."""

@@ -24,11 +24,8 @@ _NEED_DATA = ("model", "strategy", "weights", "samples", "learning rate", "steps
 Tidy = list[Callable[[], None]]
 
 
-def run(config: Config, composed: DictConfig, rank: int, size: int, *, uncompiled: bool = False) -> int:
+def run(config: Config, composed: DictConfig, rank: int, size: int) -> int:
     """All checks of one configuration; prints the table on rank 0 and returns the exit code.
-
-    Args:
-        uncompiled: `model.fast` is off here alone, not in the run.
 
     Raises:
         UserError: values out of range, or a run folder that is in use.
@@ -47,7 +44,7 @@ def run(config: Config, composed: DictConfig, rank: int, size: int, *, uncompile
     try:
         with Board(rank, size, launch.host_name(), broken) as board:
             try:
-                context = Context(config, composed, board, rank, size, Path(config.run.dir), uncompiled=uncompiled)
+                context = Context(config, composed, board, rank, size, Path(config.run.dir))
                 examine(context, rows, tidy)
                 rows += _of_others(context, rows)
             finally:

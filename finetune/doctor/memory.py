@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from finetune.build import OUT_OF_MEMORY
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
 from finetune.loop import Parts
@@ -152,16 +153,15 @@ def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:
         return Row("memory", OK, f"on the CPU: estimated a rank, without activations: {seen[0]['text']}")
     worst = max(range(len(seen)), key=lambda rank: seen[rank]["peak"] / seen[rank]["capacity"])
     it = seen[worst]
-    steps = "of uncompiled steps " if context.uncompiled else ""
     text = (
-        f"estimated {size_text(it['device'])} a GPU without activations ({it['text']}); measured peak {steps}"
+        f"estimated {size_text(it['device'])} a GPU without activations ({it['text']}); measured peak "
         f"{size_text(it['peak'])} of {size_text(it['capacity'])} on {context.named([worst])} "
         f"({size_text(it['reserved'])} with torch's reserve)"
     )
     if it["peak"] > it["capacity"] or it["device"] > it["capacity"]:
-        return Row("memory", FAIL, text, context.out_of_memory())
+        return Row("memory", FAIL, text, OUT_OF_MEMORY)
     if it["peak"] > _TIGHT * it["capacity"]:
-        return Row("memory", WARN, f"{text}: tight, other pictures or samples may not fit", context.out_of_memory())
+        return Row("memory", WARN, f"{text}: tight, other pictures or samples may not fit", OUT_OF_MEMORY)
     return Row("memory", OK, text)
 
 

@@ -16,12 +16,10 @@ from finetune.distributed import DataParallel, ZeRO
 from finetune.doctor.context import Context, odd_ones, settle, skipped
 from finetune.doctor.memory import whole_numel
 from finetune.doctor.table import FAIL, OK, WARN, Row
-from finetune.models import fast
 from finetune.tracking import wandb_mode
 
 _READ_SECONDS = 1.0
 _MARGIN = 1.3  # readers must be that much faster than the steps
-_FAST_GAIN = 2.0  # at most, of a compiled U-Net over the steps of an eager one
 _FAR_STEP = 10  # of whose samples no page was read by the steps
 
 
@@ -86,17 +84,8 @@ def build_rows(context: Context) -> list[Row]:
     every = sum(whole_numel(parameter) for parameter in parts.strategy.module.parameters())
     trained = sum(shard.shape.numel() for shard in parts.strategy.shards)
     text = f"{every / 1e6:.1f} M weights, {trained / 1e6:.1f} M trained; built in {outcomes[0].value:.0f} s"
-    rows = [Row("model", OK, text), *_compiling_rows(context), *strategy_rows(context)]
+    rows = [Row("model", OK, text), *strategy_rows(context)]
     return rows + [Row("note", WARN, notice, "only if that is not what you want") for notice in parts.notices]
-
-
-def _compiling_rows(context: Context) -> list[Row]:
-    """That the steps here are not compiled, where the run's are; settles `context.uncompiled`."""
-    context.uncompiled &= fast.available(context.joined().device) and not fast.missing()
-    if not context.uncompiled:
-        return []
-    text = "off here, as compiling takes minutes: these steps are slower and need more memory than the run's"
-    return [Row("model.fast", OK, f"{text}; model.fast=true compiles them")]
 
 
 def strategy_rows(context: Context) -> list[Row]:
@@ -160,9 +149,6 @@ def reading_rows(context: Context) -> list[Row]:
     reading = min(speeds) * context.size  # all ranks wait for the slowest reader
     wanted = context.config.train.global_batch / step if step else 0.0
     text = f"{reading:.0f} samples/s can be read, the steps take {wanted:.1f} images/s"
-    if context.uncompiled:
-        wanted *= _FAST_GAIN
-        text += f", compiled ones up to {wanted:.1f}"
     if reading < _MARGIN * wanted:
         slow = min(range(context.size), key=lambda rank: speeds[rank])
         return [Row("reading", WARN, f"{text} (slowest: {context.named([slow])})", remedy)]

@@ -164,7 +164,7 @@ def step_rows(context: Context) -> list[Row]:
 
     outcomes_steps = context.exchange("steps", "two steps", go, collective=True)
     memory = any(outcome.memory for outcome in outcomes_steps)
-    remedy = context.out_of_memory() if memory else "see what it says; finetune train would fail so"
+    remedy = build.OUT_OF_MEMORY if memory else "see what it says; finetune train would fail so"
     if failed := context.failures("steps", outcomes_steps, remedy):
         context.parts = None  # a step that broke leaves gradients and hooks in any state
         return rows + failed + skipped(names[1:3], "the steps failed")
