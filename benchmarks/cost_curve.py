@@ -1,15 +1,15 @@
 """What the space costs that a diffusion model works in: pixels (f = 1) and latents of f = 2 to 32.
 
     python -m benchmarks.cost_curve --out benchmarks/results/cost_curve.jsonl        # one GPU, below 5 minutes
-    python -m benchmarks.cost_curve --factors 4,8 --compiled --seconds 20
+    python -m benchmarks.cost_curve --factors 4,8 --fast --seconds 20
     python -m benchmarks.cost_curve                                                  # on a CPU: tiny shapes
-    python -m benchmarks.cost_curve --quality shards --minutes 2 --compiled --out FILE  # see `cost_quality`
+    python -m benchmarks.cost_curve --quality shards --minutes 2 --fast --out FILE  # see `cost_quality`
 
 Class-conditional U-Nets of about 395M parameters for pictures of 256 px (Rombach et al. 2022, arXiv 2112.10752,
 section 4.1 and table 13), random weights, latents and classes. Training is `finetune train`'s step as
 `benchmarks.train_speed` measures it: AdamW, float32 weights under bf16 autocast, eager as with `model.fast=false`,
-since compiling six models takes longer than all the rest; with `--compiled` as by default on a GPU. Latents are
-given: encoding happens once, before. A batch that does not fit is halved until it does.
+or with `--fast` as by default on a GPU. Latents are given: encoding happens once, before. A batch that does not fit
+is halved until it does.
 
 images_per_s         of training; `of_peak` of a bf16 product's rate in the same call, `memory_gib` at that batch
 gib_per_image        of it what is above weights, moments and all else that is there between steps, by image
@@ -93,12 +93,12 @@ def sampling(unet: nn.Module, vae: AutoencoderKL | None, shape: str, batch: int,
     return {"sample_images_per_s": batch / (done - started), "decoder_share": (done - drawn) / (done - started)}
 
 
-def training(work: Work, device: torch.device, seconds: float, compiled: bool) -> tuple[dict[str, Any], nn.Module]:
+def training(work: Work, device: torch.device, seconds: float, is_fast: bool) -> tuple[dict[str, Any], nn.Module]:
     """(what `train_speed.measure` says, the model)."""
     what: list[Trained] = []
 
     def make() -> Any:
-        what.append(trained(work, device, is_fast=compiled, ema=False))
+        what.append(trained(work, device, is_fast=is_fast, ema=False))
         return stepping(work, device, what[0])
 
     measured = measure(make, seconds, device)
@@ -115,7 +115,7 @@ def curve_point(factor: int, arguments: argparse.Namespace, device: torch.device
     work = Work(shape, arguments.batch or (2 if tiny else BATCHES[factor]))
     while True:
         try:
-            measured, unet = training(work, device, arguments.seconds, arguments.compiled)
+            measured, unet = training(work, device, arguments.seconds, arguments.fast)
             break
         except torch.OutOfMemoryError:
             if work.batch == 1:
@@ -226,13 +226,13 @@ def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> 
         count=arguments.pictures,
         ddim=arguments.ddim,
         batch=arguments.batch or (256 if on_gpu else 8),
-        compiled=arguments.compiled,
+        is_fast=arguments.fast,
         shrink=1 if on_gpu else 8,
         seed=arguments.seed,
     )
     rows = []
     for factor in arguments.factors:
-        row: dict[str, Any] = {"work": "cost_quality", "variant": "compiled" if arguments.compiled else "eager"}
+        row: dict[str, Any] = {"work": "cost_quality", "variant": "fast" if arguments.fast else "eager"}
         row |= {"factor": factor, "pixels": cost_quality.PIXELS, "precision": "bf16" if on_gpu else "fp32"}
         try:
             row |= measure.of(factor, given.get(str(factor)))
@@ -255,7 +255,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="images of a step, halved until they fit (default: by f)")
     parser.add_argument("--seconds", type=float, default=8.0 if on_gpu else 0.1, help="timed training of each f")
     parser.add_argument("--ddim", type=int, default=50 if on_gpu else 4, help="steps of sampling")
-    parser.add_argument("--compiled", action="store_true", help="fast U-Nets, as by default on a GPU")
+    parser.add_argument("--fast", action="store_true", help="fast U-Nets, as by default on a GPU")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well, and plotted beside it")
     quality = parser.add_argument_group("quality at equal time, on pictures (see benchmarks.cost_quality)")
     quality.add_argument(
@@ -295,7 +295,7 @@ def main() -> None:
             cost_quality.draw(rows, arguments.out.with_suffix(".quality.png"), measured_on["hardware"])
         return
     for factor in arguments.factors:
-        row: dict[str, Any] = {"work": "cost_curve", "variant": "compiled" if arguments.compiled else "eager"}
+        row: dict[str, Any] = {"work": "cost_curve", "variant": "fast" if arguments.fast else "eager"}
         row |= {"factor": factor, "pixels": 256 if on_gpu else 128, "precision": "bf16"}
         try:
             row |= curve_point(factor, arguments, device)

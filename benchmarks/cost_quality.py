@@ -3,7 +3,7 @@
 `python -m benchmarks.cost_curve --quality SHARDS` runs it. For each f the first stage is trained (`finetune
 autoencoder`, L1 and KL alone) or taken and pictures are encoded (`data-tools encode`; `--vae none` for f = 1). Then
 an unconditional U-Net of 20M parameters learns epsilon for the same time on the clock, by `finetune train`'s step.
-Neither what comes before counts, nor compiling: a first stage is made once for many models.
+Neither what comes before counts, nor warming up: a first stage is made once for many models.
 
 frechet              squared Frechet distance (Heusel et al. 2017, arXiv 1706.08500) of drawn pictures to all real
                      ones, over the 64 features before the last layer of a classifier trained here on the real
@@ -215,7 +215,7 @@ def learn(
     seconds: float,
     batch: int,
     device: torch.device,
-    compiled: bool,
+    is_fast: bool,
     seed: int,
 ) -> tuple[nn.Module, LatentSpace, dict[str, Any]]:
     """(the U-Net with averaged weights, its latent space, what there is to say of the training)."""
@@ -229,7 +229,7 @@ def learn(
     data = Data([samples], buckets, order, [], space)
     loader = data.loader(seed=seed, micro_batch=batch, readers=2, pin=device.type == "cuda")
     unet = build_unet(config, seed=seed).train()
-    is_fast = compiled and fast.available(device)
+    is_fast = is_fast and fast.available(device)
     if is_fast:
         unet.to(memory_format=torch.channels_last)
         fast.make_fast(unet)
@@ -248,7 +248,7 @@ def learn(
     average = Average.starting_at([shard.master for shard in strategy.shards], HalfLife(HALFLIFE_IMAGES, 0.05))
     step = stepping(strategy, model, iter(loader), batch, [average], lr=LR)
     wait = waiter(device)
-    for _ in range(10):  # compiles
+    for _ in range(10):  # warms up
         step()
     wait()
     started, steps, losses = time.perf_counter(), 0, []
@@ -318,12 +318,12 @@ class Quality:
         count: int,
         ddim: int,
         batch: int,
-        compiled: bool,
+        is_fast: bool,
         shrink: int,
         seed: int = SEED,
     ) -> None:
         self.shards, self.kept, self.seconds, self.stage_steps = shards, kept, seconds, steps[1]
-        self.count, self.ddim, self.batch, self.compiled, self.shrink = count, ddim, batch, compiled, shrink
+        self.count, self.ddim, self.batch, self.is_fast, self.shrink = count, ddim, batch, is_fast, shrink
         self.seed = seed
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.pixels, labels = read_pictures(shards)
@@ -348,7 +348,7 @@ class Quality:
         encoder = ShardSet.open(latents, "latents").manifest.encoder
         assert encoder is not None
         config = unet_config(factor, encoder.channels, self.shrink)
-        unet, space, said = learn(latents, config, self.seconds, self.batch, self.device, self.compiled, self.seed)
+        unet, space, said = learn(latents, config, self.seconds, self.batch, self.device, self.is_fast, self.seed)
         size = PIXELS // factor
         seeds = range(self.seed * self.count, (self.seed + 1) * self.count)
         images = drawn(unet, vae, space, (encoder.channels, size, size), seeds, self.ddim)

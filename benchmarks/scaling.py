@@ -6,7 +6,7 @@
     python -m benchmarks.scaling --draw benchmarks/results/scaling.jsonl    # table and plot of what is there
 
 Each variant runs in processes of its own, one a GPU, with step, loader and defaults of `finetune train`: bf16,
-compiled under DDP on a GPU. Weights are random; latents and states of captions are random too, written as real
+and `model.fast` on a GPU. Weights are random; latents and states of captions are random too, written as real
 shards on local disk, dropped from the page cache before each variant and read by the real loader. (SDXL's states
 are read as well here, where `finetune train` computes them, and its added conditions are fixed tensors.)
 
@@ -233,7 +233,7 @@ def worker(job: Job) -> None:
     def step() -> None:
         waits.append(train().data_seconds)
 
-    for _ in range(BLOCK):  # compiles
+    for _ in range(BLOCK):  # warms up
         step()
     waiter(world.device)()
     setup_s = time.perf_counter() - started

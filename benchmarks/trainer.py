@@ -10,7 +10,7 @@ trainer  the command: shards on local disk, learning rate, an average of the wei
 
 Weights are random; the text encoder is one small layer and trained as well. Each runs in a process of its own;
 `of_bare` is the trainer's rate over the bare step's. The trainer's is that of its lines in metrics.jsonl but the
-first, which has the compiling in it.
+first, which has the warming up in it.
 """
 
 from __future__ import annotations

@@ -290,7 +290,7 @@ def test_a_batch_that_does_not_fit_is_halved(monkeypatch):
     monkeypatch.setattr(cost_curve, "training", training)
     monkeypatch.setattr(cost_curve, "sampling", lambda *_: {})
     monkeypatch.setattr(cost_curve, "tflop", lambda _: 1.0)
-    given = argparse.Namespace(batch=13, seconds=0.0, compiled=False, ddim=1)
+    given = argparse.Namespace(batch=13, seconds=0.0, fast=False, ddim=1)
     row = cost_curve.curve_point(1, given, torch.device("cpu"))
     assert tried == [13, 6, 3] and (row["batch"], row["images_per_s"]) == (3, 6.0)
 
