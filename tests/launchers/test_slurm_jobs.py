@@ -231,6 +231,17 @@ def test_a_signal_that_a_node_cannot_hear_yet_is_not_lost(slurm: Cluster, tmp_pa
         assert "trying again" not in job.text()
 
 
+def test_a_job_that_a_signal_ends_at_each_start_is_not_requeued_for_ever(slurm: Cluster, tmp_path: Path) -> None:
+    ended = tmp_path / "ended"
+    ended.write_text("#!/bin/bash\nkill -TERM $$\n")
+    ended.chmod(0o755)
+    # Slurm says nothing of restarts before the first, so that what is said here stays.
+    job = Job.submit(slurm, tmp_path / "run", [], LDM_FINETUNE_PYTHON=str(ended), SLURM_RESTART_COUNT="10")
+    assert job.end() == "FAILED"
+    assert job.state()["Restarts"] == "0"
+    assert "restarted 10 times: not requeued; submit the same command again" in job.text()
+
+
 def test_a_cancelled_job_saves_and_does_not_rise_again(slurm: Cluster, tmp_path: Path, stand_in: Path) -> None:
     job = Job.submit(slurm, tmp_path / "run", [], "--nodes=2", LDM_FINETUNE_PYTHON=str(stand_in))
     job.until(lambda: job.text().count("started: ") == 2, "start on both nodes")
