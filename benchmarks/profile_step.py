@@ -26,16 +26,16 @@ from benchmarks.train_speed import MAKERS, WORKS
 
 # The first that fits, in lower case.
 CLASSES = {
-    "attention": r"flash|fmha|sdpa|attention|softmax",
+    "attention": r"flash|fmha|sdpa|attention|softmax|compute_dot_do_o|convert_dq",
     "layout copies": r"nchwtonhwc|nhwctonchw",
     "group norm": r"^_(moments|merge|normalize|sums|merge_sums|gradient)$|groupnorm|group_norm|rowwisemoments",
     "GEGLU": r"^_gate|gelu",
-    "ends of blocks": r"^_join$",
-    "joined maps": r"catarray|fused_cat",
+    "layer norm": r"layer_norm|layernorm|^_add_norm",
+    "ends of blocks": r"^_join$|^_column_sums$",
+    "joined maps": r"catarray|fused_cat|^_cat$",
     "convolutions": r"conv|fprop|dgrad|wgrad|implicit_gemm|xmma",
     "matrix products": r"gemm|nvjet|cutlass|addmm|\bmm\b|bmm|splitk|cublas",
     "optimizer": r"multi_tensor|fusedadam|foreach|adam|lpnorm",
-    "layer norm": r"layer_norm|layernorm",
     "fused by inductor: reductions": r"triton_(red|per)",
     "fused by inductor: pointwise": r"triton_poi",
     "copies": r"memcpy|memset|copy",
