@@ -88,10 +88,13 @@ def test_a_step_is_profiled_by_class_of_kernel(tmp_path, monkeypatch, capsys):
     [
         ("_normalize", "group norm"),
         ("_gate_gradient", "GEGLU"),
+        ("_add_norm_gradient", "layer norm"),
         ("_join", "ends of blocks"),
+        ("_cat", "joined maps"),
         ("_softmax", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),
         ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("void cudnn::fusion::convert_dq_to_16bits<true>(void const*)", "attention"),
         ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_NNT", "matrix products"),
         ("void cudnn::ops::nchwToNhwcKernel<float>", "layout copies"),
         ("void at::native::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
