@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from diffusers.models.resnet import ResnetBlock2D
-from torch import Tensor
+from torch import nn
 
 from finetune import UserError, rng
 from finetune.autoencoder.config import AutoencoderConfig, Config
@@ -17,7 +17,7 @@ from finetune.autoencoder.discriminator import Adversary, PatchDiscriminator, sm
 from finetune.autoencoder.features import FeatureNetwork
 from finetune.autoencoder.lpips import SMALLEST_SIDE, Lpips, read_lpips
 from finetune.autoencoder.pictures import Pictures
-from finetune.autoencoder.zero import ShardedAdamW
+from finetune.autoencoder.zero import ShardedAdamW, trained_weights
 from finetune.distributed import World
 from finetune.models.autoencoder import FirstStage, Pixels, load_autoencoder
 from finetune.models.sources import weights_sha256
@@ -128,14 +128,15 @@ def build_features(config: Config, pictures: Pictures, device: torch.device) -> 
 
 
 def build_optimizer(
-    config: Config, parameters: Mapping[str, Tensor], world: World, *, lr: float, betas: tuple[float, float]
+    config: Config, model: nn.Module, world: World, *, lr: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW of all `parameters` on every process, or under ZeRO-1 of this process's share."""
+    """AdamW of all trained weights on every process, or under ZeRO of this process's share."""
     settings: dict[str, Any] = {"lr": lr, "betas": betas, "eps": config.optim.eps, "fused": True}
     settings["weight_decay"] = config.optim.weight_decay
     if config.strategy.kind == "zero":
-        return ShardedAdamW(parameters, world, **settings)
-    return torch.optim.AdamW(parameters.values(), **settings)
+        offload = config.strategy.offload == "cpu"
+        return ShardedAdamW(model, world, stage=config.strategy.stage, offload=offload, **settings)
+    return torch.optim.AdamW(trained_weights(model).values(), **settings)
 
 
 def build_adversary(config: Config, world: World) -> Adversary | None:
@@ -148,8 +149,7 @@ def build_adversary(config: Config, world: World) -> Adversary | None:
     if config.train.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     betas = loss.discriminator_beta1, loss.discriminator_beta2
-    named = dict(model.named_parameters())
-    optimizer = build_optimizer(config, named, world, lr=loss.discriminator_lr or optim.lr, betas=betas)
+    optimizer = build_optimizer(config, model, world, lr=loss.discriminator_lr or optim.lr, betas=betas)
     return Adversary(model, optimizer, loss.discriminator_weight, world)
 
 

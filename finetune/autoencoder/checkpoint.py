@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
-from finetune.autoencoder.zero import Moments
+from finetune.autoencoder.zero import Moments, ShardedAdamW
 from finetune.checkpoint import find_fault, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
@@ -33,6 +33,13 @@ from finetune.models.weight_files import write_weights
 from finetune.runs import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+
+class Trained(NamedTuple):
+    """A model as it is saved: all its weights, and the moments of those that are trained."""
+
+    weights: Mapping[str, Tensor]
+    moments: Moments
 
 
 def checkpoint_dir(run: Path, step: int) -> Path:
@@ -49,10 +56,9 @@ def write_vae(folder: Path, vae: FirstStage, weights: Mapping[str, Tensor]) -> N
 def save(
     run: Path,
     vae: FirstStage,
+    trained: Trained,
     average: Mapping[str, Tensor] | None,
-    moments: Moments,
-    adversary: Adversary | None,
-    adversary_moments: Moments,
+    judge: Trained | None,
     *,
     step: int,
     images_seen: int,
@@ -62,8 +68,7 @@ def save(
     """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
 
     Args:
-        moments, adversary_moments: of all trained parameters (`whole_moments`).
-        adversary: the discriminator, when it has made a step.
+        average: of all weights, where there is one; judge: the discriminator, when it has made a step.
 
     Raises:
         UserError: the disk is full or refuses; the checkpoints before this one stay.
@@ -71,16 +76,14 @@ def save(
     final = checkpoint_dir(run, step)
     temporary = final.with_name(f".tmp-{final.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    parameters = dict(vae.named_parameters())
     try:
-        write_vae(temporary / "weights" / "vae", vae, parameters)
+        write_vae(temporary / "weights" / "vae", vae, trained.weights)
         if average is not None:
             write_vae(temporary / "ema" / "vae", vae, average)
-        _save_moments(temporary / "optimizer", moments)
-        if adversary is not None:
-            _save_moments(temporary / "discriminator", adversary_moments)
-            judging = dict(adversary.model.named_parameters())
-            _save_tensors(temporary / "discriminator" / "weights.safetensors", judging)
+        _save_moments(temporary / "optimizer", trained.moments)
+        if judge is not None:
+            _save_moments(temporary / "discriminator", judge.moments)
+            _save_tensors(temporary / "discriminator" / "weights.safetensors", judge.weights)
         write_record(temporary, {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)})
         publish(temporary, final)
     except (OSError, SafetensorError) as error:
@@ -182,10 +185,8 @@ def _restore_moments(
     """What `_save_moments` wrote, of an optimizer that had made `steps` steps: those of its own parameters."""
     moments = {part: load_file(folder / f"{part}.safetensors") for part in MOMENTS}
     fused = any(group.get("fused") for group in optimizer.param_groups)
-    own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in parameters.items():
-        if parameter not in own:
-            continue
+    holders = optimizer.masters if isinstance(optimizer, ShardedAdamW) else parameters
+    for name, parameter in holders.items():
         # AdamW keeps its step counter on the CPU unless it is fused.
         counter = torch.tensor(float(steps), device=parameter.device if fused else "cpu")
         optimizer.state[parameter] = {

@@ -142,9 +142,6 @@ def load(overrides: Sequence[str]) -> tuple[Config, DictConfig]:
     Raises:
         UserError: an unknown key or choice, a value of the wrong type or out of range, a missing value.
     """
-    for word in overrides:
-        if word in ("strategy=zero2", "strategy=zero3", "strategy=zero3_offload"):
-            raise _splits_too_much(word)
     config, composed = compose(NAME, overrides, Config, FOLDER)
     _check_values(config)
     return config, composed
@@ -193,10 +190,12 @@ def _check_values(config: Config) -> None:
             "tracker.mode": (config.tracker.mode, ("auto", "online", "offline")),
         }
     )
-    if config.strategy.offload != "none":
-        raise _splits_too_much(f"strategy.offload={config.strategy.offload}")
-    if config.strategy.kind == "zero" and config.strategy.stage != 1:
-        raise _splits_too_much(f"strategy.stage={config.strategy.stage}")
+    if config.strategy.kind == "zero":
+        require({"strategy.stage": config.strategy.stage}, lambda stage: stage in (1, 2, 3), "must be 1, 2 or 3")
+    elif config.strategy.offload != "none":
+        raise UserError(
+            f"strategy.offload={config.strategy.offload} needs ZeRO: choose strategy=zero1, zero2 or zero3"
+        )
     for channels in model.block_out_channels:
         if channels < 1 or channels % model.norm_num_groups:
             raise UserError(
@@ -209,13 +208,6 @@ def _check_values(config: Config) -> None:
         )
     if not model.block_out_channels:
         raise UserError("model.block_out_channels is empty: give one width for each resolution")
-
-
-def _splits_too_much(asked: str) -> UserError:
-    return UserError(
-        f"{asked}: a first stage's weights and gradients are small, and its memory is activations, which ZeRO does "
-        "not split; choose strategy=zero1 or ddp, and share the batch among more processes"
-    )
 
 
 def require_penalty(loss: LossConfig, has_codebook: bool, model: str) -> None:

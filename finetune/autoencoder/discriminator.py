@@ -6,7 +6,6 @@ train their decoder against.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 
 from finetune import rng
 from finetune.autoencoder.loss import hinge_discriminator_loss
-from finetune.autoencoder.together import SharedBatchNorm, sum_gradients
+from finetune.autoencoder.together import SharedBatchNorm
+from finetune.autoencoder.zero import update
 from finetune.distributed import World
 
 KERNEL = 4
@@ -109,8 +109,5 @@ class Adversary:
             loss = loss / self.world.size
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        if self.world is not None:
-            sum_gradients(self.model.parameters(), self.world)
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_grad_norm or math.inf)
-        self.optimizer.step()
+        update(self.optimizer, list(self.model.parameters()), self.world, max_grad_norm)
         return loss.detach()

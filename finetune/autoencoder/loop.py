@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Generator, Mapping
@@ -24,8 +25,15 @@ from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.lpips import Lpips
 from finetune.autoencoder.pictures import Pictures
 from finetune.autoencoder.results import averaged, save_grid
-from finetune.autoencoder.step import of_all, step_once, trained_weights
-from finetune.autoencoder.zero import Moments, whole_moments
+from finetune.autoencoder.step import of_all, step_once
+from finetune.autoencoder.zero import (
+    ShardedAdamW,
+    averaged_weights,
+    spread,
+    whole_average,
+    whole_moments,
+    whole_weights,
+)
 from finetune.data.order import Order
 from finetune.distributed import LONG, Control, Facts, StopRequest, World
 from finetune.lr import learning_rate
@@ -67,7 +75,9 @@ def train(
             _fill_cache(parts.pictures, world)
     parts.vae.train()
     request.can_save = True
-    with closing(_batches(parts, step, steps, config.train.global_batch, world)) as batches:
+    optimizers = [parts.optimizer] + ([] if parts.adversary is None else [parts.adversary.optimizer])
+    batches = _batches(parts, step, steps, config.train.global_batch, world)
+    with closing(batches), spread(optimizers, parts.average):
         while step < steps and not stop:
             watch.begin(step + 1)
             watch.at("waiting for data", 1)
@@ -92,9 +102,8 @@ def train(
                 if is_due or stop:
                     _save(config, parts, tracker, step, depends_on)
                 watch.at("drawing reconstructions", LONG)
-                if world.is_main and config.sample.every and step % config.sample.every == 0 and step < steps:
-                    with averaged(parts.vae, parts.average):
-                        save_grid(config, parts.pictures, parts.vae, step, tracker)
+                if config.sample.every and step % config.sample.every == 0 and step < steps:
+                    _draw(config, parts, tracker, step)
         watch.at("ending", LONG)
         return max(stop, control.last().stop)  # nobody leaves while another still tells
 
@@ -160,7 +169,8 @@ def _step(
     )
     if parts.average is not None:
         keep = ema.decay(seen, batch, config.ema.halflife_images, config.ema.rampup_ratio)
-        ema.update_(list(parts.average.values()), [weight.detach() for weight in vae.parameters()], keep)
+        weights = averaged_weights(parts.optimizer, vae, list(parts.average))
+        ema.update_(list(parts.average.values()), weights, keep)
     return values, lr
 
 
@@ -189,24 +199,37 @@ def _scalars(config: Config, values: dict[str, Tensor], step: int) -> dict[str, 
 
 def _save(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on: Mapping[str, Any]) -> None:
     judging = _judging(config, parts, step)
-    its: Moments = {}
+    of_judge = None
     if judging is not None:
-        its = whole_moments(judging.optimizer, dict(judging.model.named_parameters()))
+        of_judge = checkpoint.Trained(
+            whole_weights(judging.optimizer, judging.model), whole_moments(judging.optimizer, judging.model)
+        )
     tracker.world.on_main(
         functools.partial(
             checkpoint.save,
             tracker.run,
             parts.vae,
-            parts.average,
-            whole_moments(parts.optimizer, trained_weights(parts.vae)),
-            judging,
-            its,
+            checkpoint.Trained(
+                whole_weights(parts.optimizer, parts.vae), whole_moments(parts.optimizer, parts.vae)
+            ),
+            None if parts.average is None else whole_average(parts.optimizer, parts.average),
+            of_judge,
             step=step,
             images_seen=step * config.train.global_batch,
             depends_on=depends_on,
             keep=config.checkpoint.keep,
         )
     )
+
+
+def _draw(config: Config, parts: Parts, tracker: Tracker, step: int) -> None:
+    """Save a grid of reconstructions, by rank 0, of the averaged weights where there are any."""
+    average = None if parts.average is None else whole_average(parts.optimizer, parts.average)
+    sharded = isinstance(parts.optimizer, ShardedAdamW)
+    with parts.optimizer.whole() if sharded else contextlib.nullcontext():  # type: ignore[attr-defined]
+        if tracker.world.is_main:
+            with averaged(parts.vae, average):
+                save_grid(config, parts.pictures, parts.vae, step, tracker)
 
 
 def _share(batch: int, world: World) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -12,13 +10,10 @@ from finetune.autoencoder.bottleneck import PenaltyWeights
 from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.loss import adaptive_weight, first_stage_loss, generator_loss
 from finetune.autoencoder.lpips import Lpips
-from finetune.autoencoder.together import sum_gradients, sum_tensors
+from finetune.autoencoder.together import sum_tensors
+from finetune.autoencoder.zero import trained_weights, update
 from finetune.distributed import World
 from finetune.models.autoencoder import FirstStage
-
-
-def trained_weights(vae: FirstStage) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in vae.named_parameters() if parameter.requires_grad}
 
 
 def step_once(
@@ -64,10 +59,7 @@ def step_once(
     optimizer.zero_grad(set_to_none=True)
     weights = list(trained_weights(vae).values())
     total.backward(inputs=weights)  # not the discriminator's: this step is not its own
-    if world is not None:
-        sum_gradients(weights, world)
-    grad_norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), max_grad_norm or math.inf)
-    optimizer.step()
+    grad_norm = update(optimizer, weights, world, max_grad_norm)
     if adversary is not None:
         judged["discriminator"] = adversary.learn(image_B3HW, recon_B3HW, max_grad_norm=max_grad_norm, bf16=bf16)
     parts = {"l1": loss.l1.detach().mean() / processes}

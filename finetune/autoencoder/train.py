@@ -2,7 +2,7 @@
 
 A run is a pure function of (config, clock): data order, mirroring and posterior noise are drawn by images seen, so
 the same command after a kill goes on as if nothing had happened, and on however many processes: torchrun's, say.
-Each takes its share of every batch and keeps all of the model, and of the optimizer unless `strategy=zero1`.
+Each takes its share of every batch, and keeps all of the model and its optimizer or, by `strategy=`, a share.
 """
 
 from __future__ import annotations
@@ -145,7 +145,6 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
     from finetune.autoencoder.config import require_penalty
     from finetune.autoencoder.pictures import Pictures
     from finetune.autoencoder.results import begin_codebook, finish
-    from finetune.autoencoder.step import trained_weights
     from finetune.checkpoint import RunFolder, require_same, require_shared
     from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
@@ -196,7 +195,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             vae.register_to_config(sample_size=max(pictures.buckets[0]))
         average = {n: p.detach().clone() for n, p in vae.named_parameters()} if config.ema.enabled else None
         betas = config.optim.beta1, config.optim.beta2
-        optimizer = build_optimizer(config, trained_weights(vae), world, lr=config.optim.lr, betas=betas)
+        optimizer = build_optimizer(config, vae, world, lr=config.optim.lr, betas=betas)
         lpips, lpips_sha256 = build_lpips(config, device, say)
         adversary = build_adversary(config, world)
         depends_on = _depends_on(settings) | {

@@ -1,4 +1,4 @@
-"""The first stage on two gloo processes is that of one: losses, weights, both models, codebook, ZeRO-1, resume."""
+"""The first stage on two gloo processes is that of one: losses, weights, both models, codebook, ZeRO, resume."""
 
 from __future__ import annotations
 
@@ -93,23 +93,27 @@ def test_two_processes_go_on_where_one_stopped(shards: Path, alone: Path, tmp_pa
 
 
 @pytest.mark.slow
-def test_zero1_goes_on_from_data_parallelism_to_its_bits(
-    shards: Path, together: tuple[Path, str], tmp_path: Path
+@pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3", "zero3_offload"])
+def test_zero_goes_on_from_data_parallelism_to_its_bits(
+    shards: Path, together: tuple[Path, str], tmp_path: Path, strategy: str
 ) -> None:
     run = rewound(together[0], tmp_path / "run")
-    done = on_two(arguments(shards, run, *COMMON, "strategy=zero1"))
+    done = on_two(arguments(shards, run, *COMMON, f"strategy={strategy}"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(run, together[0], 4, discriminator=True)
 
 
 @pytest.mark.slow
-def test_data_parallelism_and_one_process_go_on_from_zero1(
-    shards: Path, alone: Path, together: tuple[Path, str], tmp_path: Path
+@pytest.mark.parametrize("strategy", ["zero1", "zero3_offload"])
+def test_data_parallelism_and_one_process_go_on_from_zero(
+    shards: Path, alone: Path, together: tuple[Path, str], tmp_path: Path, strategy: str
 ) -> None:
     run = tmp_path / "run"
-    done = on_two(arguments(shards, run, *COMMON, "strategy=zero1"))
+    done = on_two(arguments(shards, run, *COMMON, f"strategy={strategy}"))
     assert done.returncode == 0, done.stderr[-4000:]
     assert_same_run(run, together[0], 4, discriminator=True)
+    ends = [json.loads((each / "metrics.jsonl").read_text().splitlines()[-1]) for each in (together[0], run)]
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6)  # of the averaged weights, which were spread too
     two, one = rewound(run, tmp_path / "two"), rewound(run, tmp_path / "one")
     done = on_two(arguments(shards, two, *COMMON))
     assert done.returncode == 0, done.stderr[-4000:]
@@ -119,12 +123,31 @@ def test_data_parallelism_and_one_process_go_on_from_zero1(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_pictures_and_a_decoder_alone_are_those_of_data_parallelism(
+    shards: Path, together: tuple[Path, str], tmp_path: Path, strategy: str
+) -> None:
+    words = [*COMMON, f"model.pretrained={together[0] / 'vae'}", "train.decoder_only=true", "sample.every=2"]
+    runs = [tmp_path / "ddp", tmp_path / strategy]
+    for run in runs:
+        done = on_two(arguments(shards, run, *words, f"strategy={run.name}"))
+        assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(runs[1], runs[0], 4, discriminator=True)
+    (drawn,) = {path.name for path in (runs[0] / "samples").iterdir() if "00000002" in path.name}
+    assert (runs[0] / "samples" / drawn).read_bytes() == (runs[1] / "samples" / drawn).read_bytes()
+
+
+@pytest.mark.slow
 def test_a_codebook_is_shared(shards: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     main(arguments(shards, one, *COMMON, *CODEBOOK))
     done = on_two(arguments(shards, two, *COMMON, *CODEBOOK))
     assert done.returncode == 0, done.stderr[-4000:]
     assert_close_runs(one, two)
+    spread = tmp_path / "spread"
+    done = on_two(arguments(shards, spread, *COMMON, *CODEBOOK, "strategy=zero3"))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert_same_run(spread, two, 4, discriminator=True)
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """What makes diffusers' models fast on a GPU; their weights, names and outputs stay the same.
 
-kernels   group norm, GEGLU and others with what stands beside them, in Triton
+kernels   norms, GEGLU, joins with what stands beside them, in Triton
 lora      adapters merged into the product that they adapt
+linear    linear layers of one input as one product
 blocks    forward passes of a U-Net's blocks that keep maps channels-last and call these, for training
 encoder   that of an autoencoder's encoder, to encode with
 
