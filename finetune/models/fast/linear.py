@@ -24,24 +24,26 @@ class _Linear(torch.autograd.Function):
             x_RI = x.to(dtype).flatten(0, -2)
             weight_OI = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
             y_RO = x_RI @ weight_OI.T
-        ctx.save_for_backward(x_RI, weight_OI)
-        ctx.of_weights = [(len(weight), weight.dtype) for weight in weights]
+        rows = [len(weight) for weight in weights]
+        # Weights as they are, where they need no cast: ZeRO-3 takes their memory back until the backward pass.
+        ctx.save_for_backward(x_RI, *(weights if weights[0].dtype == dtype else weight_OI.split(rows)))
+        ctx.of_weights = [weight.dtype for weight in weights]
         ctx.of_x = x.shape, x.dtype
-        return tuple(y.unflatten(0, x.shape[:-1]) for y in y_RO.split([len(weight) for weight in weights], dim=1))
+        return tuple(y.unflatten(0, x.shape[:-1]) for y in y_RO.split(rows, dim=1))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x_RI, weight_OI = ctx.saved_tensors
+        x_RI, *weights = ctx.saved_tensors
         shape, dtype = ctx.of_x
         dys_RO = [dy.to(x_RI.dtype).flatten(0, -2) for dy in dys]
         dx_RI: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            for dy_RO, each_OI in zip(dys_RO, weight_OI.split([rows for rows, _ in ctx.of_weights]), strict=True):
-                dx_RI = dy_RO @ each_OI if dx_RI is None else dx_RI.addmm_(dy_RO, each_OI)
+            for dy_RO, weight_OI in zip(dys_RO, weights, strict=True):
+                dx_RI = dy_RO @ weight_OI if dx_RI is None else dx_RI.addmm_(dy_RO, weight_OI)
         needed = zip(dys_RO, ctx.of_weights, ctx.needs_input_grad[1:], strict=True)
         return (
             None if dx_RI is None else dx_RI.view(shape).to(dtype),
-            *(_product(dy_RO.T, x_RI, to) if needs else None for dy_RO, (_, to), needs in needed),
+            *(_product(dy_RO.T, x_RI, to) if needs else None for dy_RO, to, needs in needed),
         )
 
 
