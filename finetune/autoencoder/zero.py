@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from finetune.autoencoder.together import sum_gradients
 from finetune.distributed import MOMENTS, World
+from finetune.distributed.zero import GATHERED_WHOLE
 
 Moments = dict[str, dict[str, Tensor]]
 """Of each kind (`MOMENTS`), by parameter name."""
 
 # Blocks whose weights are gathered as one; of what is in none of these, layer by layer.
-_WHOLE = ("ResnetBlock2D", "Attention", "Downsample2D", "Upsample2D")
+_WHOLE = (*GATHERED_WHOLE, "Attention")
 _READ_ASIDE = ("VectorQuantizer",)  # its codebook is read without a call, so it stays with all processes
 
 
@@ -72,6 +73,7 @@ class ShardedAdamW(torch.optim.AdamW):
         self.units: list[list[str]] = []  # names of what is gathered as one
         self.inside: int | None = None  # the unit that is whole now
         self.is_spread = False
+        self.kept = list(self.parameters)  # names of what every process has after each update
         owners = {name: owner for owner, share in enumerate(self.shares) for name in share}
         if stage > 1:
             for name, parameter in self.parameters.items():
@@ -87,6 +89,8 @@ class ShardedAdamW(torch.optim.AdamW):
                     unit.register_forward_pre_hook(enter)
                     unit.register_full_backward_pre_hook(enter)
                     self.units.append(found)
+            spread = {name for unit in self.units for name in unit}
+            self.kept = [name for name in self.parameters if name not in spread]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in self.parameters.values():
@@ -112,11 +116,8 @@ class ShardedAdamW(torch.optim.AdamW):
                 master.grad = None if gradient is None else gradient.to(master.device)
                 parameters[name].grad = None
         self.step()
-        if self.is_spread:
-            self._leave()
-            self._share([name for name in parameters if not any(name in unit for unit in self.units)])
-        else:
-            self._share(list(parameters))
+        self._leave()
+        self._share(self.kept)
         return norm
 
     @torch.no_grad()
@@ -254,15 +255,14 @@ def spread(optimizers: Sequence[torch.optim.Optimizer], average: dict[str, Tenso
     sharded = [optimizer for optimizer in optimizers if isinstance(optimizer, ShardedAdamW)]
     for optimizer in sharded:
         optimizer.begin()
-    owned = bool(sharded) and average is not None and sharded[0].is_spread
-    if owned and average is not None:
+    if sharded and sharded[0].is_spread and average is not None:
         for name in sharded[0].parameters:
             tensor = average.pop(name)
             if name in sharded[0].masters:
                 average[name] = tensor.to(sharded[0].masters[name].device)
     yield
-    if owned and average is not None:
-        average |= whole_average(sharded[0], average)
+    if average is not None:
+        average |= whole_average(optimizers[0], average)
     for optimizer in sharded:
         optimizer.end()
 

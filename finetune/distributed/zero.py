@@ -22,7 +22,7 @@ from finetune.models.layout import stored_channels_last
 
 # Blocks whose weights ZeRO-3 gathers as one, beside those that say so (`gathered_whole`): with hooks on each of a
 # U-Net's thousand modules the host takes longer for hooks and for starting gathers than the GPU for computing.
-_GATHERED_WHOLE = (
+GATHERED_WHOLE = (
     "ResnetBlock2D",
     "BasicTransformerBlock",
     "TimestepEmbedding",
@@ -278,7 +278,7 @@ def _take_cores() -> None:
 
 @contextlib.contextmanager
 def _gathered_whole(module: nn.Module) -> Iterator[None]:
-    """What `_GATHERED_WHOLE` names becomes one unit of ZeRO-3's gathers; gradients stay units of their own.
+    """What `GATHERED_WHOLE` names becomes one unit of ZeRO-3's gathers; gradients stay units of their own.
 
     DeepSpeed, told of such a unit, would reduce its gradients together when those of its inputs are known. An
     adapter's first block has no such inputs: its gradients would be taken for zero.
@@ -288,7 +288,7 @@ def _gathered_whole(module: nn.Module) -> Iterator[None]:
 
     for block in module.modules():
         # A layer with DoRA reads its weight beside the layer that holds it.
-        whole = type(block).__name__ in _GATHERED_WHOLE or getattr(block, "gathered_whole", False)
+        whole = type(block).__name__ in GATHERED_WHOLE or getattr(block, "gathered_whole", False)
         if whole or len(getattr(block, "lora_magnitude_vector", ())):
             set_z3_leaf_module(block, True)
     kept = stage3.z3_leaf_parameter
