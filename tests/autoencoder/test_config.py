@@ -78,7 +78,7 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "checkpoint.memory_gib=1"], "unknown override 'checkpoint.memory_gib'"),
         (["data.shards=x", "this is no override"], "cannot read the override"),
         (["--steps", "3"], "unknown option --steps"),
-        (["data.shards=x", "strategy=zero4"], "strategy=zero4 is not known: did you mean zero"),
+        (["data.shards=x", "strategy=zero4"], "strategy=zero4 is not known: did you mean zero3?"),
         (["data.shards=x", "strategy=zero1", "strategy.stage=4"], "strategy.stage=4 must be 1, 2 or 3"),
         (["data.shards=x", "strategy.offload=cpu"], "strategy.offload=cpu needs ZeRO: choose strategy=zero1"),
         (["data.shards=nowhere", "run.dir=unused"], "nowhere"),
