@@ -138,7 +138,7 @@ def stock(work: Work, device: torch.device, *, compiled: bool) -> Callable[[], T
     return step
 
 
-def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool) -> Trained:
+def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool, precision: str = "bf16") -> Trained:
     """What `finetune train` trains."""
     unet = make_unet(work.shape, adapter=work.adapter, checkpointing=work.checkpointing)
     if is_fast or device.type == "cpu":  # as `model.channels_last` is by default
@@ -154,8 +154,9 @@ def trained(work: Work, device: torch.device, *, is_fast: bool, ema: bool) -> Tr
         [group],
         optimizer=OptimizerSettings(),
         max_grad_norm=MAX_GRAD_NORM,
-        precision="bf16",
+        precision=precision,
         graphs=is_fast,
+        casts_once=is_fast and work.accumulation > 1 and work.adapter == "full",
     )
     averages = []
     if ema:

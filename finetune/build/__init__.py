@@ -308,7 +308,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
         global_batch=config.train.global_batch,
     )
     model.train()
-    strategy = _strategy(config, world, model, micro_batch, accumulation, graphs=is_fast)
+    strategy = _strategy(config, world, model, micro_batch, accumulation, is_fast=is_fast)
     weights = [shard.master for shard in strategy.shards]
     averages = [Average.starting_at(weights, profile, name) for name, profile in profiles(config.ema).items()]
     alphas = None
@@ -360,7 +360,7 @@ def _check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, da
 
 
 def _strategy(
-    config: Config, world: World, model: LatentDiffusion, micro_batch: int, accumulation: int, *, graphs: bool
+    config: Config, world: World, model: LatentDiffusion, micro_batch: int, accumulation: int, *, is_fast: bool
 ) -> Strategy:
     parameters = {
         name: {f"{name}.{key}": p for key, p in part.named_parameters() if p.requires_grad}
@@ -374,7 +374,8 @@ def _strategy(
         "precision": precision(config.train.precision, world.device),
     }
     if config.strategy.kind == "ddp":
-        return DataParallel(world, model, groups, **common, graphs=graphs)
+        casts_once = is_fast and accumulation > 1 and config.adapter.kind == "full"  # an adapter's weights are few
+        return DataParallel(world, model, groups, **common, graphs=is_fast, casts_once=casts_once)
     return ZeRO(
         world,
         model,

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,9 @@ from finetune.distributed import optimizers
 from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer, matrix_of
 from finetune.distributed.world import World
+
+if TYPE_CHECKING:
+    from finetune.distributed.copies import Copies
 
 _GATHER_ELEMENTS = 1 << 25  # 128 MiB of float32 on the device while parameters are put together or spread
 
@@ -406,6 +409,7 @@ class DataParallel(Strategy):
 
     Args:
         graphs: on a GPU, let micro-batches that wait for the host run as CUDA graphs (see `Graphs`).
+        casts_once: with one rank, weights are cast once a step (see `Copies`): on a GPU by kernels of ours.
     """
 
     def __init__(
@@ -418,6 +422,7 @@ class DataParallel(Strategy):
         max_grad_norm: float,
         precision: str,
         graphs: bool = False,
+        casts_once: bool = False,
     ) -> None:
         self.world, self.module, self.settings, self.max_grad_norm = world, module, optimizer, max_grad_norm
         module.to(world.device)
@@ -432,7 +437,13 @@ class DataParallel(Strategy):
                 gradient_as_bucket_view=True,
             )
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        # Over several ranks DDP's own hooks run in backward passes, which a graph would leave out.
+        # Over several ranks DDP's own hooks run in backward passes: a graph would leave them out, and they wait for
+        # gradients of the weights themselves.
+        self.copies: Copies | None = None
+        if casts_once and self.dtype is not None and world.size == 1:
+            from finetune.distributed.copies import Copies  # takes seconds
+
+            self.copies = Copies(module, self.parameters.values(), self.dtype)
         graphs = graphs and world.device.type == "cuda" and world.size == 1
         self.graphs = Graphs(self._passes, self.parameters.values()) if graphs else None
         self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
@@ -450,6 +461,8 @@ class DataParallel(Strategy):
         return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype is not None)
 
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
+        if self.copies is not None:
+            self.copies.renew()
         if self.graphs is not None:
             return self.graphs(args, global_batch)
         synced = last or self.world.size == 1
@@ -457,11 +470,12 @@ class DataParallel(Strategy):
             return self._passes(args, global_batch)
 
     def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
-        with self._autocast():
-            loss_B = self.wrapped(*args)
-        total = loss_B.float().sum()
-        # DDP averages over ranks; what is wanted is the sum over all samples by their number.
-        self.scaler.scale(total * (self.world.size / global_batch)).backward()
+        with contextlib.nullcontext() if self.copies is None else self.copies.in_use():
+            with self._autocast():
+                loss_B = self.wrapped(*args)
+            total = loss_B.float().sum()
+            # DDP averages over ranks; what is wanted is the sum over all samples by their number.
+            self.scaler.scale(total * (self.world.size / global_batch)).backward()
         return total.detach()
 
     def step(self, lr: float) -> StepStats:
@@ -483,10 +497,13 @@ class DataParallel(Strategy):
             self.optimizer.step()
         for p in itertools.chain(self.parameters.values(), self.keys.values()):
             p.grad = None
+        self.refresh()
         return StepStats(norm)
 
     def refresh(self) -> None:
-        """Masters are the weights: nothing to do."""
+        """Masters are the weights: only copies of them are made anew."""
+        if self.copies is not None:
+            self.copies.masters_changed()
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:

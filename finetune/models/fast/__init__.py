@@ -17,11 +17,11 @@ import os
 import shutil
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from finetune.models.fast import blocks, encoder
 
-__all__ = ["available", "make_encoder_fast", "make_fast", "missing"]
+__all__ = ["add_", "available", "make_encoder_fast", "make_fast", "missing"]
 
 
 def available(device: torch.device) -> bool:
@@ -41,6 +41,14 @@ def missing() -> str | None:
 def make_fast(unet: nn.Module) -> None:
     """Exchange forward passes in place."""
     blocks.exchange(unet)
+
+
+def add_(total: Tensor, x: Tensor) -> None:
+    """`total += x`: float32, and x in half precision."""
+    if total.is_cuda:
+        blocks.kernels.add_(total, x)
+    else:
+        total.add_(x)
 
 
 def make_encoder_fast(autoencoder: nn.Module) -> bool:

@@ -5,6 +5,7 @@ layer_norm  the end of one residual branch and the layer norm before the next
 geglu       GEGLU with its projection's bias
 join        the end of a residual block; a skip connection taken up
 softmax     of attention's scores, forward alone
+add         a gradient in half precision added to a float32 sum
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from __future__ import annotations
 import triton
 from torch import Tensor
 
+from finetune.models.fast.kernels.add import add_
 from finetune.models.fast.kernels.geglu import geglu
 from finetune.models.fast.kernels.join import cat, join
 from finetune.models.fast.kernels.layer_norm import add_norm
 from finetune.models.fast.kernels.norm import group_norm
 from finetune.models.fast.kernels.softmax import softmax
 
-__all__ = ["add_norm", "cat", "geglu", "group_norm", "join", "softmax", "takes"]
+__all__ = ["add_", "add_norm", "cat", "geglu", "group_norm", "join", "softmax", "takes"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, by TRITON_INTERPRET=1: for tests
 
