@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune.distributed import optimizers
+from finetune.distributed.gathering import Gathering
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
+from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement
 from finetune.models.layout import stored_channels_last
@@ -118,9 +119,6 @@ class ZeRO(Strategy):
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
-        if not offload:
-            self._take_shortcuts()
-        keys = self.zero.fp32_partitioned_groups_flat if stage == 3 else self.zero.single_partition_of_fp32_groups
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
         self.shards = [
             self._stage3_shard(name, p) if stage == 3 else self._stage12_shard(name, p)
@@ -128,68 +126,57 @@ class ZeRO(Strategy):
         ]
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
             shard.master.copy_(shard.piece_of(exact[shard.name]))
-        optimizers.start(self.optimizer, keys, optimizer)
+        self.reduction: Reduction | None = None
+        self.gathering: Gathering | None = None
+        if not offload:
+            self._take_over(parameters)
+        optimizers.start(self.optimizer, self._keys, optimizer)
 
-    def _take_shortcuts(self) -> None:
-        """Put ours in place of what DeepSpeed does with thousands of small kernels, or with needless copies.
-
-        Its norm takes each gradient to float64 by itself, after a wait for the GPU, which has nothing else to do
-        then. Its reduction copies a bucket before and after, and makes each gradient float32 before it adds it.
-        """
+    def _take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Put our passes in place of DeepSpeed's hooks. It keeps the pieces, and under stages 1 and 2 the step."""
+        for hook in self.zero._grad_acc_hooks:
+            hook.remove()
+        self.zero._grad_acc_hooks.clear()
+        of_names = {id(p): name for name, p in parameters.items()}
+        pieces = {shard.name: self._piece(shard, parameters[shard.name]) for shard in self.shards}
+        groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
+        ordered = [p for group in groups for p in group if id(p) in of_names]
+        kind = ScatteredReduction if self.stage == 3 else Reduction
+        self.reduction = kind(
+            self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, _BUCKET_ELEMENTS
+        )
         if self.stage == 3:
-            self.zero._get_norm_groups = lambda: [self._gradient_norm()]
+            for hook in self.zero._leaf_module_hooks:
+                hook.remove()
+            self.zero.parameter_offload._remove_module_hooks()
+            self.gathering = Gathering(self.world, self.module, is_gathered_whole)
+            self.gathering.renew()
         else:
-            self.zero.scaled_global_norm = self._gradient_norm
-            self._reduce_with_copies = self.zero.allreduce_and_copy_with_multiple_ranks
-            self.zero.allreduce_and_copy_with_multiple_ranks = self._reduce_in_place
+            # DeepSpeed's takes each gradient to float64 by itself, after a wait for the GPU.
+            self.zero.scaled_global_norm = lambda: self._norm(
+                [group.flat_partition for group in self.zero.averaged_gradients.values()]
+            )
+
+    def _piece(self, shard: Shard, parameter: Any) -> Piece:
+        each = parameter.partition_numel() if self.stage == 3 else 0
+        return Piece(tuple(shard.shape), shard.start, shard.master.numel(), shard.key, shard.offset, each)
+
+    @property
+    def _keys(self) -> list[Tensor]:
+        """What the optimizer updates on this rank, a tensor for each of DeepSpeed's groups."""
+        zero = self.zero
+        keys: list[Tensor] = (
+            zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        )
+        return keys
 
     @torch.no_grad()
-    def _gradient_norm(self) -> Tensor:
+    def _norm(self, sums: Sequence[Tensor]) -> Tensor:
         """Of all ranks' reduced gradients, float32 scalar; not finite where one of them is not."""
         # A CPU adds up in one long row, a GPU in a tree.
         dtype = torch.float32 if self.world.device.type == "cuda" else torch.float64
-        norms = [torch.zeros((), dtype=dtype, device=self.world.device)]
-        for gradients in self.zero.averaged_gradients.values():
-            flat = getattr(gradients, "flat_partition", None)
-            if flat is not None:
-                norms.append(torch.linalg.vector_norm(flat, dtype=dtype))
-            elif pieces := [piece for piece in gradients or () if piece.numel()]:
-                norms += torch._foreach_norm(pieces, 2, dtype=dtype)
-        total = torch.stack(norms).square().sum()
-        self.world.sum_(total)
-        return total.sqrt().float()
-
-    def _reduce_in_place(
-        self,
-        small_bucket: Sequence[Tensor],
-        communication_data_type: torch.dtype,
-        *,
-        process_group: Any = None,
-        bucket_ranks: Sequence[Any] = (),
-        output_bucket: Sequence[Tensor | None] | None = None,
-        **settings: Any,
-    ) -> None:
-        """Sum slices of one buffer over all ranks, and add those that this rank keeps to `output_bucket`."""
-        first, total = small_bucket[0], sum(piece.numel() for piece in small_bucket)
-        places = itertools.accumulate((piece.numel() for piece in small_bucket), initial=first.storage_offset())
-        adjacent = all(piece.storage_offset() == at for piece, at in zip(small_bucket, places, strict=False))
-        if adjacent and communication_data_type == first.dtype and not settings.get("divide", True):
-            if self.world.size > 1:
-                dist.all_reduce(first.as_strided((total,), (1,)), group=process_group)
-            for piece, ranks, output in zip(small_bucket, bucket_ranks, output_bucket or (), strict=False):
-                if output is not None and self.world.rank in (ranks if isinstance(ranks, frozenset) else (ranks,)):
-                    output.add_(piece)
-            if self.zero.overlap_comm:
-                first.record_stream(self.zero.reduction_stream)
-            return
-        self._reduce_with_copies(
-            small_bucket,
-            communication_data_type,
-            process_group=process_group,
-            bucket_ranks=bucket_ranks,
-            output_bucket=output_bucket,
-            **settings,
-        )
+        norms = [torch.linalg.vector_norm(total, dtype=dtype) for total in sums]
+        return self.world.sum_(torch.stack(norms).square().sum()).sqrt().float()
 
     def _before_update(self, *_: Any) -> None:
         if not isinstance(self.zero._global_grad_norm, float):
@@ -226,35 +213,74 @@ class ZeRO(Strategy):
         return Shard(name, parameter.ds_shape, start, master, key, offset, is_channels_last=layout)
 
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
-        self.engine.set_gradient_accumulation_boundary(last)
-        loss_B = self.engine(*args)
-        total = loss_B.float().sum()
-        self.engine.backward(total * (self.world.size / global_batch), scale_wrt_gas=False)
-        if not last:
-            self.engine.step()  # counts the micro-batch
+        if self.reduction is None:
+            self.engine.set_gradient_accumulation_boundary(last)
+            loss_B = self.engine(*args)
+            total = loss_B.float().sum()
+            self.engine.backward(total * (self.world.size / global_batch), scale_wrt_gas=False)
+            if not last:
+                self.engine.step()  # counts the micro-batch
+            return total.detach()
+        reduced = self.reduction.of_a_pass() if self.stage > 1 or last else contextlib.nullcontext()
+        with reduced, self._gathered():
+            total = self.module(*args).float().sum()
+            (total * (self.zero.loss_scale / global_batch)).backward()
         return total.detach()
+
+    def _gathered(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.gathering is None else self.gathering.of_a_pass()
 
     def step(self, lr: float) -> StepStats:
         self._set_lr(lr)
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        if self.reduction is None:
+            self.engine.step()
+        elif self.stage == 3:
+            self._step_of_pieces(self.reduction.take())
+        else:
+            # It takes a group's gradients as they are where they lie in one piece.
+            self.zero.averaged_gradients = {
+                group: SimpleNamespace(flat_partition=total) for group, total in enumerate(self.reduction.take())
+            }
+            self.zero.step()
+        norm = self.zero._global_grad_norm
         return StepStats(torch.as_tensor(norm, dtype=torch.float32, device=self.world.device))
+
+    @torch.no_grad()
+    def _step_of_pieces(self, sums: Sequence[Tensor]) -> None:
+        zero, scale = self.zero, self.zero.loss_scale
+        norm = self._norm(sums)
+        zero._global_grad_norm = norm / scale
+        overflows = zero.dtype == torch.float16 and not bool(torch.isfinite(norm))
+        zero._update_scale(overflows)
+        if overflows:
+            return
+        for group, (key, total) in enumerate(zip(self._keys, sums, strict=True)):
+            key.grad = total if scale == 1 else total.div_(scale)
+            zero._optimizer_step(group)
+            key.grad = None
+        self.refresh()
 
     @torch.no_grad()
     def refresh(self) -> None:
         if self.stage < 3:
             self.zero.update_lp_params()
-            return
-        for index in range(len(self.zero.fp32_partitioned_groups_flat)):
-            self.zero._reassign_or_swap_out_partitioned_parameters(index)
-        if self.zero.persistent_parameters:
-            # Small parameters stay gathered between steps: drop the old values, or they would be kept.
-            self.zero._partition_all_parameters()
-            self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+        elif self.gathering is not None:
+            torch._foreach_copy_([flat.data for flat in self.zero.fp16_partitioned_groups_flat], self._keys)
+            self.gathering.renew()
+        else:
+            for index in range(len(self.zero.fp32_partitioned_groups_flat)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(index)
+            if self.zero.persistent_parameters:
+                # Small parameters stay gathered between steps: drop the old values, or they would be kept.
+                self.zero._partition_all_parameters()
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
 
     @torch.no_grad()
     def __call__(self, *args: Any) -> Any:
-        return self.engine(*args)
+        if self.reduction is None:
+            return self.engine(*args)
+        with self._gathered():
+            return self.module(*args)
 
     def scaler_state(self) -> dict[str, float]:
         scaler = self.zero.loss_scaler
@@ -276,9 +302,19 @@ def _take_cores() -> None:
         torch.set_num_threads(share)
 
 
+def is_gathered_whole(block: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers a block's weights as one."""
+    # A layer with DoRA reads its weight beside the layer that holds it.
+    return (
+        type(block).__name__ in GATHERED_WHOLE
+        or getattr(block, "gathered_whole", False)
+        or len(getattr(block, "lora_magnitude_vector", ())) > 0
+    )
+
+
 @contextlib.contextmanager
 def _gathered_whole(module: nn.Module) -> Iterator[None]:
-    """What `GATHERED_WHOLE` names becomes one unit of ZeRO-3's gathers; gradients stay units of their own.
+    """These become units of DeepSpeed's gathers; gradients stay units of their own.
 
     DeepSpeed, told of such a unit, would reduce its gradients together when those of its inputs are known. An
     adapter's first block has no such inputs: its gradients would be taken for zero.
@@ -287,9 +323,7 @@ def _gathered_whole(module: nn.Module) -> Iterator[None]:
     from deepspeed.utils import set_z3_leaf_module
 
     for block in module.modules():
-        # A layer with DoRA reads its weight beside the layer that holds it.
-        whole = type(block).__name__ in GATHERED_WHOLE or getattr(block, "gathered_whole", False)
-        if whole or len(getattr(block, "lora_magnitude_vector", ())):
+        if is_gathered_whole(block):
             set_z3_leaf_module(block, True)
     kept = stage3.z3_leaf_parameter
     stage3.z3_leaf_parameter = lambda parameter: False

@@ -1,0 +1,142 @@
+"""ZeRO-3's weights, whole while they are computed with: gathered block by block, the next one beside.
+
+DeepSpeed does this too, with a hundred thousand calls of Python a step: they take longer than a GPU takes for a
+step of a U-Net.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from finetune.distributed.world import World
+
+_KEPT_ELEMENTS = 4096  # parameters of up to so many, norms and biases, stay whole
+
+
+class Gathering:
+    """Brings together what DeepSpeed has taken to pieces (`ds_tensor` of each parameter, equal ones on all ranks).
+
+    A block's weights are whole from its forward pass, or its part of the backward pass, until the next block's
+    begins: of two blocks, the one that is computed and the one that is coming, there is memory for both.
+
+    Args:
+        module: whose parameters are DeepSpeed's, and in pieces.
+        is_block: blocks whose weights are gathered as one; of what is in none of these, layer by layer.
+    """
+
+    def __init__(self, world: World, module: nn.Module, is_block: Callable[[nn.Module], bool]) -> None:
+        self.world = world
+        self.blocks: list[list[Any]] = []  # parameters of each
+        self._whole: dict[int, torch.cuda.Event | None] = {}  # by number of the block: when its weights are there
+        self._after: dict[tuple[bool, int], int] = {}  # (in a backward pass, block): the block after it
+        self._last: tuple[bool, int] | None = None
+        self._backward = False
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" and world.size > 1 else None
+        self._nothing = {p.dtype: p.data.new_empty(0) for p in module.parameters()}
+        blocks = [(block, dict.fromkeys(block.parameters())) for block in _blocks_of(module, is_block)]
+        held = Counter(id(p) for _, parameters in blocks for p in parameters)
+        for block, parameters in blocks:
+            # Those that several blocks have stay whole as well.
+            found: list[Any] = [p for p in parameters if held[id(p)] == 1 and p.ds_numel > _KEPT_ELEMENTS]  # type: ignore[attr-defined]
+            if found:
+                number = len(self.blocks)
+                block.register_forward_pre_hook(functools.partial(self._enter, number=number))
+                block.register_full_backward_pre_hook(functools.partial(self._enter_backward, number=number))
+                self.blocks.append(found)
+        gathered = {id(p) for block in self.blocks for p in block}
+        self.kept = [p for p in module.parameters() if id(p) not in gathered]
+        for number in range(len(self.blocks)):
+            self._release(number)
+
+    @contextlib.contextmanager
+    def of_a_pass(self) -> Iterator[None]:
+        """Around forward passes, or a forward and a backward one. Collective."""
+        self._last, self._backward = None, False
+        try:
+            yield
+        finally:
+            for number in list(self._whole):
+                self._release(number)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """Gather what is kept anew: its pieces have changed. Collective."""
+        self._gather(self.kept)
+
+    def _enter_backward(self, *_: Any, number: int) -> None:
+        self._backward = True
+        self._enter(number=number)
+
+    @torch.no_grad()
+    def _enter(self, *_: Any, number: int) -> None:
+        before, self._last = self._last, (self._backward, number)
+        if before == self._last and number in self._whole:
+            return
+        if before is not None and before[0] == self._backward and before[1] != number:
+            self._after[before] = number
+        coming = self._after.get(self._last)
+        for other in [other for other in self._whole if other not in (number, coming)]:
+            self._release(other)
+        if number not in self._whole:
+            self._fetch(number)
+        event = self._whole[number]
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+        if self._stream is not None and coming is not None and coming not in self._whole:
+            self._fetch(coming)
+
+    def _fetch(self, number: int) -> None:
+        if self._stream is None:
+            self._gather(self.blocks[number])
+            self._whole[number] = None
+            return
+        # What it takes may be memory of a block that was released: the one before this one is still computed.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._gather(self.blocks[number])
+            self._whole[number] = self._stream.record_event()
+
+    def _gather(self, parameters: Sequence[Any]) -> None:
+        """Give the parameters their whole data, on the current stream."""
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        pieces = [p.ds_tensor.data for p in parameters]
+        for p, whole in zip(parameters, self._joined(pieces), strict=True):
+            p.data = whole[: p.ds_numel].view(p.ds_shape)
+            p.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _joined(self, pieces: Sequence[Tensor]) -> list[Tensor]:
+        """All ranks' pieces of each parameter, one behind the other; of a single rank the pieces themselves."""
+        ranks = self.world.size
+        if ranks == 1 or not pieces:
+            return list(pieces)
+        sizes = [piece.numel() for piece in pieces]
+        flat = torch.cat([piece.view(-1) for piece in pieces])
+        every_RP = flat.new_empty(ranks, len(flat))
+        dist.all_gather_into_tensor(every_RP.view(-1), flat)
+        return [part_RE.reshape(-1) for part_RE in every_RP.split(sizes, dim=1)]
+
+    def _release(self, number: int) -> None:
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        self._whole.pop(number, None)
+        for parameter in self.blocks[number]:
+            parameter.data = self._nothing[parameter.dtype]
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _blocks_of(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    if is_block(module) or not any(True for _ in itertools.chain(*(c.parameters() for c in module.children()))):
+        yield module
+        return
+    for child in module.children():
+        yield from _blocks_of(child, is_block)

@@ -1,0 +1,167 @@
+"""Gradients reduced in buckets: each rank's sums are its pieces of the gradients, however those come.
+
+Ranks are played one after the other here; real ones are compared with each other in test_parity.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.distributed import World
+from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
+
+SHAPES = [(5, 3), (7,), (4, 2, 3), (1,), (6, 6), (11,)]
+
+
+def split_as_one(ranks: int, rank: int) -> tuple[list[Piece], list[Tensor]]:
+    """As stages 1 and 2: all parameters one behind the other, a rank's share cut from it, in two groups."""
+    pieces, keys = [], []
+    for group in (SHAPES[:4], SHAPES[4:]):
+        share = -(-sum(math.prod(shape) for shape in group) // ranks)
+        keys.append(torch.zeros(share))
+        at = 0
+        for shape in group:
+            begins, ends = max(at, rank * share), min(at + math.prod(shape), (rank + 1) * share)
+            count = max(0, ends - begins)
+            pieces.append(Piece(shape, begins - at if count else 0, count, keys[-1], begins - rank * share))
+            at += math.prod(shape)
+    return pieces, keys
+
+
+def split_each(ranks: int, rank: int) -> tuple[list[Piece], list[Tensor]]:
+    """As stage 3: each parameter is cut in equal pieces, the last of which may be padding."""
+    eaches = [-(-math.prod(shape) // ranks) for shape in SHAPES]
+    key, pieces, offset = torch.zeros(sum(eaches)), [], 0
+    for shape, each in zip(SHAPES, eaches, strict=True):
+        start = min(rank * each, math.prod(shape))
+        pieces.append(Piece(shape, start, min(each, math.prod(shape) - start), key, offset, each))
+        offset += each
+    return pieces, [key]
+
+
+class Played:
+    """One rank's reduction; what it would get from the others is what they are made of: the same gradients."""
+
+    def __init__(self, kind, split, ranks: int, rank: int, bucket_elements: int) -> None:
+        self.pieces, self.keys = split(ranks, rank)
+        self.parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+        self.ranks, self.rank = ranks, rank
+        world = World(rank, ranks, rank, torch.device("cpu"))
+        self.reduction = kind(world, self.parameters, self.pieces, self.keys, bucket_elements)
+        self.collectives: list[int] = []
+
+    def sum(self, flat: Tensor) -> Tensor:
+        self.collectives.append(len(flat))
+        return flat * self.ranks  # all ranks have equal gradients
+
+    def run(self, order: list[int], gradients: list[Tensor]) -> None:
+        """A backward pass that comes to these parameters in this order."""
+        with self.reduction.of_a_pass():
+            for number in order:
+                (self.parameters[number] * gradients[number]).sum().backward()
+                assert self.parameters[number].grad is None
+
+    def check(self, wanted: list[Tensor]) -> None:
+        sums = dict(zip(map(id, self.keys), self.reduction.take(), strict=True))
+        covered = {id(key): torch.zeros(len(key), dtype=torch.bool) for key in self.keys}
+        for piece, gradient in zip(self.pieces, wanted, strict=True):
+            found = sums[id(piece.key)][piece.offset : piece.offset + piece.count]
+            assert torch.equal(found, gradient.reshape(-1)[piece.start : piece.start + piece.count])
+            covered[id(piece.key)][piece.offset : piece.offset + piece.count] = True
+        for key, total in sums.items():
+            assert not total[~covered[key]].any()  # padding
+
+
+@pytest.fixture
+def played(monkeypatch):
+    def make(kind, split, ranks: int, rank: int, bucket_elements: int = 40) -> Played:
+        one = Played(kind, split, ranks, rank, bucket_elements)
+        monkeypatch.setattr(World, "broadcast", lambda self, value: value)
+        monkeypatch.setattr(World, "sum_", lambda self, tensor: one.sum(tensor) if self.size > 1 else tensor)
+
+        def scatter(mine: Tensor, flat: Tensor) -> None:
+            mine.copy_(one.sum(flat).view(ranks, -1)[rank])
+
+        monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", scatter)
+        return one
+
+    return make
+
+
+KINDS = [(Reduction, split_as_one), (ScatteredReduction, split_each)]
+
+
+@pytest.mark.parametrize(("kind", "split"), KINDS, ids=["as_one", "each"])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_sums_are_the_pieces_of_all_gradients(played, kind, split, ranks):
+    draws = torch.Generator().manual_seed(ranks)
+    for rank in range(ranks):
+        one = played(kind, split, ranks, rank)
+        for _ in range(3):
+            wanted = [torch.zeros(shape) for shape in SHAPES]
+            for _ in range(2):  # micro-batches of a step, which come in different orders
+                order = torch.randperm(len(SHAPES), generator=draws).tolist()
+                gradients = [torch.randint(-9, 9, shape, generator=draws).float() for shape in SHAPES]
+                one.run(order, gradients)
+                wanted = [total + ranks * gradient for total, gradient in zip(wanted, gradients, strict=True)]
+            one.check(wanted)
+
+
+@pytest.mark.parametrize(("kind", "split"), KINDS, ids=["as_one", "each"])
+def test_a_parameter_without_a_gradient_counts_as_zeros(played, kind, split):
+    for rank, missing in itertools.product(range(2), range(len(SHAPES))):
+        one = played(kind, split, 2, rank)
+        gradients = [torch.ones(shape) for shape in SHAPES]
+        for absent in (missing, None, missing):  # known in the first pass, or not
+            order = [number for number in range(len(SHAPES)) if number != absent]
+            one.run(order, gradients)
+            one.check([2 * g * (number != absent) for number, g in enumerate(gradients)])
+
+
+def test_buckets_follow_the_first_pass_and_keep_its_order(played):
+    one = played(Reduction, split_as_one, 2, 0)
+    gradients = [torch.ones(shape) for shape in SHAPES]
+    first = [5, 4, 3, 2, 1, 0]
+    one.run(first, gradients)
+    sizes = list(one.collectives)
+    assert [bucket.numbers for bucket in one.reduction.buckets] == [[5], [3, 4], [1, 2], [0]]
+    one.collectives.clear()
+    one.run([0, 1, 2, 3, 4, 5], gradients)  # a rank whose gradients come otherwise reduces as the others do
+    assert one.collectives == sizes
+
+
+def test_buckets_are_reduced_while_gradients_still_come(played):
+    one = played(Reduction, split_as_one, 2, 0)
+    gradients = [torch.ones(shape) for shape in SHAPES]
+    order = [5, 4, 3, 2, 1, 0]
+    one.run(order, gradients)
+    one.reduction.take()
+    one.collectives.clear()
+    with one.reduction.of_a_pass():
+        done = []
+        for number in order:
+            (one.parameters[number] * gradients[number]).sum().backward()
+            done.append(len(one.collectives))
+    assert done == [1, 1, 2, 2, 3, 4]
+
+
+def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
+    """As those of stage 1 before a step's last micro-batch."""
+    one = played(Reduction, split_as_one, 2, 1)
+    gradients = [torch.full(shape, 2.0) for shape in SHAPES]
+    for number, gradient in enumerate(gradients):
+        (one.parameters[number] * gradient).sum().backward()
+    assert not one.collectives
+    one.run(list(range(len(SHAPES))), gradients)
+    one.check([4.0 * gradient for gradient in gradients])
+
+
+def test_neighbours_are_added_at_once(played):
+    one = played(Reduction, split_as_one, 1, 0, 10_000)
+    one.run([3, 0, 5, 1, 4, 2], [torch.ones(shape) for shape in SHAPES])
+    assert len(one.reduction.buckets) == 1 and len(one.reduction.buckets[0].runs) == 2  # one for each key
