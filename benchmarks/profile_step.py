@@ -32,6 +32,7 @@ CLASSES = {
     "GEGLU": r"^_gate|gelu",
     "layer norm": r"layer_norm|layernorm|^_add_norm",
     "ends of blocks": r"^_join$|^_column_sums$",
+    "gradients added up": r"^_add$",
     "joined maps": r"catarray|fused_cat|^_cat$",
     "convolutions": r"conv|fprop|dgrad|wgrad|implicit_gemm|xmma",
     "matrix products": r"gemm|nvjet|cutlass|addmm|\bmm\b|bmm|splitk|cublas",

@@ -209,6 +209,8 @@ class StrategyConfig:
     kind: str = "ddp"  # ddp | zero
     stage: int = 0  # of zero: 1 | 2 | 3
     offload: str = "none"  # none | cpu: of zero, moments and (stage 3) weights in host memory, where updates run
+    # | nvme: of stage 3, the same, but masters and moments in files
+    offload_path: str | None = None  # of nvme: a folder for these on a disk of each machine's own
 
 
 @dataclass

@@ -90,6 +90,7 @@ def test_a_step_is_profiled_by_class_of_kernel(tmp_path, monkeypatch, capsys):
         ("_gate_gradient", "GEGLU"),
         ("_add_norm_gradient", "layer norm"),
         ("_join", "ends of blocks"),
+        ("_add", "gradients added up"),
         ("_cat", "joined maps"),
         ("_softmax", "attention"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", "attention"),

@@ -382,7 +382,8 @@ def _strategy(
         groups,
         **common,
         stage=config.strategy.stage,
-        offload=config.strategy.offload == "cpu",
+        offload=config.strategy.offload != "none",
+        offload_folder=None if config.strategy.offload_path is None else Path(config.strategy.offload_path),
         micro_batch=micro_batch,
         accumulation=accumulation,
     )

@@ -24,14 +24,6 @@ def check(config: Config) -> None:
     Raises:
         UserError: names the key, its value and what it may be.
     """
-    if config.strategy.offload == "nvme":
-        # DeepSpeed keeps masters and moments on the disk between steps and brings them a part at a time while it
-        # steps. The average follows the masters at each step, checkpoints take all of them: both would read the
-        # disk beside it. The largest U-Net (SDXL's, 2.6 billion weights) needs 42 GB for them over all machines.
-        raise UserError(
-            "strategy.offload=nvme is not supported: averages and checkpoints need masters and moments in memory; "
-            "choose strategy.offload=cpu"
-        )
     schedule, objective = config.model.scheduler, config.objective
     require_choice(
         {
@@ -44,7 +36,7 @@ def check(config: Config) -> None:
             "optim.kind": (config.optim.kind, distributed.KINDS),
             "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
             "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
-            "strategy.offload": (config.strategy.offload, ("none", "cpu")),
+            "strategy.offload": (config.strategy.offload, ("none", "cpu", "nvme")),
             "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
             "tracker.mode": (config.tracker.mode, tracking.MODES),
             "model.scheduler.beta_schedule": (schedule.beta_schedule, diffusion.BETA_SCHEDULES),
@@ -116,8 +108,18 @@ def check(config: Config) -> None:
         )
     if config.strategy.kind == "zero" and config.strategy.stage not in (1, 2, 3):
         raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
-    if config.strategy.kind == "ddp" and config.strategy.offload != "none":
-        raise UserError("strategy.offload=cpu is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload")
+    offload, path = config.strategy.offload, config.strategy.offload_path
+    if config.strategy.kind == "ddp" and offload != "none":
+        raise UserError(
+            f"strategy.offload={offload} is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload"
+        )
+    if offload == "nvme" and config.strategy.stage != 3:
+        raise UserError("strategy.offload=nvme is stage 3's: add strategy=zero3, or choose strategy.offload=cpu")
+    if (offload == "nvme") != (path is not None):
+        raise UserError(
+            f"strategy.offload={offload} with strategy.offload_path={path}: nvme needs a folder on a local disk "
+            "for its files, and only nvme does"
+        )
     on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
     if config.strategy.kind == "zero" and config.train.precision == "fp16" and on_cpu:
         raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")

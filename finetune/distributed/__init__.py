@@ -6,7 +6,12 @@ signals         being asked to stop
 watch           which rank is lost, so that the others end in bounded time
 optimizers      which there are, what each remembers
 strategy        what a strategy is (`Shard`s, steps, gathers), and data parallelism
-zero            DeepSpeed's ZeRO stages
+graphs          a micro-batch's passes as one CUDA graph
+copies          weights that are cast once a step
+zero            ZeRO's stages: DeepSpeed's pieces and steps
+reduction       their gradients, reduced while the backward pass goes on
+gathering       stage 3's weights, whole while they are computed with
+files           what is offloaded, in files
 """
 
 from finetune.distributed.control import Control, Facts

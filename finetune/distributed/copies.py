@@ -37,6 +37,10 @@ class Copies:
         self._others = [p for key, p in masters.items() if key not in copies]
         self._are_old = False
 
+    @property
+    def nbytes(self) -> int:
+        return sum(copy.nbytes for _, copy in self._pairs)
+
     def masters_changed(self) -> None:
         """Copies are made anew before they are used again."""
         self._are_old = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +19,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune.distributed.world import World
+
+# torch 2.13 gave it a new name.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 _KEPT_ELEMENTS = 4096  # parameters of up to so many, norms and biases, stay whole
 
@@ -41,6 +45,8 @@ class Gathering:
         self._last: tuple[bool, int] | None = None
         self._backward = False
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" and world.size > 1 else None
+        # The first block's inputs need no gradients, its weights do.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
         self._nothing = {p.dtype: p.data.new_empty(0) for p in module.parameters()}
         blocks = [(block, dict.fromkeys(block.parameters())) for block in _blocks_of(module, is_block)]
         held = Counter(id(p) for _, parameters in blocks for p in parameters)
@@ -91,7 +97,7 @@ class Gathering:
         event = self._whole[number]
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
-        if self._stream is not None and coming is not None and coming not in self._whole:
+        if self.world.size > 1 and coming is not None and coming not in self._whole:
             self._fetch(coming)
 
     def _fetch(self, number: int) -> None:
@@ -122,7 +128,7 @@ class Gathering:
         sizes = [piece.numel() for piece in pieces]
         flat = torch.cat([piece.view(-1) for piece in pieces])
         every_RP = flat.new_empty(ranks, len(flat))
-        dist.all_gather_into_tensor(every_RP.view(-1), flat)
+        all_gather(every_RP.view(-1), flat)
         return [part_RE.reshape(-1) for part_RE in every_RP.split(sizes, dim=1)]
 
     def _release(self, number: int) -> None:

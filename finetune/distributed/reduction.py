@@ -20,6 +20,9 @@ from torch import Tensor, nn
 
 from finetune.distributed.world import World
 
+# torch 2.13 gave it a new name.
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 # (first element in what a rank gets of a bucket, elements, sum that they are added to, first element in that)
 _Run = tuple[int, int, Tensor, int]
 
@@ -87,8 +90,6 @@ class Reduction:
     @contextlib.contextmanager
     def of_a_pass(self) -> Iterator[None]:
         """Within it gradients of a backward pass are reduced and added to the sums. Collective."""
-        if self.sums is None:
-            self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
         self._is_on, self._next = True, 0
@@ -157,10 +158,10 @@ class Reduction:
     def _reduce_next(self) -> None:
         bucket = self.buckets[self._next]
         self._next += 1
-        assert self.sums is not None
-        flat = self._flat(
-            [self.pieces[n] for n in bucket.numbers], [self._gradients.pop(n, None) for n in bucket.numbers]
-        )
+        if self.sums is None:
+            self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
+        pieces = [self.pieces[number] for number in bucket.numbers]
+        flat = self._flat(pieces, [self._gradients.pop(number, None) for number in bucket.numbers])
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
             flat.record_stream(self._stream)
@@ -226,7 +227,7 @@ class ScatteredReduction(Reduction):
         if self.world.size == 1:
             return flat
         mine = self._empty(len(flat) // self.world.size)
-        dist.reduce_scatter_tensor(mine, flat)
+        reduce_scatter(mine, flat)
         return mine
 
 

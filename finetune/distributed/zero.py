@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO behind the `Strategy` interface."""
+"""DeepSpeed's ZeRO behind the `Strategy` interface, with passes of our own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import importlib
 import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from finetune import UserError, by_all
 from finetune.distributed import optimizers
+from finetune.distributed.files import in_file
 from finetune.distributed.gathering import Gathering
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
 from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
@@ -39,8 +42,9 @@ class ZeRO(Strategy):
     """DeepSpeed's ZeRO stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Weights are kept in the working precision, with float32 masters and moments in pieces over the ranks.
-    DeepSpeed moves and steps; which part of which parameter a rank holds is read from its mappings, so that
-    files and averages need none of its own formats.
+    DeepSpeed cuts these and, under stages 1 and 2, steps. Passes are ours (`Reduction`, `Gathering`), unless
+    something is offloaded: then all is DeepSpeed's. Which part of which parameter a rank holds is read from its
+    mappings, so that files and averages need none of its own formats.
 
     Gradients are computed and reduced in the working precision. Micro-batches are summed in float32 under stages 2
     and 3, each after its reduction; under stage 1 in the working precision, on each rank, before the only one. In
@@ -49,6 +53,10 @@ class ZeRO(Strategy):
     Args:
         stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
         offload: masters and moments (under stage 3 weights as well) stay in host memory, and the update runs there.
+        offload_folder: under stage 3, masters and moments lie in files there instead (see `in_file`).
+
+    Raises:
+        UserError: there can't be such files; on all ranks.
     """
 
     def __init__(
@@ -62,6 +70,7 @@ class ZeRO(Strategy):
         precision: str,
         stage: int,
         offload: bool = False,
+        offload_folder: Path | None = None,
         micro_batch: int,
         accumulation: int,
     ) -> None:
@@ -119,6 +128,8 @@ class ZeRO(Strategy):
         self.zero = self.engine.optimizer
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
+        if offload_folder is not None:
+            self._to_files(offload_folder, "masters")
         parameters = {names[id(p)]: p for p in module.parameters() if id(p) in names}
         self.shards = [
             self._stage3_shard(name, p) if stage == 3 else self._stage12_shard(name, p)
@@ -131,6 +142,25 @@ class ZeRO(Strategy):
         if not offload:
             self._take_over(parameters)
         optimizers.start(self.optimizer, self._keys, optimizer)
+        if offload_folder is not None:
+            self._to_files(offload_folder, "moments")
+
+    def _to_files(self, folder: Path, what: str) -> None:
+        error: UserError | None = None
+        try:
+            for key in self._keys:
+                if what == "masters":
+                    key.data = in_file(key.data, folder)
+                    continue
+                state = self.optimizer.state[key]
+                for name, tensor in state.items():
+                    if isinstance(tensor, Tensor) and tensor.shape == key.shape:
+                        state[name] = in_file(tensor, folder)
+        except UserError as caught:
+            error = caught
+        found = [one for one in self.world.gather(error) if one is not None]
+        if found:
+            raise by_all(found[0])
 
     def _take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
         """Put our passes in place of DeepSpeed's hooks. It keeps the pieces, and under stages 1 and 2 the step."""

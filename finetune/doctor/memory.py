@@ -33,12 +33,12 @@ class Estimate:
         return ", ".join(f"{name} {size_text(count)}" for name, count in self.device.items() if count)
 
 
-def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimate:
+def estimate(parts: Parts, world_size: int, *, offload: str = "none") -> Estimate:
     """Weights, gradients, masters, moments and averages of this rank, from the tensors themselves.
 
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): stage 1 spreads masters and moments over the ranks,
-    stage 2 gradients too, stage 3 weights too. `offload`: what the optimizer has, and under stage 3 the weights,
-    are in host memory.
+    stage 2 gradients too, stage 3 weights too. `offload`: with `cpu` what the optimizer has, and under stage 3 the
+    weights, are in host memory; with `nvme` masters and moments are in files.
     """
     strategy = parts.strategy
     stage: int = getattr(strategy, "stage", 0)
@@ -51,6 +51,8 @@ def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimat
             # Stages 2 and 3 sum micro-batches in float32, after their reduction.
             summed = 4 if stage >= 2 and parts.accumulation > 1 else width
             gradients += summed * (math.ceil(count / world_size) if stage >= 2 else count)
+    copies = getattr(strategy, "copies", None)
+    weights += 0 if copies is None else copies.nbytes
     owned = sum(shard.master.numel() for shard in strategy.shards)
     kinds = strategy.settings.of_a_weight
     own = sum(tensor.nbytes for of_shard in strategy.own_state() for tensor in of_shard.values())
@@ -59,8 +61,9 @@ def estimate(parts: Parts, world_size: int, *, offload: bool = False) -> Estimat
     average = {"average": 4 * owned * len(parts.averages)}
     device: dict[str, int] = {"gradients": gradients}
     host: dict[str, int] = {}
-    (host if offload and stage == 3 else device).update({"weights": weights})
-    (host if offload else device).update(optimizer | average)
+    is_offloaded = offload != "none"
+    (host if is_offloaded and stage == 3 else device).update({"weights": weights})
+    (host if is_offloaded else device).update(average if offload == "nvme" else optimizer | average)
     # A checkpoint is written from a copy in host memory: masters, averages and moments.
     saved = 4 * (1 + len(kinds) + len(parts.averages))
     host["checkpoint copy"] = saved * math.ceil(trained_numel(parts) / world_size) + math.ceil(own / world_size)
@@ -88,7 +91,7 @@ def memory_rows(context: Context) -> list[Row]:
 def _measure(context: Context) -> dict[str, Any]:
     world, parts = context.joined(), context.parts
     assert parts is not None
-    expected = estimate(parts, world.size, offload=context.config.strategy.offload != "none")
+    expected = estimate(parts, world.size, offload=context.config.strategy.offload)
     host_now, host_peak, host_capacity = host_memory()
     found: dict[str, Any] = {
         "text": expected.text(),

@@ -9,6 +9,7 @@ Two groups of parameters have learning rates of their own, gradients are clipped
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ SETTINGS = {
     kind: OptimizerSettings(kind, beta2=0.99, weight_decay=0.1, d0=1e-3 if kind == "prodigy" else 1e-6)
     for kind in distributed.KINDS
 }
-ZEROS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload")
+ZEROS = ("zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "zero3_files")
 
 
 class Net(nn.Module):
@@ -77,8 +78,9 @@ def make(world: World, kind: str, name: str = "ddp") -> Strategy:
     common: dict[str, Any] = {"optimizer": SETTINGS[kind], "max_grad_norm": 0.1, "precision": "fp32"}
     if name == "ddp":
         return DataParallel(world, model, groups, **common)
-    offload = name.endswith("_offload")
-    return ZeRO(world, model, groups, **common, stage=int(name[4]), offload=offload, micro_batch=2, accumulation=1)
+    common |= {"stage": int(name[4]), "offload": name.endswith(("_offload", "_files"))}
+    folder = Path(tempfile.gettempdir()) if name.endswith("_files") else None
+    return ZeRO(world, model, groups, **common, offload_folder=folder, micro_batch=2, accumulation=1)
 
 
 def step(strategy: Strategy, number: int) -> None:

@@ -85,10 +85,18 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(overrides, tm
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["strategy=zero3", "strategy.offload=nvme"], "strategy.offload=nvme is not supported: "),
+        (
+            ["strategy=zero3", "strategy.offload=nvme"],
+            "strategy.offload=nvme with strategy.offload_path=None: nvme",
+        ),
+        (
+            ["strategy=zero3", "strategy.offload_path=/tmp"],
+            "strategy.offload=none with strategy.offload_path=/tmp: ",
+        ),
+        (["strategy=zero2", "strategy.offload=nvme"], "strategy.offload=nvme is stage 3's: add strategy=zero3"),
         (
             ["strategy=zero3", "strategy.offload=disk"],
-            "strategy.offload=disk is not known: choose one of none, cpu",
+            "strategy.offload=disk is not known: choose one of none, cpu, nvme",
         ),
         (["strategy.offload=cpu"], "strategy.offload=cpu is ZeRO's: "),
         (["strategy=zero2", "strategy.stage=4"], "strategy.stage=4 is not known: choose 1, 2 or 3"),

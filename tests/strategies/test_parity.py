@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +150,13 @@ def test_offload_and_the_other_layout_change_nothing(lab, adapter, strategy):
     """float32; `optimizer` holds squares of gradients near zero, where another order of sums shows most."""
     reference, offloaded = (Run(adapter, name, steps=LONG) for name in ("ddp", "zero3_offload"))
     runs = {name: Run(adapter, name, more=LAYOUT, steps=LONG) for name in ("zero3_offload", *ZERO)}
-    lab.make(*runs.values(), reference, offloaded)
+    in_files = ("strategy.offload=nvme", f"strategy.offload_path={tempfile.gettempdir()}")
+    filed = Run(adapter, "zero3_offload", more=in_files, steps=LONG)
+    lab.make(*runs.values(), reference, offloaded, filed)
     require_same(lab(runs[strategy]), lab(reference), rtol=1e-5, levels=0.05)
     if strategy == "zero3_offload":
         require_same(lab(offloaded), lab(reference), rtol=1e-5, levels=0.05)
+        require_same(lab(filed), lab(offloaded), rtol=1e-12, levels=1e-9)  # to the bit
 
 
 @pytest.mark.parametrize("strategy", ["zero3"])

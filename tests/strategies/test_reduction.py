@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.distributed import World
+from finetune.distributed import World, reduction
 from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
 
 SHAPES = [(5, 3), (7,), (4, 2, 3), (1,), (6, 6), (11,)]
@@ -87,7 +87,7 @@ def played(monkeypatch):
         def scatter(mine: Tensor, flat: Tensor) -> None:
             mine.copy_(one.sum(flat).view(ranks, -1)[rank])
 
-        monkeypatch.setattr(torch.distributed, "reduce_scatter_tensor", scatter)
+        monkeypatch.setattr(reduction, "reduce_scatter", scatter)
         return one
 
     return make
