@@ -81,6 +81,10 @@ def test_every_choice_composes(choice: str) -> None:
         (["data.shards=x", "strategy=zero4"], "strategy=zero4 is not known: did you mean zero3?"),
         (["data.shards=x", "strategy=zero1", "strategy.stage=4"], "strategy.stage=4 must be 1, 2 or 3"),
         (["data.shards=x", "strategy.offload=cpu"], "strategy.offload=cpu needs ZeRO: choose strategy=zero1"),
+        (
+            ["data.shards=x", "strategy=zero3", "strategy.offload_path=/tmp"],
+            "strategy.offload_path=/tmp: a first stage is not",
+        ),
         (["data.shards=nowhere", "run.dir=unused"], "nowhere"),
     ],
 )
