@@ -198,8 +198,8 @@ def _check_values(config: Config) -> None:
         )
     if config.strategy.offload_path is not None:
         raise UserError(
-            f"strategy.offload_path={config.strategy.offload_path}: a first stage is not offloaded to files; leave it "
-            "out, or choose strategy=zero3_offload"
+            f"strategy.offload_path={config.strategy.offload_path}: a first stage is not offloaded to files; leave "
+            "it out, or choose strategy=zero3_offload"
         )
     for channels in model.block_out_channels:
         if channels < 1 or channels % model.norm_num_groups:
