@@ -92,9 +92,13 @@ class Reduction:
         """Within it gradients of a backward pass are reduced and added to the sums. Collective."""
         for bucket in self.buckets:
             bucket.missing = len(bucket.numbers)
+        self._gradients.clear()  # of a pass that failed
         self._is_on, self._next = True, 0
         try:
             yield
+            for number, parameter in enumerate(self.parameters):
+                if parameter.grad is not None:  # of an earlier micro-batch alone
+                    self._came(parameter, number=number)
             if not self.buckets:
                 self._make_buckets()
             while self._next < len(self.buckets):

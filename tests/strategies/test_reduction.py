@@ -161,6 +161,16 @@ def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
     one.check([4.0 * gradient for gradient in gradients])
 
 
+def test_gradients_that_only_an_earlier_micro_batch_came_to_are_reduced_as_well(played):
+    one = played(Reduction, split_as_one, 2, 0)
+    gradients = [torch.full(shape, 2.0) for shape in SHAPES]
+    for _ in range(2):  # before buckets are known, and after
+        (one.parameters[3] * gradients[3]).sum().backward()
+        one.run([5, 4, 1, 0], gradients)
+        assert one.parameters[3].grad is None
+        one.check([2.0 * gradient * (number != 2) for number, gradient in enumerate(gradients)])
+
+
 def test_neighbours_are_added_at_once(played):
     one = played(Reduction, split_as_one, 1, 0, 10_000)
     one.run([3, 0, 5, 1, 4, 2], [torch.ones(shape) for shape in SHAPES])
