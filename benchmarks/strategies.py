@@ -105,9 +105,8 @@ def wrapped(
     if layout or is_fast:
         store_channels_last(unet)
     stage, offload = int(kind[4]), kind.endswith("_offload")
-    return model, ZeRO(
-        world, model, groups, **common, stage=stage, offload=offload, micro_batch=batch, accumulation=1
-    )
+    common |= {"stage": stage, "offload": offload, "micro_batch": batch, "accumulation": 1}
+    return model, ZeRO(world, model, groups, **common, graphs=is_fast)
 
 
 def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:

@@ -386,6 +386,7 @@ def _strategy(
         offload_folder=None if config.strategy.offload_path is None else Path(config.strategy.offload_path),
         micro_batch=micro_batch,
         accumulation=accumulation,
+        graphs=is_fast,
     )
 
 

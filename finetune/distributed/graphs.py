@@ -22,7 +22,7 @@ from finetune import first_line
 _WARM_UP = 3  # calls of one shape that compile and choose kernels
 # Launching takes this share of the kernels' time, or more. Kernels of a U-Net's deepest levels wait for the host
 # long before the whole does: at three quarters of the time, for 3% of it.
-_BOUND = 0.5
+BOUND = 0.5
 
 
 @dataclass
@@ -42,10 +42,18 @@ class Graphs:
         passes: forward and backward of one micro-batch: takes tensors in any nesting, adds to the gradients of
             `parameters`, and returns a tensor. It must not wait for the device or depend on values on the host.
         parameters: those that it leaves gradients in.
+        plain: called in its place where there is no graph; it may do more, such as take gradients away.
+        bound: a graph is made where launching takes that share of the time, or more.
     """
 
-    def __init__(self, passes: Callable[..., Tensor], parameters: Iterable[nn.Parameter]) -> None:
-        self.passes, self.parameters = passes, list(parameters)
+    def __init__(
+        self,
+        passes: Callable[..., Tensor],
+        parameters: Iterable[nn.Parameter],
+        plain: Callable[..., Tensor] | None = None,
+        bound: float = BOUND,
+    ) -> None:
+        self.passes, self.plain, self.parameters, self.bound = passes, plain or passes, list(parameters), bound
         self.shapes: dict[Any, _Shape] = {}
         self.pool: Any = None
         self.gradients: list[Tensor | None] = []  # where graphs leave them; none before there is one
@@ -56,12 +64,12 @@ class Graphs:
         shape = self.shapes.setdefault(key, _Shape())
         shape.calls += 1
         if shape.calls <= _WARM_UP or shape.is_bound is False:
-            return self.passes(*args)
+            return self.plain(*args)
         if shape.is_bound is None:
             return self._timed(shape, args)
         adds = any(p.grad is not None for p in self.parameters)
         if adds and not self._are_held():
-            return self.passes(*args)  # a step that began without a graph goes on so
+            return self.plain(*args)  # a step that began without a graph goes on so
         if not adds and self.gradients and False not in shape.graphs:
             # Gradients have one memory for all shapes: the first shape's graph sets it, graphs of others add to it.
             torch._foreach_zero_([gradient for gradient in self.gradients if gradient is not None])
@@ -75,7 +83,7 @@ class Graphs:
                 shape.is_bound = False
                 warnings.warn(f"this micro-batch gets no CUDA graph: {first_line(error)}", stacklevel=2)
                 torch.cuda.empty_cache()
-                return self.passes(*args)
+                return self.plain(*args)
         graph, inputs, output = shape.graphs[adds]
         for held, given in zip(inputs, leaves, strict=True):
             if isinstance(held, Tensor):
@@ -100,11 +108,11 @@ class Graphs:
         torch.cuda.synchronize()
         start.record()
         began = time.perf_counter()
-        output = self.passes(*args)
+        output = self.plain(*args)
         launched_s = time.perf_counter() - began
         end.record()
         end.synchronize()
-        shape.is_bound = launched_s > _BOUND * start.elapsed_time(end) / 1e3
+        shape.is_bound = launched_s > self.bound * start.elapsed_time(end) / 1e3
         return output
 
     def _captured(self, leaves: list[Any], spec: Any) -> Any:

@@ -18,6 +18,7 @@ from finetune import UserError, by_all
 from finetune.distributed import optimizers
 from finetune.distributed.files import in_file
 from finetune.distributed.gathering import Gathering
+from finetune.distributed.graphs import BOUND, Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
 from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
@@ -53,6 +54,8 @@ class ZeRO(Strategy):
     Args:
         stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
         offload: masters and moments (under stage 3 weights as well) stay in host memory, and the update runs there.
+        graphs: on a GPU, under stages 1 and 2 without offload, let micro-batches that wait for the host run as CUDA
+            graphs (see `Graphs`). Gradients are then reduced after the backward pass, not beside it.
         offload_folder: under stage 3, masters and moments lie in files there instead (see `in_file`).
 
     Raises:
@@ -73,6 +76,7 @@ class ZeRO(Strategy):
         offload_folder: Path | None = None,
         micro_batch: int,
         accumulation: int,
+        graphs: bool = False,
     ) -> None:
         import deepspeed
 
@@ -139,8 +143,14 @@ class ZeRO(Strategy):
             shard.master.copy_(shard.piece_of(exact[shard.name]))
         self.reduction: Reduction | None = None
         self.gathering: Gathering | None = None
+        self.graphs: Graphs | None = None
         if not offload:
             self._take_over(parameters)
+        # A graph would keep the loss scale of fp16, which changes.
+        if graphs and on_gpu and stage < 3 and not offload and precision != "fp16":
+            # Over several ranks a graph also costs the time of reductions, which plain passes hide.
+            bound = BOUND if world.size == 1 else 0.9
+            self.graphs = Graphs(self._passes, parameters.values(), self._reduced_passes, bound)
         optimizers.start(self.optimizer, self._keys, optimizer)
         if offload_folder is not None:
             self._to_files(offload_folder, "moments")
@@ -251,10 +261,23 @@ class ZeRO(Strategy):
             if not last:
                 self.engine.step()  # counts the micro-batch
             return total.detach()
-        reduced = self.reduction.of_a_pass() if self.stage > 1 or last else contextlib.nullcontext()
-        with reduced, self._gathered():
-            total = self.module(*args).float().sum()
-            (total * (self.zero.loss_scale / global_batch)).backward()
+        self._reduces = self.stage > 1 or last
+        if self.graphs is None:
+            return self._reduced_passes(args, global_batch)
+        total = self.graphs(args, global_batch)
+        if self._reduces and any(p.grad is not None for p in self.reduction.parameters):
+            with self.reduction.of_a_pass():  # a graph has left them
+                pass
+        return total
+
+    def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
+        assert self.reduction is not None
+        with self.reduction.of_a_pass() if self._reduces else contextlib.nullcontext(), self._gathered():
+            return self._passes(args, global_batch)
+
+    def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
+        total = self.module(*args).float().sum()
+        (total * (self.zero.loss_scale / global_batch)).backward()
         return total.detach()
 
     def _gathered(self) -> contextlib.AbstractContextManager[None]:

@@ -7,6 +7,7 @@ was captured from what lies in the captured inputs, and leaves it in the capture
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from finetune.config import Config, compose
 from finetune.distributed import World
 from finetune.distributed.graphs import Graphs
 from finetune.step import optimizer_step
+from tests.strategies.conftest import spawn
 
 
 class Device:
@@ -90,8 +92,8 @@ class Graph:
             p.grad = gradient
 
 
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+def play(monkeypatch: pytest.MonkeyPatch) -> Device:
+    """A device in place of `torch.cuda`'s."""
     made = Device()
 
     class Event:
@@ -109,6 +111,11 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     return made
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    return play(monkeypatch)
 
 
 class Model(nn.Module):
@@ -397,3 +404,20 @@ def test_a_training_is_the_same_bit_for_bit(overrides, tmp_path, device, setting
     assert device.replays > 0
     assert found == plain
     assert all(torch.equal(one, other) for one, other in zip(others, weights, strict=True))
+
+
+# --- under ZeRO -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_zero_reduces_what_a_graph_has_left(processes):
+    """All ranks by graphs, or one of them alone: to the bits of plain passes, with as many collectives."""
+    lines = spawn(processes, Path(__file__).parent / "graphing.py").splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert [(row["strategy"], row["who"]) for row in rows] == [
+        (kind, who) for kind in ("zero1", "zero2") for who in ("all", "first")
+    ]
+    for row in rows:
+        assert row["same"] == [True] * processes
+        wanted = [True] * processes if row["who"] == "all" else [True] + [False] * (processes - 1)
+        assert [replays > 0 for replays in row["replays"]] == wanted

@@ -1,0 +1,74 @@
+"""ZeRO's micro-batches by CUDA graphs, on a device that is played on the CPU, beside plain ones.
+
+    torchrun --nproc_per_node N tests/strategies/graphing.py
+
+Prints a JSON line for each stage, and for graphs on all ranks or on the first alone: whether losses and masters are
+those of plain passes, bit for bit, and how many graphs each rank replayed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import pytest
+import torch
+
+from finetune import distributed
+from finetune.distributed import World, ZeRO
+from finetune.distributed.graphs import Graphs
+from tests.strategies.skipping import make
+from tests.strategies.test_graphs import Device, play
+
+STEPS = 12
+
+
+def by_graphs(strategy: ZeRO, device: Device) -> None:
+    parameters = strategy.reduction.parameters
+    strategy.graphs = Graphs(device.watch(strategy._passes, parameters), parameters, strategy._reduced_passes)
+
+
+def step(strategy: ZeRO, number: int) -> list[float]:
+    """Two micro-batches, in some steps of other shapes."""
+    world, rows = strategy.world, 3 if number % 4 == 3 else 2
+    losses = []
+    for micro in range(2):
+        generator = torch.Generator().manual_seed(100 * number + 10 * micro + world.rank)
+        x_BCHW = torch.randn(rows, 2, 4, 4, generator=generator)
+        last = micro == 1
+        losses.append(float(strategy.backward((x_BCHW,), global_batch=2 * rows * world.size, last=last)))
+    return [*losses, float(strategy.step(1e-2).grad_norm)]
+
+
+def examine(world: World, kind: str, who: str) -> dict[str, object]:
+    plain, _ = make(world, kind, "bf16")
+    ours, _ = make(world, kind, "bf16")
+    with pytest.MonkeyPatch.context() as patch:
+        device = play(patch)
+        device.device_s = 0.0 if who == "all" or world.is_main else 1e9  # what is waited for
+        by_graphs(ours, device)
+        same = all(step(ours, number) == step(plain, number) for number in range(STEPS))
+    same &= all(torch.equal(a.master, b.master) for a, b in zip(ours.shards, plain.shards, strict=True))
+    return {
+        "strategy": kind,
+        "who": who,
+        "same": world.gather(same),
+        "replays": world.gather(device.replays),
+    }
+
+
+def main() -> None:
+    world = distributed.start("cpu", uses_deepspeed=True)
+    for kind in ("zero1", "zero2"):
+        for who in ("all", "first"):
+            row = examine(world, kind, who)
+            if world.is_main:
+                print(json.dumps(row), flush=True)
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    main()
