@@ -144,6 +144,7 @@ class ZeRO(Strategy):
         self.reduction: Reduction | None = None
         self.gathering: Gathering | None = None
         self.graphs: Graphs | None = None
+        self._reduces = True  # whether this micro-batch's gradients are reduced after it
         if not offload:
             self._take_over(parameters)
         # A graph would keep the loss scale of fp16, which changes.
