@@ -114,17 +114,33 @@ def test_checkpoints_are_those_of_any_other_run(overrides, tmp_path, command, fa
     ids=["default", "off", "zero1", "zero2", "zero2-offload", "zero3", "dora"],
 )
 def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, more, made):
-    graphs_of = []
+    told = []
 
-    def strategy(*_, graphs):
-        graphs_of.append(graphs)
+    def strategy(*_, is_fast):
+        told.append(is_fast)
         return type("Strategy", (), {"shards": []})()
 
     monkeypatch.setattr("finetune.build._strategy", strategy)
     more = [*more, f"model.pretrained={pipeline}"] if "adapter=lora" in more else more
     _, parts = parts_of(overrides, *more)
     assert fastened == ([parts.model.unet] if made else [])
-    assert graphs_of == [made]
+    assert told == [made]
+
+
+@pytest.mark.parametrize(
+    ("more", "copied"),
+    [
+        (["train.micro_batch=2"], True),
+        (["train.micro_batch=4"], False),  # the whole batch: cast once as it is
+        (["train.micro_batch=2", "model.fast=false"], False),
+        (["train.micro_batch=2", "train.precision=fp32"], False),
+        (["train.micro_batch=2", "adapter=lora"], False),  # its weights are few
+    ],
+    ids=["accumulating", "whole", "off", "fp32", "lora"],
+)
+def test_where_weights_are_cast_once_a_step(overrides, fastened, more, copied):
+    _, parts = parts_of([*overrides, "train.global_batch=4", "train.precision=bf16"], *more)
+    assert (parts.strategy.copies is not None) == copied
 
 
 def test_nothing_is_made_fast_on_a_cpu(overrides):
