@@ -134,11 +134,12 @@ def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, m
         (["train.micro_batch=4"], False),  # the whole batch: cast once as it is
         (["train.micro_batch=2", "model.fast=false"], False),
         (["train.micro_batch=2", "train.precision=fp32"], False),
-        (["train.micro_batch=2", "adapter=lora"], False),  # its weights are few
+        (["train.micro_batch=2", "adapter=lora", "model.unet={}"], False),  # its weights are few
     ],
     ids=["accumulating", "whole", "off", "fp32", "lora"],
 )
-def test_where_weights_are_cast_once_a_step(overrides, fastened, more, copied):
+def test_where_weights_are_cast_once_a_step(overrides, pipeline, fastened, more, copied):
+    more = [*more, f"model.pretrained={pipeline}"] if "adapter=lora" in more else more
     _, parts = parts_of([*overrides, "train.global_batch=4", "train.precision=bf16"], *more)
     assert (parts.strategy.copies is not None) == copied
 
