@@ -27,6 +27,8 @@ def test_accelerate_counting_one_process_is_refused(tmp_path):
     """On a machine without a GPU Accelerate, told of DeepSpeed, sees one process: such a run must not start."""
     script = tmp_path / "fault.py"
     script.write_text(
+        "import importlib\n"  # DeepSpeed would compile a reduction for a minute, and a killed one leaves a lock
+        "importlib.import_module('deepspeed.comm.torch').build_shm_op = lambda: None\n"
         "from accelerate import PartialState\n"
         "from finetune import distributed, run_cli\n"
         "assert PartialState().num_processes == 1\n"
