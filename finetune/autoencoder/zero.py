@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from finetune.autoencoder.together import sum_gradients
 from finetune.distributed import MOMENTS, World
+from finetune.distributed.gathering import blocks_of
 from finetune.distributed.zero import GATHERED_WHOLE
 
 Moments = dict[str, dict[str, Tensor]]
@@ -222,14 +223,9 @@ class ShardedAdamW(torch.optim.AdamW):
 
 
 def _units(module: nn.Module) -> Iterator[nn.Module]:
-    name = type(module).__name__
-    if name in _READ_ASIDE:
-        return
-    if name in _WHOLE or not any(True for child in module.children() for _ in child.parameters()):
-        yield module
-        return
-    for child in module.children():
-        yield from _units(child)
+    for unit in blocks_of(module, lambda block: type(block).__name__ in (*_WHOLE, *_READ_ASIDE)):
+        if type(unit).__name__ not in _READ_ASIDE:
+            yield unit
 
 
 def update(

@@ -48,7 +48,7 @@ class Gathering:
         # The first block's inputs need no gradients, its weights do.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         self._nothing = {p.dtype: p.data.new_empty(0) for p in module.parameters()}
-        blocks = [(block, dict.fromkeys(block.parameters())) for block in _blocks_of(module, is_block)]
+        blocks = [(block, dict.fromkeys(block.parameters())) for block in blocks_of(module, is_block)]
         held = Counter(id(p) for _, parameters in blocks for p in parameters)
         for block, parameters in blocks:
             # Those that several blocks have stay whole as well.
@@ -140,9 +140,10 @@ class Gathering:
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
 
 
-def _blocks_of(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+def blocks_of(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The blocks in a module, and where there are none its layers: what has no weights further inside."""
     if is_block(module) or not any(True for _ in itertools.chain(*(c.parameters() for c in module.children()))):
         yield module
         return
     for child in module.children():
-        yield from _blocks_of(child, is_block)
+        yield from blocks_of(child, is_block)
