@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import context, record, save_plot
+from benchmarks.strategies import largest_distance
 from benchmarks.train_speed import WORKS, Work, stepping, trained
 
 # Name: whether the U-Net is ours, precision.
@@ -42,7 +43,7 @@ def apart(ours: list[float], reference: list[float]) -> tuple[float, float]:
     """Relative distances: the largest of a step's loss, and that of the mean over the last tenth of the steps."""
     last = max(1, len(reference) // 10)
     mine, other = sum(ours[-last:]), sum(reference[-last:])
-    return max(abs(a - b) / b for a, b in zip(ours, reference, strict=True)), abs(mine - other) / other
+    return largest_distance(ours, reference), abs(mine - other) / other
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import cost_curve, cost_quality, encode, profile_step, scaling, train_speed
+from benchmarks import cost_curve, cost_quality, encode, loss_curve, profile_step, scaling, train_speed
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
 from data_tools import emoji
@@ -403,3 +403,15 @@ def test_gpu_parity_runs_on_the_cpu():
     rows = {row["variant"]: row for row in lines("gpu_parity", "--only", "fp32|bf16")}
     assert rows["ddp-fp32"]["loss"] == 0
     assert 0 < rows["ddp-bf16"]["loss"] < 0.03
+
+
+@pytest.mark.slow
+def test_losses_of_a_fast_unet_are_drawn_beside_diffusers(tmp_path):
+    out, picture = tmp_path / "curve.jsonl", tmp_path / "curve.png"
+    rows = lines("loss_curve", "--steps", "6", "--out", str(out), "--plot", str(picture))
+    assert [row["variant"] for row in rows] == list(loss_curve.VARIANTS)
+    assert all(row.keys() >= FIELDS and len(row["losses"]) == 6 for row in rows)
+    assert "apart" not in rows[0] and rows[1]["apart"] < 1e-5 and rows[1]["apart_mean"] < 1e-5
+    assert 1e-5 < rows[2]["apart"] < 0.01 and rows[3]["apart"] < 0.01
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == rows

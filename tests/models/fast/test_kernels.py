@@ -489,3 +489,26 @@ def test_softmax_of_what_overflowed_is_no_number(broken):
     with np.errstate(invalid="ignore"):  # the interpreter's
         found = kernels.softmax(scores, 1.0, torch.float32)
     assert found[0].isfinite().all() and found[1].isnan().all()
+
+
+# --- gradients added up -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(7,), (0,), (2048,), (5, 3, 3, 3), (33, 65)])
+def test_a_gradient_is_added_in_float32(shape, dtype):
+    generator = torch.Generator().manual_seed(0)
+    total = torch.randn(shape, generator=generator)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    for layout in (torch.contiguous_format, torch.channels_last) if len(shape) == 4 else (torch.contiguous_format,):
+        found, added = total.clone(memory_format=layout), x.to(memory_format=layout)
+        kernels.add_(found, added)
+        assert torch.equal(found, total + x.float())
+
+
+def test_what_lies_otherwise_in_memory_is_added_where_it_belongs():
+    total, x = torch.zeros(4, 6), torch.arange(24.0).view(6, 4).T.bfloat16()
+    kernels.add_(total, x)
+    assert torch.equal(total, x.float())
+    kernels.add_(total[:, ::2], x[:, ::2])  # not dense
+    assert torch.equal(total[:, ::2], 2 * x[:, ::2].float()) and torch.equal(total[:, 1::2], x[:, 1::2].float())
