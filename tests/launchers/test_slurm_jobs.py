@@ -57,7 +57,7 @@ def calm(slurm: Cluster, settings: list[str], tmp_path_factory: pytest.TempPathF
     environ = job_environment(slurm)
     followed = subprocess.run(
         [sys.executable, "-m", "launchers.slurm", *words],
-        cwd=ROOT, env=environ, capture_output=True, text=True, timeout=560, check=False,
+        cwd=ROOT, env=environ, capture_output=True, text=True, errors="replace", timeout=560, check=False,
     )  # fmt: skip
     assert followed.returncode == 0, (followed.stdout[-3000:], followed.stderr)
     number = followed.stdout.split(":")[0].removeprefix("job ")
@@ -76,6 +76,7 @@ def test_two_nodes_train_as_one_run(calm: Job) -> None:
     assert config["sample"]["prompts"] == ['a "red" apple, please', "it's $HOME"]
     assert (calm.state()["JobState"], calm.state()["ExitCode"]) == ("COMPLETED", "0:0")
     assert "srun: error" not in calm.text()
+    assert b"| 120/120 [" in calm.log.read_bytes() and calm.log.read_bytes().isascii()
 
 
 @pytest.mark.slow
