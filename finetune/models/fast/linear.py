@@ -20,10 +20,9 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        with torch.autocast(kind, enabled=False):
-            x_RI = x.to(dtype).flatten(0, -2)
-            weight_OI = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
-            y_RO = x_RI @ weight_OI.T
+        x_RI = x.to(dtype).flatten(0, -2)
+        weight_OI = (weights[0] if len(weights) == 1 else torch.cat(weights)).to(dtype)
+        y_RO = x_RI @ weight_OI.T
         rows = [len(weight) for weight in weights]
         # Weights as they are, where they need no cast: ZeRO-3 takes their memory back until the backward pass.
         ctx.save_for_backward(x_RI, *(weights if weights[0].dtype == dtype else weight_OI.split(rows)))
