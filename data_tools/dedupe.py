@@ -4,7 +4,8 @@ SHARDS are folders that `data-tools ingest` made, or folders of WebDataset tars.
 of them. Each set gets SHARDS/duplicates.jsonl, one object a line for each picture to leave out: its "key", the key
 of the picture that is kept in its place ("duplicate_of", with "set" if that is in another of the sets), the
 "distance" of the two, and whether they are the same to the pixel ("exact"). `encode` honours the list; nothing is
-deleted, and a new run replaces the list.
+deleted, and a new run replaces the list. Its first line says of which pictures it is ("pictures"): `encode` refuses
+the list once SHARDS holds others. When one of several sets is made anew, dedupe all of them again.
 
 Of duplicates the picture with the most pixels is kept; of those the first, in the order of the sets and shards.
 A picture is left out only if it is near one that is kept, so a chain of slightly different pictures doesn't vanish.
@@ -62,14 +63,12 @@ from tqdm import tqdm
 from data_tools.arguments import add_workers_argument, default_workers
 from data_tools.images import PictureError, decode_rgb
 from data_tools.leaders import HASH_BITS, distances, find_leaders
-from data_tools.output import whole_file
+from data_tools.output import DUPLICATES, FINGERPRINTS, whole_file
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import write_atomic
 
-DUPLICATES = "duplicates.jsonl"
-_KNOWN = ".dedupe"
 _VERSION = 1
 _CELLS = 8
 _ROW = np.dtype(
@@ -97,16 +96,17 @@ def run(args: argparse.Namespace) -> int:
     """Run `data-tools dedupe`."""
     _check(args)
     sources = [PictureSource.open(root) for root in args.shards]
+    identities = [source.identity() for source in sources]  # before the pictures are read: they may be replaced
     known = look(sources, default_workers() if args.workers is None else args.workers)
     for source in sources:
         if not any(part.count for part in known if part.source is source):
             raise UserError(f"{source.root} has no picture that can be read; run `data-tools verify` on it")
-    with tempfile.TemporaryDirectory(prefix="sort-", dir=sources[0].root / _KNOWN) as work:
+    with tempfile.TemporaryDirectory(prefix="sort-", dir=sources[0].root / FINGERPRINTS) as work:
         table = Table.gather(known, Path(work))
         found = find_duplicates(table, None if args.exact else args.distance, args.colour)
         if not args.dry_run:
-            for source in sources:
-                _write(source, sources, known, table, found)
+            for source, identity in zip(sources, identities, strict=True):
+                _write(source, identity, sources, known, table, found)
         if args.report is not None:
             _draw(args.report, known, table, found)
         _tell(sources, known, table, found, args)
@@ -182,7 +182,7 @@ def _save(path: Path, state: dict[str, Any], rows: list[bytes], keys: list[str],
 
 
 def _part_path(source: PictureSource, name: str) -> Path:
-    return source.root / _KNOWN / f"{name}.known"
+    return source.root / FINGERPRINTS / f"{name}.known"
 
 
 def _state(source: PictureSource, unit: int, name: str) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def look(sources: list[PictureSource], workers: int) -> list[Part]:
     names = [[unit.name for unit in source.units()] for source in sources]
     for source in sources:
         try:
-            (source.root / _KNOWN).mkdir(exist_ok=True)
+            (source.root / FINGERPRINTS).mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot write to {source.root} ({error.strerror}); copy the set") from None
     units = [(number, unit) for number, mine in enumerate(names) for unit in range(len(mine))]
@@ -399,13 +399,20 @@ def _first_equal(digests_N2: np.ndarray) -> np.ndarray:
 
 
 def _write(
-    source: PictureSource, sources: list[PictureSource], parts: list[Part], table: Table, found: Found
+    source: PictureSource,
+    identity: str,
+    sources: list[PictureSource],
+    parts: list[Part],
+    table: Table,
+    found: Found,
 ) -> None:
     """SHARDS/duplicates.jsonl, in the order of the pictures."""
     path = source.root / DUPLICATES
-    temporary = source.root / _KNOWN / f"{path.name}.tmp"  # left by a kill, it doesn't make the set look unfinished
+    # Left by a kill, it doesn't make the set look unfinished there.
+    temporary = source.root / FINGERPRINTS / f"{path.name}.tmp"
     names = {id(other): os.path.relpath(other.root, source.root) for other in sources if other is not source}
     with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps({"pictures": identity}) + "\n")
         for number, part in enumerate(parts):
             if part.source is not source:
                 continue

@@ -16,10 +16,13 @@ from finetune.data.shards.files import WORK
 
 REJECTS = "rejects.jsonl"
 SOURCE = "SOURCE.json"
+DUPLICATES = "duplicates.jsonl"
+FINGERPRINTS = ".dedupe"  # where `data-tools dedupe` keeps what it knows of the pictures
 LOCK = ".lock"
 JOB = "encode.json"
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
-_FILES = (MANIFEST, REJECTS, SOURCE, JOB, EMPTY_TEXT, CLASSES)
+_FILES = (MANIFEST, REJECTS, SOURCE, DUPLICATES, JOB, EMPTY_TEXT, CLASSES)
+_FOLDERS = (WORK, FINGERPRINTS)
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
 
 
@@ -153,7 +156,7 @@ def clear_folder(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} {what}; choose another folder or give --overwrite")
     # The manifest goes first: a set half deleted must not look whole. Files that aren't ours stay.
     for name in sorted(names, key=lambda name: name != MANIFEST):
-        if name == WORK:
+        if name in _FOLDERS:
             shutil.rmtree(out / name)
         elif name in _FILES or _OURS.fullmatch(name):
             (out / name).unlink()

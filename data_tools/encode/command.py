@@ -250,7 +250,7 @@ def run(args: argparse.Namespace) -> int:
     filters = Filters.from_args(args)
     background = parse_colour(args.background)
     source = PictureSource.open(args.shards)
-    excluded = Excluded.load(args.shards, args.exclude, args.keep_duplicates)
+    excluded = Excluded.load(source, args.exclude, args.keep_duplicates)
     if args.full_holes and not args.holes:
         raise UserError(f"--full-holes {args.full_holes:g} needs holes; give --holes")
     classes = source.shards.classes() if source.shards is not None else []

@@ -43,7 +43,7 @@ def write_set(root: Path, pictures: dict[str, bytes], per_shard: int = 3) -> Pat
 
 
 def rows(root: Path) -> dict[str, dict[str, object]]:
-    lines = (root / "duplicates.jsonl").read_text().splitlines()
+    _, *lines = (root / "duplicates.jsonl").read_text().splitlines()
     return {row["key"]: row for row in map(json.loads, lines)}
 
 
@@ -162,7 +162,7 @@ def test_the_same_list_whatever_the_workers(cli: Cli, tmp_path: Path) -> None:
         assert cli("dedupe", root, "--workers", workers).code == 0
         lists.append((root / "duplicates.jsonl").read_bytes())
     assert lists[0] == lists[1]
-    assert lists[0].count(b"\n") == 13
+    assert lists[0].count(b"\n") == 1 + 13
 
 
 def test_dry_run_and_report(cli: Cli, tmp_path: Path) -> None:
@@ -184,6 +184,44 @@ def test_nothing_found_replaces_the_old_list(cli: Cli, tmp_path: Path) -> None:
     (root / "duplicates.jsonl").write_text('{"key": "b"}\n')
     assert cli("dedupe", root).code == 0
     assert rows(root) == {}
+
+
+def test_a_list_goes_with_its_pictures(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
+    """Keys of folders are running numbers: in a set made anew they are other pictures'."""
+    for name, seeds in (("first", (1, 1, 2)), ("second", (3, 4, 5))):
+        (tmp_path / name).mkdir()
+        for number, seed in enumerate(seeds):
+            (tmp_path / name / f"{number}.png").write_bytes(encoded(scene(seed)))
+    root = tmp_path / "set"
+    encode = ("encode", root, "--vae", vae_folder, "--size", 32, "--workers", 0)
+    ingest = ("ingest", "folder", tmp_path / "second", "--out", root, "--overwrite")
+    assert cli("ingest", "folder", tmp_path / "first", "--out", root).code == 0
+    assert cli("dedupe", root).code == 0
+    old = (root / "duplicates.jsonl").read_bytes()
+    assert list(rows(root)) == [ShardSet.open(root).key(1)]
+    assert cli(*encode, "--out", tmp_path / "a").code == 0
+    assert len(ShardSet.open(tmp_path / "a")) == 2
+
+    assert cli(*ingest).code == 0
+    assert not (root / "duplicates.jsonl").exists()
+    assert not (root / ".dedupe").exists()
+    (root / "duplicates.jsonl").write_bytes(old)  # by whatever way it came back
+    result = cli(*encode, "--out", tmp_path / "b")
+    assert (result.code, "of pictures that are no longer in" in result.err) == (2, True)
+    assert cli(*encode, "--out", tmp_path / "b", "--keep-duplicates").code == 0
+    assert len(ShardSet.open(tmp_path / "b")) == 3
+    (tmp_path / "list").write_bytes(old)  # who names a list means it
+    (root / "duplicates.jsonl").unlink()
+    assert cli(*encode, "--out", tmp_path / "c", "--exclude", tmp_path / "list").code == 0
+    assert len(ShardSet.open(tmp_path / "c")) == 2
+
+
+def test_each_list_says_of_which_set_it_is(cli: Cli, tmp_path: Path) -> None:
+    roots = [write_set(tmp_path / name, {f"{name}{n}": encoded(scene(n)) for n in range(2)}) for name in "ab"]
+    assert cli("dedupe", *roots).code == 0
+    said = [json.loads((root / "duplicates.jsonl").read_text().splitlines()[0]) for root in roots]
+    assert said == [{"pictures": PictureSource.open(root).identity()} for root in roots]
+    assert said[0] != said[1]
 
 
 def test_mistakes(cli: Cli, tmp_path: Path) -> None:
