@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +25,10 @@ from torch import Tensor
 from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.zero import Moments, ShardedAdamW
-from finetune.checkpoint import find_fault, prune, publish, write_record
+from finetune.checkpoint import find_fault, newest_whole, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
 from finetune.models.weight_files import write_weights
-from finetune.runs import complete_checkpoints
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -97,18 +95,14 @@ def save(
 
 
 def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint whose files are whole, and its record; broken ones are named and passed over.
+    """A run's newest whole checkpoint, see `newest_whole`, and its record.
 
     What a killed writer left under temporary names is removed.
     """
     for leftover in (run / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    for folder in reversed(complete_checkpoints(run).values()):
-        fault = find_fault(folder)
-        if fault is None:
-            return folder, json.loads((folder / "trainer.json").read_text())
-        print(f"warning: passing over the broken checkpoint {folder}: {fault}", file=sys.stderr)
-    return None
+    folder = newest_whole(run)
+    return None if folder is None else (folder, json.loads((folder / "trainer.json").read_text()))
 
 
 def named(path: str) -> tuple[Path, dict[str, Any]]:

@@ -30,7 +30,7 @@ checkpoints     saves and restores a run: what happens when
 from finetune.checkpoint.checkpoints import Checkpoints, Progress
 from finetune.checkpoint.folder import RunFolder, require_shared
 from finetune.checkpoint.layout import Layout
-from finetune.checkpoint.record import find_fault, prune, publish, require_same, write_record
+from finetune.checkpoint.record import find_fault, newest_whole, prune, publish, require_same, write_record
 
 __all__ = [
     "Checkpoints",
@@ -38,6 +38,7 @@ __all__ = [
     "Progress",
     "RunFolder",
     "find_fault",
+    "newest_whole",
     "prune",
     "publish",
     "require_same",

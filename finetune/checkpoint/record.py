@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,23 +75,57 @@ def prune(run: Path, keep: int, step: int) -> None:
         shutil.rmtree(doomed)
 
 
+def newest_whole(run: Path) -> Path | None:
+    """A run's newest checkpoint whose files are whole; damaged ones are named in a warning and passed over.
+
+    None where there is none at all. A run that began anew because all are damaged would remove them.
+
+    Raises:
+        UserError: there are some, and none is whole; or one can't be judged (see `find_fault`).
+    """
+    path, fault = None, None
+    for path in reversed(complete_checkpoints(run).values()):
+        fault = find_fault(path)
+        if fault is None:
+            return path
+        warnings.warn(f"passing over the broken checkpoint {path}: {fault}", stacklevel=2)
+    if path is not None:
+        raise UserError(
+            f"no checkpoint in {path.parent} is whole ({path.name}: {fault}): to begin anew, remove them or choose "
+            "another run.dir"
+        )
+    return None
+
+
 def find_fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """What is damaged in a checkpoint, or None.
+
+    Raises:
+        UserError: it is of another version, or the disk does not give it: that is no damage.
+    """
     try:
         record = json.loads((path / "trainer.json").read_text())
-        if record["format"] != FORMAT:
-            return f"format {record['format']}, this version reads {FORMAT}"
+        written = record["format"]
         files = dict(record["files"])
-        for name in files:
-            if not (path / name).is_file():
-                return f"{name} is missing"
-        found = _each(lambda name: _sum(path / name, lambda: None).sha256, list(files))
-        for (name, wanted), digest in zip(files.items(), found, strict=True):
-            if digest != wanted:
-                return f"{name} does not have its checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if written == FORMAT:
+            for name in files:
+                if not (path / name).is_file():
+                    return f"{name} is missing"
+            found = _each(lambda name: _sum(path / name, lambda: None).sha256, list(files))
+            for (name, wanted), digest in zip(files.items(), found, strict=True):
+                if digest != wanted:
+                    return f"{name} does not have its checksum"
+            return None
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"trainer.json cannot be read ({error})"
-    return None
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path} ({error.strerror or error}): start the same command again when the disk answers"
+        ) from None
+    raise UserError(
+        f"{path} has format {written!r} and this version reads {FORMAT}: go on with the version that wrote it, or "
+        "choose another run.dir"
+    )
 
 
 def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel
 
 from finetune import UserError, build
-from finetune.checkpoint import Checkpoints, Layout, RunFolder, find_fault, require_same
+from finetune.checkpoint import Checkpoints, Layout, RunFolder, find_fault, record, require_same
 from finetune.config import Config, compose
 from finetune.loop import Parts
 from finetune.models.adapters import LORA_FILE
@@ -209,7 +210,6 @@ UNET = "weights/unet/diffusion_pytorch_model.safetensors"
         (lambda path: os.truncate(path / "trainer.json", 50), "trainer.json cannot be read"),
         (lambda path: (path / "trainer.json").unlink(), "trainer.json cannot be read"),
         (lambda path: (path / "trainer.json").write_text("[]"), "trainer.json cannot be read"),
-        (lambda path: rewrite(path / "trainer.json", lambda r: r.update(format=99)), "format 99, this"),
         (lambda path: rewrite(path / "trainer.json", lambda r: r.pop("files")), "trainer.json cannot be read"),
         (lambda path: shutil.rmtree(path), "trainer.json cannot be read"),
     ],
@@ -226,6 +226,44 @@ def test_damage_is_found(intact: Path, tmp_path: Path, damage: Callable[[Path], 
     else:
         with pytest.raises(UserError, match=f"checkpoint.resume=.*{path.name} is no whole checkpoint"):
             checkpoints.named(str(path))
+
+
+@pytest.mark.filterwarnings("ignore:passing over")
+def test_a_run_of_damaged_checkpoints_does_not_begin_anew(
+    overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """It would empty the metrics, and remove later checkpoints with its first save."""
+    words = [*overrides, "train.steps=2", "checkpoint.every=1", "checkpoint.keep=2"]
+    assert command("train", *words)[0] == 0
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for step in (1, 2):
+        flip(run / f"checkpoints/step-0000000{step}" / UNET)
+    for resume in ("auto", "never"):
+        code, said = command("train", *words, "train.steps=3", f"checkpoint.resume={resume}")
+        assert code == 2 and f"no checkpoint in {run}/checkpoints is whole (step-00000001: {UNET} does not" in said
+    for step in (1, 2):
+        flip(run / f"checkpoints/step-0000000{step}" / UNET)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_what_is_no_damage_is_not_passed_over(saved: tuple[Parts, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next save would prune a checkpoint of another version, or one that the disk did not give for a moment."""
+    parts, path = saved
+    newer = path.with_name("step-00000009")
+    shutil.copytree(path, newer)
+    rewrite(newer / "trainer.json", lambda record: record.update(format=99))
+    for read in (parts.checkpoints.latest, lambda: parts.checkpoints.named(str(newer))):
+        with pytest.raises(UserError, match=f"{newer} has format 99 and this version reads 1: go on with the"):
+            read()
+    shutil.rmtree(newer)
+
+    def away(*_: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(record, "_sum", away)
+    with pytest.raises(UserError, match=f"cannot read {path} \\(Stale file handle\\): start the same command"):
+        parts.checkpoints.latest()
 
 
 # --- what a run depends on ------------------------------------------------------------------------
