@@ -161,7 +161,7 @@ def train(
                         steps_taken=strategy.steps_taken,
                         loss_scale=strategy.scaler_state(),
                         optimizer=strategy.counts(),
-                        open_losses=tracker.open_losses,
+                        open_losses=list(tracker.open_losses),  # the tracker's list grows while this is written
                     )
                     if stop or step == total_steps:
                         parts.checkpoints.save(progress, strategy, parts.averages, snapshot=snapshot)

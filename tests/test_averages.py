@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from finetune import UserError, build
-from finetune.checkpoint import find_fault
+from finetune.checkpoint import checkpoints, find_fault
 from finetune.config import Config, compose
 from finetune.ema import HalfLife, Power
 from finetune.models.adapters import LORA_FILE
@@ -178,6 +178,21 @@ def test_a_disk_that_refuses_a_snapshot_leaves_those_before(
     monkeypatch.setattr(shutil, "copyfile", full)
     assert command("train", *overrides, *POWER)[0] == 0
     assert steps_of(tmp_path / "run") == [2, 6, 8]
+
+
+def test_a_snapshot_stays_where_its_checkpoint_could_not_be_published(
+    overrides: list[str], tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = checkpoints.publish
+
+    def publish(temporary: Path, final: Path) -> None:
+        if final.name == "step-00000004":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        original(temporary, final)
+
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    assert command("train", *overrides, *POWER)[0] == 0
+    assert steps_of(tmp_path / "run") == [2, 4, 6, 8]
 
 
 def test_a_file_system_without_links_gets_copies(

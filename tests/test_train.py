@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune import build, loop, rng
+from finetune.checkpoint import Checkpoints
 from finetune.config import Config, compose
 from finetune.data.loader import Data
 from finetune.distributed import World
@@ -312,6 +313,17 @@ def test_checkpoints_are_pruned_and_leave_nothing_half_written(overrides, tmp_pa
     assert command("train", *overrides, "train.steps=5", "checkpoint.every=1", "checkpoint.keep=2")[0] == 0
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(os.listdir(folder)) == ["step-00000004", "step-00000005"]
+
+
+def test_a_save_under_way_knows_of_no_later_losses(overrides, command: Command, monkeypatch) -> None:
+    begin, saves = Checkpoints.begin, []
+    monkeypatch.setattr(
+        Checkpoints,
+        "begin",
+        lambda self, progress, *a, **k: (saves.append(progress), begin(self, progress, *a, **k)),
+    )
+    assert command("train", *overrides, "train.steps=5", "checkpoint.every=1", "tracker.every=4")[0] == 0
+    assert [len(save.open_losses) for save in saves] == [1, 2, 3, 0]
 
 
 def test_a_kill_while_saving_leaves_the_checkpoints_before(overrides, tmp_path, command, monkeypatch):

@@ -10,7 +10,6 @@ import secrets
 import shutil
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,14 +22,21 @@ from finetune import UserError, by_all
 from finetune.checkpoint.host import HostMemory, free_host_memory
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
-from finetune.checkpoint.record import TEMPORARY, find_fault, prune, publish, sum_files, write_record
+from finetune.checkpoint.record import (
+    TEMPORARY,
+    find_fault,
+    newest_whole,
+    prune,
+    publish,
+    sum_files,
+    write_record,
+)
 from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.snapshots import keep_snapshot, prune_snapshots
 from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
 from finetune.distributed import Strategy, Wanted
 from finetune.ema import Average, Power
 from finetune.posthoc import SNAPSHOTS
-from finetune.runs import complete_checkpoints
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
 _STALLED_SECONDS = 300.0  # a disk that has taken nothing for so long is given up
@@ -120,6 +126,8 @@ class Checkpoints:
         self._save: _Save | None = None
         self._plan: Plan | None = None
         self._last_saved: int | None = None
+        self._began_at = 0  # the step of the checkpoint that the run went on from
+        self._snapshots: set[int] = set()  # steps of those that this process made
         self._failures = 0  # in a row
         self._is_patient = True
 
@@ -389,11 +397,12 @@ class Checkpoints:
                 write_record(save.temporary, record, sums)
                 if save.snapshot:
                     keep_snapshot(save.temporary, self.run, save.final.name, record, sums)
+                    self._snapshots.add(save.progress.step)
                 publish(save.temporary, save.final)
                 moved()
                 try:
                     prune(self.run, self.keep, save.progress.step)
-                    prune_snapshots(self.run, self.keep_snapshots, save.progress.step, self._last_saved or 0)
+                    prune_snapshots(self.run, self.keep_snapshots, self._began_at, self._snapshots)
                 except OSError as error:
                     note = f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
         except OSError as error:
@@ -474,19 +483,14 @@ class Checkpoints:
     # --- reading ----------------------------------------------------------------------------------
 
     def latest(self) -> Path | None:
-        """The newest checkpoint whose files are whole; broken ones are named in a warning and passed over."""
-        for path in reversed(complete_checkpoints(self.run).values()):
-            fault = find_fault(path)
-            if fault is None:
-                return path
-            warnings.warn(f"passing over the broken checkpoint {path}: {fault}", stacklevel=2)
-        return None
+        """The run's newest whole checkpoint, see `newest_whole`."""
+        return newest_whole(self.run)
 
     def named(self, path: str) -> Path:
         """The checkpoint folder `path`.
 
         Raises:
-            UserError: it is not whole.
+            UserError: it is not whole, or not to be read.
         """
         fault = find_fault(Path(path))
         if fault is not None:
@@ -512,7 +516,7 @@ class Checkpoints:
         """
         progress = self.read(path)
         described = json.loads((path / "trainer.json").read_text()).get("averages", {})
-        self._last_saved = progress.step
+        self._last_saved = self._began_at = progress.step
 
         def inside(folder: str) -> Callable[[str], tuple[str, str]]:
             def locate(name: str) -> tuple[str, str]:

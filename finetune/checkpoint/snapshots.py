@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,15 @@ def _fill(temporary: Path, checkpoint: Path, record: Mapping[str, Any], sums: Ma
     write_record(temporary, {**{key: record[key] for key in _KEPT}, "averages": averages}, kept_sums)
 
 
-def prune_snapshots(run: Path, keep: int | None, step: int, after: int) -> None:
-    """Remove all but the last `keep` snapshots, and those of another past than that of the checkpoint of `step`.
+def prune_snapshots(run: Path, keep: int | None, began_at: int, made: Collection[int]) -> None:
+    """Remove all but the last `keep` snapshots (None for all), and those of another past of the run.
 
     Args:
-        keep: None for all.
-        after: the step of the checkpoint before, or of the one that the run went on from: what lies between the
-            two, or is later, was made before the run went back.
+        began_at: the step that the run went on from: what is later and not in `made` was made before it went back.
+        made: steps of those that were made since.
     """
     complete = complete_snapshots(run)
-    own = [at for at in complete if at <= after or at == step]
+    own = [at for at in complete if at <= began_at or at in made]
     kept = own if keep is None else own[-keep:]
     for old in (path for at, path in complete.items() if at not in kept):
         doomed = old.with_name(f"{TEMPORARY}{old.name}")
