@@ -34,11 +34,10 @@ from benchmarks.ranks import waiter
 from benchmarks.works import BETAS, MAX_GRAD_NORM, SEED, schedule, stepping
 from finetune import UserError, pictures
 from finetune.autoencoder.features import frechet
-from finetune.autoencoder.pictures import PICTURE_MEMBERS
 from finetune.autoencoder.pictures import decode as decode_picture
 from finetune.data.loader import Data, Samples
 from finetune.data.order import Order, Source
-from finetune.data.shards import NO_ENCODER, ShardSet
+from finetune.data.shards import IMAGE_MEMBERS, NO_ENCODER, ShardSet
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace, to_raw
@@ -94,7 +93,7 @@ def read_pictures(root: Path) -> tuple[np.ndarray, np.ndarray]:
     found, labels = [], []
     for index in range(len(shards)):
         members = shards.read(index)
-        data = next(members[name] for name in PICTURE_MEMBERS if name in members)
+        data = next(members[name] for name in IMAGE_MEMBERS if name in members)
         found.append(decode_picture(data, PIXELS))
         caption = (shards.read_json(index).get("captions") or [""])[0]
         labels.append(numbers.setdefault(caption, len(numbers)))

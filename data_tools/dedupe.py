@@ -61,13 +61,13 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data_tools.arguments import add_workers_argument, default_workers
-from data_tools.images import PictureError, decode_rgb
 from data_tools.leaders import HASH_BITS, distances, find_leaders
 from data_tools.output import DUPLICATES, FINGERPRINTS, whole_file
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import write_atomic
+from finetune.data.shards.images import PictureError, decode_rgb
 
 _VERSION = 1
 _CELLS = 8

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_tools.images import PictureError, decode_grey, decode_indices
 from finetune.data.shards import MAP, MASK, UNLABELLED
+from finetune.data.shards.images import PictureError, decode_grey, decode_indices
 from finetune.data.shards.labels import png_header
 
 LEAST_OF_A_BOX = 0.25

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from data_tools.arguments import add_device_argument, positive
 from data_tools.encode import choose_device
-from data_tools.images import PictureError, decode_rgb
 from data_tools.inspect import record_of
 from data_tools.labels import read_map, read_mask
 from data_tools.output import whole_file
@@ -40,6 +39,7 @@ from finetune.data.shards import (
     parse_boxes,
     parse_npy,
 )
+from finetune.data.shards.images import PictureError, decode_rgb
 
 _GAP = 2  # pixels between tiles
 _TINT = 0.45  # of a label's colour

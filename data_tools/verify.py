@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from data_tools.arguments import add_workers_argument, default_workers
-from data_tools.images import MAX_PIXELS, PictureError, decode_rgb
 from data_tools.labels import read_map
 from data_tools.workers import CrashError, Workers
 from finetune.data.shards import (
@@ -36,6 +35,7 @@ from finetune.data.shards import (
     parse_classes,
     verify,
 )
+from finetune.data.shards.images import MAX_PIXELS, PictureError, decode_rgb
 from finetune.data.shards.labels import png_header
 from finetune.data.shards.verify import Checked
 

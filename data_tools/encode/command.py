@@ -36,7 +36,7 @@ from data_tools.encode.parts import PartWriter, Tally
 from data_tools.encode.prepare import Filtered, Prepared, Recipe, measure, prepare
 from data_tools.encode.work import Claimed, Work, join
 from data_tools.filters import Filters, add_filter_arguments
-from data_tools.images import PictureError, parse_colour
+from data_tools.images import parse_colour
 from data_tools.labels import LEAST_OF_A_BOX
 from data_tools.output import JOB, REJECTS, SOURCE, refuse_sources
 from data_tools.pictures import Picture, PictureSource
@@ -63,6 +63,7 @@ from finetune.data.shards import (
     write_classes,
 )
 from finetune.data.shards.files import npy_bytes
+from finetune.data.shards.images import PictureError
 
 if TYPE_CHECKING:
     import torch

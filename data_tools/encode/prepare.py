@@ -12,11 +12,12 @@ from data_tools.encode.buckets import aspect_step, crop_loss, nearest
 from data_tools.encode.degrade import shrink
 from data_tools.encode.holes import draw_hole, latent_hole
 from data_tools.filters import Filters
-from data_tools.images import PictureError, cut_out, decode_rgb, encode_image, picture_format
+from data_tools.images import encode_image
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.pictures import Picture, Unreadable
 from finetune.data.shards import HOLE, LOWRES, MAP, Bucket, parse_boxes
 from finetune.data.shards.files import npy_bytes
+from finetune.data.shards.images import PictureError, cut_out, decode_rgb, picture_format
 
 
 @dataclass(frozen=True)

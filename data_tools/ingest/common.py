@@ -27,15 +27,7 @@ from tqdm import tqdm
 from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, positive, probability
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
-from data_tools.images import (
-    MAX_PIXELS,
-    PictureError,
-    cut_out,
-    decode_rgb,
-    encode_image,
-    parse_colour,
-    picture_format,
-)
+from data_tools.images import encode_image, parse_colour
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, LabelFile, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
@@ -54,6 +46,7 @@ from finetune.data.shards import (
     write_atomic,
     write_classes,
 )
+from finetune.data.shards.images import MAX_PIXELS, PictureError, cut_out, decode_rgb, picture_format
 from finetune.data.shards.labels import png_header
 
 RESERVED = ("captions", "file", "original_size", "crop")

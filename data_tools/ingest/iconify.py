@@ -36,7 +36,7 @@ from PIL import Image
 
 from data_tools.arguments import add_workers_argument, positive, probability
 from data_tools.filters import Filters
-from data_tools.images import MAX_PIXELS, PictureError, encode_image, parse_colour
+from data_tools.images import encode_image, parse_colour
 from data_tools.ingest.common import (
     Found,
     Options,
@@ -46,6 +46,7 @@ from data_tools.ingest.common import (
     ingest,
 )
 from finetune import UserError
+from finetune.data.shards.images import MAX_PIXELS, PictureError
 
 Colour = tuple[int, int, int]
 

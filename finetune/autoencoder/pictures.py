@@ -5,45 +5,29 @@ Decoded pictures stay in memory when they fit; otherwise each batch is decoded w
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from PIL import Image
 
 from finetune import UserError, rng
-from finetune.data.shards import ShardSet
-
-PICTURE_MEMBERS = ("png", "webp", "jpg", "jpeg")
+from finetune.data.shards import IMAGE_MEMBERS, ShardSet
+from finetune.data.shards.images import PictureError, cut_out, decode_rgb
 
 
 def decode(data: bytes, size: int | None) -> np.ndarray:
-    """Picture file -> uint8 [H, W, 3]; transparency over white.
+    """Picture file -> uint8 [H, W, 3], as `data-tools encode` sees it: upright, in sRGB, transparency over white.
 
     With `size` the shorter side is resized to it (Lanczos) and the centre is cropped to `size` x `size`.
 
     Raises:
-        OSError: the bytes are no picture.
+        PictureError: the bytes are no picture.
     """
-    with Image.open(io.BytesIO(data)) as picture:
-        picture.load()
-        if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-            rgba = picture.convert("RGBA")
-            flat = Image.new("RGBA", rgba.size, "white")
-            flat.alpha_composite(rgba)
-            rgb = flat.convert("RGB")
-        else:
-            rgb = picture.convert("RGB")
-    if size is not None:
-        width, height = rgb.size
-        scale = size / min(width, height)
-        if scale != 1.0:
-            width, height = max(size, round(width * scale)), max(size, round(height * scale))
-            rgb = rgb.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - size) // 2, (height - size) // 2
-        rgb = rgb.crop((left, top, left + size, top + size))
-    return np.asarray(rgb, dtype=np.uint8)
+    if size is None:
+        return np.asarray(decode_rgb(data))
+    square = (size, size)
+    image = decode_rgb(data, at_least=square)
+    return np.asarray(cut_out(image, image.info["original_size"], square)[0])
 
 
 class Pictures:
@@ -74,7 +58,7 @@ class Pictures:
         self._shards = ShardSet.open(root, "images")
         self._size = size
         self._pool = ThreadPoolExecutor(readers, thread_name_prefix="decode")
-        members = [member for member in self._shards.manifest.members if member in PICTURE_MEMBERS]
+        members = [member for member in self._shards.manifest.members if member in IMAGE_MEMBERS]
         if not members:
             raise UserError(f"{root}: no pictures in these shards, only {self._shards.manifest.members}")
         self._members = members
@@ -154,7 +138,7 @@ class Pictures:
             raise UserError(f"sample {self._shards.key(sample_id)} of {self._shards.root} has no picture")
         try:
             return decode(self._shards.read_member(sample_id, member), self._size)
-        except OSError as error:
+        except PictureError as error:
             key = self._shards.key(sample_id)
             raise UserError(
                 f"broken picture {key}.{member} in {self._shards.root} ({error}); "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from finetune import UserError
 from finetune.autoencoder.pictures import Pictures, decode
@@ -91,6 +93,46 @@ def test_transparency_is_laid_over_white() -> None:
     out = decode(encoded(rgba), None)
     assert out[0, 0].tolist() == [10, 20, 30]
     assert out[3, 3].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_picture_is_seen_upright(tmp_path: Path, orientation: int) -> None:
+    """`data-tools ingest` keeps a file as it is and writes the bucket of the upright picture."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(picture(0, 8, 12)).resize((24, 16), Image.Resampling.BICUBIC).save(buffer, "JPEG", exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+    with ShardWriter(tmp_path / "s", "images") as writer:
+        writer.write("turned", {"jpg": buffer.getvalue()}, upright.shape[:2])
+        writer.finish()
+    assert np.array_equal(opened(tmp_path / "s").read(0, [0])[0], upright)
+    top, left = (side // 2 - 8 for side in upright.shape[:2])
+    assert np.array_equal(opened(tmp_path / "s", size=16).read(0, [0])[0], upright[top:, left:][:16, :16])
+
+
+def test_sixteen_bits_are_scaled() -> None:
+    grey = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
+    assert np.array_equal(decode(encoded(grey), None), np.repeat(np.round(grey / 257)[..., None], 3, axis=2))
+
+
+def test_a_colour_profile_is_used() -> None:
+    """That of a screen whose red and blue are exchanged."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    profile = profile.replace(b"rXYZ", b"tmp_").replace(b"bXYZ", b"rXYZ").replace(b"tmp_", b"bXYZ")
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (200, 60, 20)).save(buffer, "PNG", icc_profile=profile)
+    np.testing.assert_allclose(decode(buffer.getvalue(), None), np.full((4, 4, 3), (20, 60, 200)), atol=2)
+
+
+def test_decoding_in_threads_leaves_the_filters_of_warnings() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(0, 256, 256)).save(buffer, "WEBP")  # decoded without Python's lock
+    with warnings.catch_warnings():
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda data: decode(data, None), [buffer.getvalue()] * 200))
+        assert warnings.filters == before
 
 
 def test_sides_that_the_model_cannot_halve_are_refused_with_a_size_that_it_can(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from data_tools.encode import choose_device
-from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
+from finetune.data.shards.images import decode_rgb
 from finetune.latents import LatentSpace, sample_latents
 from finetune.models import autoencoder, fast
 from finetune.models.autoencoder import encode_moments, encoder_sha256, load_autoencoder

@@ -19,10 +19,10 @@ from data_tools.encode.degrade import _blur, _noise, blind, gaussian, shrink
 from data_tools.encode.holes import LEAST, MOST, draw_hole, latent_hole
 from data_tools.encode.prepare import Prepared, Recipe, prepare
 from data_tools.filters import Filters
-from data_tools.images import PictureError, decode_rgb
 from data_tools.labels import LabelFile, cut_boxes, read_map, read_mask
 from data_tools.pictures import Picture
 from finetune.data.shards import Bucket, ShardSet, ShardWriter, json_bytes, parse_npy, verify, write_classes
+from finetune.data.shards.images import PictureError, decode_rgb
 from finetune.data.shards.manifest import Manifest
 from finetune.models import autoencoder
 from finetune.models.autoencoder import encode_moments, load_autoencoder

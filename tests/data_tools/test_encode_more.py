@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageOps
 
 from data_tools.encode.encoder import Encoder
-from data_tools.images import decode_rgb
 from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, verify
+from finetune.data.shards.images import decode_rgb
 from finetune.latents import LatentSpace, RunningMoments
 from finetune.models import autoencoder
 from finetune.models.autoencoder import encode_moments, load_autoencoder

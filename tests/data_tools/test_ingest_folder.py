@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools.images import decode_rgb
 from finetune.data.shards import ShardError, ShardSet, verify
+from finetune.data.shards.images import decode_rgb
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 
 Cli = Callable[..., Result]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from data_tools import emoji
-from data_tools.images import decode_rgb
 from data_tools.ingest.iconify import GROUNDS, base_name, is_held_out
 from finetune.data.shards import ShardSet, verify
+from finetune.data.shards.images import decode_rgb
 from tests.data_tools.conftest import Result
 
 Cli = Callable[..., Result]

@@ -18,11 +18,11 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.filters import Filters
-from data_tools.images import MAX_PIXELS, decode_rgb
 from data_tools.ingest.common import Found, Options, prepare
 from data_tools.ingest.tars import find_tars, member_name, tar_names
 from finetune import UserError
 from finetune.data.shards import ShardSet, verify
+from finetune.data.shards.images import MAX_PIXELS, decode_rgb
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 
 Cli = Callable[..., Result]
