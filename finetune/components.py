@@ -9,7 +9,7 @@ shards), and `RUN/tokenizer` when the tokenizer was made for the run. What it is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finetune import UserError, first_line, tasks
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
-from finetune.data.shards import Manifest
+from finetune.config import data_sources
+from finetune.data.loader import largest_bucket
+from finetune.data.shards import MANIFEST, Manifest
 from finetune.latents import LatentSpace
 from finetune.models.adapters import LORA_FILE, Lora, merge_lora, read_lora
 from finetune.models.autoencoder import (
@@ -193,10 +195,9 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
         )
 
     has_text = (run / "tokenizer").is_dir() or (base is not None and has_part(base, "text_encoder", revision))
-    shards = _section(config, "data").get("shards")
-    manifest = _manifest(shards)
+    shards = _shards(_section(config, "data"))
     trained_in = _trainer(checkpoint.folder).get("latents") or {}
-    vae, latents = _autoencoder(model.get("vae"), base, revision, shards, manifest, trained_in)
+    vae, latents = _autoencoder(model.get("vae"), base, revision, shards, trained_in)
     settings = _section(config, "sample")
     prediction = str(_section(config, "objective").get("prediction", "epsilon"))
     task = tasks.Task.load(run) or tasks.Task()
@@ -217,7 +218,7 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
         step=checkpoint.step,
         guidance=settings.get("guidance"),
         guidance_rescale=float(settings.get("guidance_rescale") or 0.0),
-        size=_size(settings, manifest),
+        size=_size(settings, [each for each in shards.values() if each is not None]),
         lora=lora,
         notices=checkpoint.notices,
     )
@@ -283,17 +284,16 @@ def read_guidance(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read ({first_line(error)}); mend or delete it") from error
 
 
-def _manifest(shards: Any) -> Manifest | None:
-    """What a run's shards say, where they are still there."""
-    root = shards[0] if isinstance(shards, list) and shards else shards
-    there = isinstance(root, str) and (Path(root) / "manifest.json").is_file()
-    return Manifest.load(root) if there else None
+def _shards(data: Mapping[str, Any]) -> dict[str, Manifest | None]:
+    """Where a run's sets of shards are, in the order of its sources, and what those say that are still there."""
+    given = [each for each in data_sources(data).values() if isinstance(each, Mapping)]
+    roots = [str(each["shards"]) for each in given if each.get("shards") is not None]
+    return {root: Manifest.load(root) if (Path(root) / MANIFEST).is_file() else None for root in roots}
 
 
-def _size(settings: Mapping[str, Any], manifest: Manifest | None) -> tuple[int, int] | None:
-    """Of a run's own sample grids: as configured, else the largest bucket's."""
-    buckets = [shard.bucket for shard in manifest.shards if shard.bucket] if manifest is not None else []
-    height, width = max(buckets, key=lambda size: size[0] * size[1], default=(None, None))
+def _size(settings: Mapping[str, Any], sets: Sequence[Manifest]) -> tuple[int, int] | None:
+    """Of a run's own sample grids: as configured, else that of the bucket with most samples."""
+    height, width = largest_bucket(sets) or (None, None)
     height, width = settings.get("height") or height, settings.get("width") or width
     return (height, width) if height and width else None
 
@@ -312,26 +312,27 @@ def _autoencoder(
     vae: str | None,
     base: str | None,
     revision: str | None,
-    shards: Any,
-    manifest: Manifest | None,
+    shards: Mapping[str, Manifest | None],
     trained_in: Mapping[str, Any],
 ) -> tuple[Autoencoder, LatentSpace]:
     """The decoder of a run and the latent space of its training.
 
-    That is what the checkpoint says (`trained_in`); where it says nothing, what its shards say, if they are there.
+    That is what the checkpoint says (`trained_in`); where it says nothing, what the first of its `shards` says, if
+    it is there: all of them are of one encoder.
 
     Raises:
         UserError: there is no autoencoder, or one whose encoder did not make the run's latents.
     """
+    root, manifest = next(iter(shards.items()), (None, None))
     encoder = manifest.encoder if manifest is not None else None
     source: str | Path | None = vae or base
     if source is None:
-        if encoder is None:
+        if root is None or encoder is None:
             raise UserError(
-                f"no autoencoder: model.vae is null, there is no base model, and the shards at {shards} "
+                f"no autoencoder: model.vae is null, there is no base model, and the shards at {root} "
                 "are gone or name none; put them back or set model.vae in the run's config.yaml"
             )
-        source = encoder.locate(shards[0] if isinstance(shards, list) else shards)
+        source = encoder.locate(root)
     module = load_autoencoder(source, revision=None if vae else revision)
     if trained_in:
         made_by, found = str(trained_in["encoder_sha256"]), encoder_sha256(module)

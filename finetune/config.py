@@ -245,8 +245,8 @@ class SampleConfig:
     steps: int = 25
     guidance: float = 5.0
     guidance_rescale: float = 0.0  # Lin et al. 2024, eq. 15 and 16; 0.7 with zero terminal SNR
-    height: int | None = None  # pixels; null: the largest bucket's
-    width: int | None = None  # pixels; null: the largest bucket's
+    height: int | None = None  # pixels; null: that of the bucket with most samples
+    width: int | None = None  # pixels; null: that of the bucket with most samples
 
 
 @dataclass
@@ -293,6 +293,13 @@ class Config:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+
+
+def data_sources(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The sources of the section `data`, as they are given, by name; what a run takes of one is of the first."""
+    if data.get("shards") is not None:
+        return {"data.shards": {"shards": data["shards"]}}
+    return dict(data.get("sources") or {})
 
 
 def conf_dir() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -92,7 +93,8 @@ def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
     shards.mkdir()
     fakes.vae().save_pretrained(tmp_path / "vae")
     encoder = EncoderInfo("../vae", "0" * 64, 0.25, 0.1, "float32", (-1.0, 1.0), 4, 4)
-    infos = [ShardInfo(f"{i}.tar", size, 1, 1, "0" * 64) for i, size in enumerate([(32, 32), (40, 64), (48, 48)])]
+    sizes = [((32, 32), 2), ((40, 64), 2), ((48, 48), 3), ((40, 64), 2)]
+    infos = [ShardInfo(f"{i}.tar", size, samples, 1, "0" * 64) for i, (size, samples) in enumerate(sizes)]
     Manifest("latents", ["latent.npy"], infos, encoder).save(shards)
     copied = tmp_path / "run"
     copied.mkdir()
@@ -102,12 +104,30 @@ def test_the_latent_space_and_decoder_are_the_shards(run, tmp_path):
     parts = load_components(copied)
     assert (parts.latents.scale, parts.latents.shift) == (0.25, 0.1)
     assert same(parts.vae, fakes.vae())
-    assert parts.default_size == (40, 64)  # the largest bucket's
+    assert parts.default_size == (40, 64)  # the bucket with most samples
     made = fakes.config(data={"shards": str(shards)}, sample={"height": 48})
     (copied / "config.yaml").write_text(yaml.safe_dump(made))
     assert load_components(copied).default_size == (48, 64)
     (copied / "config.yaml").write_text(yaml.safe_dump(fakes.config()))
     with pytest.raises(UserError, match="no autoencoder: model.vae is null"):
+        load_components(copied)
+
+    # Of several sources the first names the decoder, and all of them count for the size.
+    others = tmp_path / "far" / "shards"
+    others.mkdir(parents=True)
+    more = [ShardInfo("0.tar", (48, 48), 2, 1, "0" * 64)]
+    Manifest("latents", ["latent.npy"], more, replace(encoder, source="./elsewhere")).save(others)
+    sources = {"b": {"shards": str(shards)}, "a": {"shards": str(others), "weight": 0.5}}
+    made = yaml.safe_dump(fakes.config(data={"shards": None, "sources": sources}), sort_keys=False)
+    (copied / "config.yaml").write_text(made)
+    parts = load_components(copied)
+    assert (parts.latents.scale, parts.latents.shift) == (0.25, 0.1)
+    assert same(parts.vae, fakes.vae())
+    assert parts.default_size == (48, 48)
+    (others / "manifest.json").unlink()
+    assert load_components(copied).default_size == (40, 64)
+    (shards / "manifest.json").unlink()
+    with pytest.raises(UserError, match=f"the shards at {shards} are gone"):
         load_components(copied)
 
 

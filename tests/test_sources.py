@@ -111,7 +111,7 @@ def test_states_of_another_encoder_are_left_alone_with_a_note(
 def test_a_mixture_trains_and_goes_on_exactly(
     latents: Path, with_states: Path, overrides: list[str], tmp_path: Path, command: Command
 ) -> None:
-    """Two sources by weight; a stop in the middle can't be seen; another weight is refused."""
+    """Two sources by weight; a stop in the middle can't be seen; another weight is refused; it is drawn from."""
     settings = [word for word in overrides if not word.startswith("data.shards")]
     settings += [f"data.sources.a.shards={latents}", f"data.sources.b.shards={with_states}"]
     settings += ["data.sources.b.weight=0.5", "train.steps=4"]
@@ -121,6 +121,10 @@ def test_a_mixture_trains_and_goes_on_exactly(
     assert (code, "data.sources (weights) was [1.0, 0.5] and is [1.0, 0.7] now" in line) == (2, True), line
     assert command("train", *settings, f"run.dir={tmp_path / 'two'}")[0] == 0
     assert metrics(tmp_path / "two") == metrics(tmp_path / "calm")
+    drawn = ["--prompt", "a red cat", "--steps", "1", "--out", str(tmp_path / "cat.png")]
+    assert command("sample", str(tmp_path / "two"), *drawn)[0] == 0
+    with Image.open(tmp_path / "cat.png") as picture:
+        assert picture.size == (32, 32)  # the shards'
 
 
 def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str]) -> None:

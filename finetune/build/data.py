@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from finetune import UserError
 from finetune.batch import Batch, Sample
 from finetune.conditioning import Conditioner
 from finetune.conditioning.text import Text
-from finetune.config import Config
+from finetune.config import Config, data_sources
 from finetune.data.loader import MASK, Data, Samples, Wanted, hold_out, read_batch
 from finetune.data.order import Order, Source
 from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
@@ -142,14 +142,13 @@ class _Given:
 
 def _sources(config: Config) -> dict[str, _Given]:
     """The sources by name."""
-    if config.data.shards is not None:
-        if config.data.sources:
-            raise UserError("data.shards and data.sources are both given: put the first among data.sources")
-        return {"data.shards": _Given(config.data.shards)}
-    if not config.data.sources:
+    if config.data.shards is not None and config.data.sources:
+        raise UserError("data.shards and data.sources are both given: put the first among data.sources")
+    found = data_sources(asdict(config.data))
+    if not found:
         raise UserError("no data: give data.shards=FOLDER, or several as data.sources.NAME.shards=FOLDER")
     sources = {}
-    for name, given in config.data.sources.items():
+    for name, given in found.items():
         key = f"data.sources.{name}"
         if not isinstance(given, dict) or not isinstance(given.get("shards"), str):
             raise UserError(f"no value for {key}.shards: give {key}.shards=FOLDER")

@@ -12,8 +12,8 @@ import math
 import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from finetune import UserError, rng
 from finetune.batch import Batch, Sample, picture, stack
 from finetune.data.order import Order, permute
-from finetune.data.shards import TEXT, Bucket, EncoderInfo, ShardSet
+from finetune.data.shards import MASK, TEXT, Bucket, EncoderInfo, Manifest, ShardSet
 from finetune.latents import LatentSpace
 
 _LOOK_AHEAD_SAMPLES = 1 << 16  # of a rank, whose shards are asked for beforehand where they are remote
@@ -32,7 +32,6 @@ _LOOK_AHEAD_STEPS = (64, 2048)  # at least and at most: a step costs Python's ti
 _LOOK_EVERY_STEPS = 32
 _KEPT_BUFFERS = 16
 _CLOSE_S = 5.0
-MASK = "mask.png"
 _DRAWS = 4096  # drawn at a time: one call for each batch would cost more than reading it
 
 
@@ -149,7 +148,7 @@ class Wanted:
         read: a sample's condition as arrays (see `Conditioner.read`), called by the readers; members: what it needs
             beside the record.
         text_states: the drawn captions' states.
-        loss_masks: `mask.png`, where the loss counts.
+        loss_masks: `mask.png`, where the loss counts; a sample without one counts as a whole.
         loss_weights: how much a sample counts, by source.
     """
 
@@ -209,18 +208,22 @@ def read_batch(
             (count, manifest.text.length, manifest.text.width), dtype=torch.float16, pin_memory=pin
         )
         for place in range(count):
-            source_samples = sources[chosen[place]]
-            source_samples.shards.read_row(
-                int(sample_ids[place] - source_samples.first_id),
-                TEXT,
-                drawn[place],
-                len(captions[place]),
-                states[place].numpy(),
-            )
+            shards, sample_id = located(place)
+            shards.read_row(sample_id, TEXT, drawn[place], len(captions[place]), states[place].numpy())
+
+    def located(place: int) -> tuple[ShardSet, int]:
+        source_samples = sources[chosen[place]]
+        return source_samples.shards, int(sample_ids[place] - source_samples.first_id)
 
     def member(place: int, name: str) -> bytes:
-        source_samples = sources[chosen[place]]
-        return source_samples.shards.read_member(int(sample_ids[place] - source_samples.first_id), name)
+        shards, sample_id = located(place)
+        return shards.read_member(sample_id, name)
+
+    def mask(place: int) -> np.ndarray:
+        shards, sample_id = located(place)
+        if not shards.has_member(sample_id, MASK):
+            return np.ones(shape[2:], np.float32)
+        return shrink(picture(shards.read_member(sample_id, MASK), "L", MASK), shape[2:])
 
     def pinned(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if pin else tensor
@@ -237,8 +240,7 @@ def read_batch(
         loss_weight = pinned(torch.tensor(wanted.loss_weights, dtype=torch.float32)[torch.from_numpy(chosen)])
     loss_mask = None
     if wanted.loss_masks:
-        masks = [shrink(picture(member(place, MASK), "L", MASK), shape[2:]) for place in range(count)]
-        loss_mask = pinned(torch.from_numpy(np.stack(masks)[:, None]))
+        loss_mask = pinned(torch.from_numpy(np.stack([mask(place) for place in range(count)])[:, None]))
     return Batch(
         moments,
         [str(several[index]) for several, index in zip(captions, drawn, strict=True)],
@@ -439,6 +441,18 @@ class Loader:
                 samples.shards.close()
 
 
+def largest_bucket(sets: Iterable[Manifest]) -> Bucket | None:
+    """(height, width) in pixels of the bucket with most samples over all sets, held-out ones too; None without any.
+
+    Sample grids have its size. Of buckets with as many samples it is the smallest.
+    """
+    sizes: Counter[Bucket] = Counter()
+    for shard in itertools.chain.from_iterable(each.shards for each in sets):
+        if shard.bucket is not None:
+            sizes[shard.bucket] += shard.samples
+    return max(sorted(sizes), key=sizes.__getitem__, default=None)
+
+
 @dataclass
 class Data:
     """Training order and held-out batches over one or several sets of latent shards.
@@ -456,7 +470,9 @@ class Data:
     @property
     def largest_bucket(self) -> Bucket:
         """(height, width) in pixels of the bucket with most samples."""
-        return self.buckets[int(self.order.sizes.sum(axis=0).argmax())]
+        bucket = largest_bucket(source.shards.manifest for source in self.sources)
+        assert bucket is not None
+        return bucket
 
     @property
     def encoder(self) -> EncoderInfo:

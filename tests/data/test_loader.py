@@ -20,7 +20,7 @@ from PIL import Image
 from finetune import UserError, rng
 from finetune.batch import Batch, Sample
 from finetune.conditioning import draw
-from finetune.data.loader import Data, Loader, Samples, Wanted, hold_out, read_batch, shrink
+from finetune.data.loader import Data, Loader, Samples, Wanted, hold_out, largest_bucket, read_batch, shrink
 from finetune.data.order import Order, Source
 from finetune.data.shards import (
     Cache,
@@ -220,6 +220,28 @@ def test_sources_are_mixed_sample_by_sample(folder: Path, tmp_path: Path) -> Non
                 assert value == int(data.sources[0].shards.key(sample_id))
     share = np.mean([(batch.sample_ids >= total).float().mean() for batch in batches])
     assert abs(share - 0.5) < 0.05
+
+
+def test_the_largest_bucket_has_most_samples_over_all_sources(folder: Path, tmp_path: Path) -> None:
+    """Not the largest area; what is held out changes nothing, so that a run's shards alone tell the same."""
+
+    def latents(name: str, sizes: dict[tuple[int, int], int]) -> Path:
+        with ShardWriter(tmp_path / name, "latents", members=["latent.npy", "json"]) as writer:
+            for (height, width), samples in sizes.items():
+                for index in range(samples):
+                    moments = np.zeros((4, height // 8, width // 8), np.float16)
+                    members = {"latent.npy": latent_bytes(moments), "json": json_bytes({"captions": ["x"]})}
+                    writer.write(f"{height}-{index}", members, (height, width))
+            writer.finish(encoder=ENCODER)
+        return tmp_path / name
+
+    one, other = latents("one", {(32, 32): 11, (64, 64): 10}), latents("other", {(64, 64): 5})
+    assert data_of(one).largest_bucket == (32, 32)
+    assert data_of(one, held_out=4).order.sizes.tolist() == [[10, 9]]
+    assert data_of(one, other).largest_bucket == (64, 64)
+    sets = [Manifest.load(one), Manifest.load(other)]
+    assert largest_bucket(sets[:1]) == (32, 32) and largest_bucket(sets) == (64, 64)
+    assert largest_bucket([]) is None
 
 
 def test_hold_out_depends_on_the_set_not_on_the_run(folder: Path) -> None:
