@@ -20,7 +20,7 @@ from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -455,8 +455,8 @@ def is_free_form(key: str, schema: type) -> bool:
 
 
 def quoted(value: str) -> str:
-    """A value as an override says it, whatever is in it."""
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    """A text as an override says it, whatever is in it; an interpolation (`${run.name}`) stays one."""
+    return QuotedString(value, Quote.double).with_quotes()
 
 
 def parse_override(text: str) -> tuple[Override, str]:
@@ -474,10 +474,9 @@ def parse_override(text: str) -> tuple[Override, str]:
         if not equals or not value or value[0] in "[{":
             hint = quotes if equals and value else "an override is KEY=VALUE"
             raise UserError(f"cannot read the override '{text}': {hint}") from None
-    escaped = value.replace('"', '\\"')
-    quoted = f'{key}="{escaped}"'
+    text_quoted = f"{key}={quoted(value)}"
     try:
-        return parser.parse_override(quoted), quoted
+        return parser.parse_override(text_quoted), text_quoted
     except HydraException:
         raise UserError(f"cannot read the override '{text}': {quotes}") from None
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, build, tasks
 from finetune.autoencoder import config as autoencoder
-from finetune.config import Config, compose, conf_dir, groups
+from finetune.config import Config, compose, conf_dir, groups, parse_override, quoted
 
 CHOICES = [f"{group}={choice}" for group, choices in groups().items() for choice in choices]
 FIRST_STAGE = sorted((conf_dir() / "autoencoder").glob("*/*.yaml"))  # it has groups of its own
@@ -221,6 +224,19 @@ def test_paths_need_no_quotes_of_hydras() -> None:
         assert compose("train", [f"data.shards={path}"], Config)[0].data.shards == path
     typed, saved = compose("train", ["data.shards=~/latents"], Config)
     assert typed.data.shards == saved.data.shards == str(Path.home() / "latents")
+
+
+@given(st.text() | st.text("\\\"' a=${}~\n", max_size=9))
+def test_any_text_quoted_is_read_back(text: str) -> None:
+    """Hydra takes a backslash for an escape before a quote alone."""
+    assert OverridesParser.create().parse_override(f"run.name={quoted(text)}").value() == text
+
+
+@pytest.mark.parametrize("path", [r"~/a\b", r'~/a "b"', r"~/a\"b", "~/a\\", "it's = a,b"])
+def test_a_path_is_taken_as_it_stands(path: str) -> None:
+    override, text = parse_override(f"data.shards={path}")
+    assert override.value() == path
+    assert OverridesParser.create().parse_override(text).value() == path
 
 
 def test_a_list_that_needs_quotes_is_told_so() -> None:
