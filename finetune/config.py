@@ -197,7 +197,7 @@ class DataConfig:
     readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
     prefetch: int = 8  # micro-batches held ready
     text_states: bool = True  # use cached states of captions, where the shards have them and the encoder is frozen
-    loss_masks: bool = False  # the loss counts where the shards' mask.png says
+    loss_masks: bool = False  # the loss counts where the shards' mask.png says; all over where a sample has none
     cache_dir: str | None = None  # for remote shards; null: $LDM_FINETUNE_CACHE, else the user's cache folder
     cache_gib: float | None = (
         None  # kept there at most, by all runs of a machine; null: 100, or 80% of what is free

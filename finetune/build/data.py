@@ -13,9 +13,9 @@ from finetune.batch import Batch, Sample
 from finetune.conditioning import Conditioner
 from finetune.conditioning.text import Text
 from finetune.config import Config, data_sources
-from finetune.data.loader import MASK, Data, Samples, Wanted, hold_out, read_batch
+from finetune.data.loader import Data, Samples, Wanted, hold_out, read_batch
 from finetune.data.order import Order, Source
-from finetune.data.shards import EMPTY_TEXT, Cache, ShardSet, is_remote, most_open, parse_npy
+from finetune.data.shards import EMPTY_TEXT, MASK, Cache, ShardSet, is_remote, most_open, parse_npy
 from finetune.latents import LatentSpace
 from finetune.models.text import text_encoder_sha256
 from finetune.rng import fold
@@ -58,8 +58,8 @@ def open_data(config: Config, held_out_batch: int) -> Data:
         loss_masks=config.data.loss_masks, loss_weights=tuple(each.loss_weight for each in named.values())
     )
     data = Data(sources, buckets, order, [], LatentSpace(encoder.scale, encoder.shift), wanted)
-    if config.data.loss_masks:
-        _require_members(data, (MASK,), "data.loss_masks=true")
+    if config.data.loss_masks and not any(MASK in source.shards.manifest.members for source in sources):
+        raise _lacking(", ".join(str(source.shards.root) for source in sources), MASK, "data.loss_masks=true")
     return replace(data, held_out=_held_out(data, held_out_batch))
 
 
@@ -109,10 +109,14 @@ def _require_members(data: Data, members: Sequence[str], who: str) -> None:
     for source in data.sources:
         for name in members:
             if name not in source.shards.manifest.members:
-                raise UserError(
-                    f"{who} needs {name} of each sample and {source.shards.root} has none: make the shards again "
-                    "with it (`data-tools ingest --help`, `data-tools encode --help`)"
-                )
+                raise _lacking(str(source.shards.root), f"{name} of each sample", who)
+
+
+def _lacking(where: str, what: str, who: str) -> UserError:
+    return UserError(
+        f"{who} needs {what} and {where} has none: make the shards again with it (`data-tools ingest --help`, "
+        "`data-tools encode --help`)"
+    )
 
 
 def classes(data: Data) -> list[str]:

@@ -196,20 +196,6 @@ def read_batch(
         read = sources[source].shards.read_samples(sample_ids[places] - first_id, out, places)
         for place, record in zip(places.tolist(), read, strict=True):
             records[place] = record
-    clock_B = torch.from_numpy(clock)
-    draws = _caption_draws(seed, clock)
-    samples = [Sample(record, bucket, clock=int(clock[place]), seed=seed) for place, record in enumerate(records)]
-    captions = [sample.captions for sample in samples]
-    drawn = [int(draw * len(several)) for draw, several in zip(draws, captions, strict=True)]
-    states = None
-    if wanted.text_states:
-        assert manifest.text is not None
-        states = torch.empty(
-            (count, manifest.text.length, manifest.text.width), dtype=torch.float16, pin_memory=pin
-        )
-        for place in range(count):
-            shards, sample_id = located(place)
-            shards.read_row(sample_id, TEXT, drawn[place], len(captions[place]), states[place].numpy())
 
     def located(place: int) -> tuple[ShardSet, int]:
         source_samples = sources[chosen[place]]
@@ -227,6 +213,21 @@ def read_batch(
 
     def pinned(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if pin else tensor
+
+    clock_B = torch.from_numpy(clock)
+    draws = _caption_draws(seed, clock)
+    samples = [Sample(record, bucket, clock=int(clock[place]), seed=seed) for place, record in enumerate(records)]
+    captions = [sample.captions for sample in samples]
+    drawn = [int(draw * len(several)) for draw, several in zip(draws, captions, strict=True)]
+    states = None
+    if wanted.text_states:
+        assert manifest.text is not None
+        states = torch.empty(
+            (count, manifest.text.length, manifest.text.width), dtype=torch.float16, pin_memory=pin
+        )
+        for place in range(count):
+            shards, sample_id = located(place)
+            shards.read_row(sample_id, TEXT, drawn[place], len(captions[place]), states[place].numpy())
 
     condition = {}
     if wanted.read is not None:

@@ -537,6 +537,41 @@ def test_a_mask_counts_by_the_share_of_each_cell(labelled: Path) -> None:
         shrink(np.zeros((16, 16), np.uint8), (3, 2))
 
 
+def test_what_has_no_mask_counts_as_a_whole(labelled: Path, tmp_path: Path) -> None:
+    """A sample among masked ones, and a whole source beside them; without any mask at all it is a mistake."""
+    from finetune.build import open_data
+    from finetune.config import Config, compose
+
+    def opened(*overrides: str) -> Data:
+        settings = ["train.global_batch=4", "validation.samples=2", "data.loss_masks=true", *overrides]
+        return open_data(compose("train", settings, Config)[0], held_out_batch=2)
+
+    masked = ShardSet.open(labelled)
+    with ShardWriter(tmp_path / "some", "latents", members=["latent.npy", "json", "mask.png"]) as writer:
+        for index in range(12):
+            sample = masked.read(index)
+            if index % 2:
+                del sample["mask.png"]
+            writer.write(sample.pop("__key__"), sample, bucket=(16, 16))
+        writer.finish(encoder=ENCODER)
+    with ShardWriter(tmp_path / "none", "latents") as writer:
+        for index in range(12):
+            members = {"latent.npy": latent_bytes(np.full((4, 2, 2), 20, np.float16)), "json": json_bytes({})}
+            writer.write(f"{index:04d}", members, bucket=(16, 16))
+        writer.finish(encoder=ENCODER)
+    data = opened(f"data.sources.a.shards={tmp_path / 'some'}", f"data.sources.b.shards={tmp_path / 'none'}")
+    seen = set()
+    for batch in take(data.loader(seed=0, micro_batch=4), 6):
+        assert batch.loss_mask is not None and batch.loss_mask.shape == (4, 1, 2, 2)
+        for index, mask_1hw in zip(batch.moments[:, 0, 0, 0].int().tolist(), batch.loss_mask, strict=True):
+            whole = index % 2 or index == 20
+            assert mask_1hw.mean() == (1 if whole else index / 16)
+            seen.add("none" if index == 20 else bool(whole))
+    assert seen == {"none", True, False}
+    with pytest.raises(UserError, match=r"data.loss_masks=true needs mask.png and .*none has none"):
+        opened(f"data.shards={tmp_path / 'none'}")
+
+
 def test_each_source_has_its_loss_weight(labelled: Path) -> None:
     data = data_of(labelled, labelled, global_batch=4)
     weighted = replace(data, wanted=Wanted(loss_weights=(1.0, 0.25)))

@@ -4,7 +4,7 @@
     record "boxes"      [[class, x0, y0, x1, y1], ...]: an int, then fractions (0 to 1) of the picture's width and
                         height, in image shards, or of the crop's, in latent shards
     map.png             a label for each pixel: 8-bit grey; 255 is unlabelled
-    mask.png            how much each pixel's loss counts: 8-bit grey; 255 fully, 0 not at all
+    mask.png            how much each pixel's loss counts: 8-bit grey; 255 fully, 0 not at all; absent: all fully
     lowres.png          the crop at a whole fraction of its size: 8-bit RGB
     hole.npy            uint8 [K, h, w]: K masks over the latent, 1 where it is to be painted
     masked.npy          float16 [K, 2C, h, w]: moments, as of latent.npy, of the picture with each hole filled with
