@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from finetune import UserError
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+WARNING_S = 300  # before the time limit; train.sbatch says the same
 _SHORTEST_SECONDS = 60  # between the start of a job and its warning
 
 
@@ -53,7 +54,7 @@ KEYS = {
     "gpus": "a node, with the type if it matters: 8 or a100:8",
     "processes": "a node, for a job without GPUs",
     "time": "limit, in Slurm's ways: 90 (minutes), 24:00:00, 2-12 (days-hours); default: the partition's",
-    "signal": "seconds before the limit at which it saves and is requeued (default 300; a fifth of short limits)",
+    "signal": f"seconds before the limit at which it saves and is requeued (default {WARNING_S}; a fifth of short limits)",
     "partition": "",
     "account": "",
     "qos": "",
@@ -204,7 +205,7 @@ def memory_bytes(text: str) -> int:
 
 def _warning(text: str | None, time: str, seconds: int | None) -> int:
     """Seconds before the limit. A run that is warned as it starts would be requeued for ever."""
-    warning = min(300, (seconds or 86_400) // 5) if text is None else _count("signal", text, least=1)
+    warning = min(WARNING_S, (seconds or 86_400) // 5) if text is None else _count("signal", text, least=1)
     if warning > 65_535:
         raise UserError(f"signal={warning} is more than Slurm's 65535 seconds")
     if seconds is not None and seconds - warning < _SHORTEST_SECONDS:

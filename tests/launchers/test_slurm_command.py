@@ -217,6 +217,10 @@ def test_the_doctor_has_the_runs_nodes_once(
     assert [word for word in lines[1] if word.startswith("--time")] == ([f"--time={limit}"] if limit else [])
 
 
+def test_a_job_is_warned_as_early_by_the_file_alone() -> None:
+    assert f"#SBATCH --signal=B:USR1@{settings.WARNING_S}" in command.SCRIPT.read_text().splitlines()
+
+
 def examples() -> list[str]:
     """The words after `python -m launchers.slurm` in what the help, train.sbatch and README's section show."""
     readme = (ROOT / "README.md").read_text().partition("## From one process to a cluster")[2].partition("\n## ")[0]
