@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ DUPLICATES = "duplicates.jsonl"
 FINGERPRINTS = ".dedupe"  # where `data-tools dedupe` keeps what it knows of the pictures
 LOCK = ".lock"
 JOB = "encode.json"
+_JOIN_SECONDS = 1.0, 0.01  # how long who would share a folder waits for one who leaves it; between two looks
 _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is the folder, 1 is `encode`'s
 _FILES = (MANIFEST, REJECTS, SOURCE, DUPLICATES, JOB, EMPTY_TEXT, CLASSES)
 _FOLDERS = (WORK, FINGERPRINTS)
@@ -51,6 +53,7 @@ def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; give a folder")
     path = out / LOCK
+    until = time.monotonic() + _JOIN_SECONDS[0]
     while True:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -63,6 +66,9 @@ def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
             fcntl.lockf(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB, 1, 0)
         except (BlockingIOError, PermissionError):  # what POSIX allows for a lock that another one holds
             os.close(lock)
+            if shared and time.monotonic() < until:  # who leaves, or asks if it is alone, holds it for a moment
+                time.sleep(_JOIN_SECONDS[1])
+                continue
             raise UserError(f"{out} is in use by another process; wait for it or choose another folder") from None
         except OSError as error:
             os.close(lock)
@@ -78,7 +84,9 @@ def lock_folder(out: Path, *, shared: bool) -> Iterator[int]:
         with contextlib.suppress(OSError):
             # One leaves at a time: of two that leave at once, neither would be alone.
             fcntl.lockf(lock, fcntl.LOCK_EX, 1, _LEAVING)
-            if is_alone(lock) and _same_file(lock, path):
+            # Alone until the file is gone: who opened it meanwhile gets its lock only then, and sees that.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
+            if _same_file(lock, path):
                 path.unlink()
         os.close(lock)
 
