@@ -46,6 +46,7 @@ FLOORS: dict[str, float] = {
     "loop": 4,
     "build/": 5,
     "asking": 4,
+    "ranges": 4,
     "autoencoder/": ASIDE,
     "export/": ASIDE,
     "evaluation/": ASIDE,

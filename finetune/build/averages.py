@@ -31,9 +31,8 @@ def check_averages(ema: AveragesConfig) -> None:
         UserError: names the key, its value and what it may be.
     """
     require_choice({"ema.kind": (ema.kind, KINDS)})
-    require({"ema.rampup_ratio": ema.rampup_ratio}, lambda value: value >= 0, "must not be negative")
     lengths = {f"ema.halflives_images.{name}": value for name, value in flat(ema.halflives_images).items()}
-    require({"ema.halflife_images": ema.halflife_images, **lengths}, lambda v: v > 0, "must be greater than 0")
+    require(lengths, lambda value: value > 0, "must be greater than 0")
     for key in lengths:
         name = key.removeprefix("ema.halflives_images.")
         if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or name.startswith("power-"):

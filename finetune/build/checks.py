@@ -6,10 +6,11 @@ import importlib.util
 
 import torch
 
-from finetune import UserError, diffusion, distributed, lr, tasks, tracking
+from finetune import UserError, diffusion, distributed, tasks
 from finetune.build.averages import check_averages
-from finetune.config import Config, require, require_bounds, require_choice
+from finetune.config import Config, require, require_choice
 from finetune.models.parts import flat
+from finetune.ranges import require_seeds, require_shared
 
 OUT_OF_MEMORY = (
     "lower train.micro_batch, set model.gradient_checkpointing=true, use strategy=zero2 or zero3 on more "
@@ -25,6 +26,7 @@ def check(config: Config) -> None:
         UserError: names the key, its value and what it may be.
     """
     schedule, objective = config.model.scheduler, config.objective
+    require_shared(config, precisions=("auto", "fp32", "bf16", "fp16"), offloads=("none", "cpu", "nvme"))
     require_choice(
         {
             "adapter.kind": (config.adapter.kind, ("full", "lora")),
@@ -34,33 +36,19 @@ def check(config: Config) -> None:
             "objective.loss": (objective.loss, diffusion.LOSSES),
             "objective.timesteps": (objective.timesteps, diffusion.TIMESTEPS),
             "optim.kind": (config.optim.kind, distributed.KINDS),
-            "optim.schedule": (config.optim.schedule, lr.SCHEDULES),
-            "strategy.kind": (config.strategy.kind, ("ddp", "zero")),
-            "strategy.offload": (config.strategy.offload, ("none", "cpu", "nvme")),
-            "train.precision": (config.train.precision, ("auto", "fp32", "bf16", "fp16")),
-            "tracker.mode": (config.tracker.mode, tracking.MODES),
             "model.scheduler.beta_schedule": (schedule.beta_schedule, diffusion.BETA_SCHEDULES),
             "model.scheduler.timestep_spacing": (schedule.timestep_spacing, ("leading", "trailing", "linspace")),
         }
     )
     positive = {
-        "train.steps": config.train.steps,
-        "train.global_batch": config.train.global_batch,
         "train.micro_batch": 1 if config.train.micro_batch is None else config.train.micro_batch,
-        "optim.lr": config.optim.lr,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
         "checkpoint.memory_gib": 1 if config.checkpoint.memory_gib is None else config.checkpoint.memory_gib,
-        "tracker.every": config.tracker.every,
         "validation.timesteps": config.validation.timesteps,
         "sample.steps": config.sample.steps,
-        "data.readers": config.data.readers,
         "data.prefetch": config.data.prefetch,
         "data.shuffle_window": config.data.shuffle_window,
         "data.lanes": config.data.lanes,
         "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
-        "train.threads": 1 if config.train.threads is None else config.train.threads,
-        "optim.eps": config.optim.eps,
         "optim.d0": config.optim.d0,
         "optim.d_coef": config.optim.d_coef,
         "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
@@ -72,26 +60,18 @@ def check(config: Config) -> None:
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
-        "optim.warmup_images": config.optim.warmup_images,
-        "optim.weight_decay": config.optim.weight_decay,
-        "optim.max_grad_norm": config.optim.max_grad_norm,
         "sample.every": config.sample.every,
         "validation.every": config.validation.every,
         "validation.samples": config.validation.samples,
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
-        "optim.final_lr_ratio": config.optim.final_lr_ratio,
         "objective.p2_k": objective.p2_k,
         "objective.offset_noise": objective.offset_noise,
         "objective.input_perturbation": objective.input_perturbation,
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
-    require_bounds(config.watch)
-    betas = {"optim.beta1": config.optim.beta1, "optim.beta2": config.optim.beta2}
-    require(betas, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
     noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}
     require(noise, lambda value: 0 < value < 1, "is a variance: between 0 and 1")
-    seeds = {"seed": config.seed, "sample.seed": config.sample.seed}
-    require(seeds, lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
+    require_seeds({"sample.seed": config.sample.seed})
     if config.sample.steps > schedule.num_train_timesteps:
         raise UserError(
             f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
@@ -106,13 +86,7 @@ def check(config: Config) -> None:
         raise UserError(
             "sample.prompts is empty: give prompts, leave it out for held-out captions, or sample.every=0"
         )
-    if config.strategy.kind == "zero" and config.strategy.stage not in (1, 2, 3):
-        raise UserError(f"strategy.stage={config.strategy.stage} is not known: choose 1, 2 or 3")
     offload, path = config.strategy.offload, config.strategy.offload_path
-    if config.strategy.kind == "ddp" and offload != "none":
-        raise UserError(
-            f"strategy.offload={offload} is ZeRO's: add strategy=zero2, or choose strategy=zero3_offload"
-        )
     if offload == "nvme" and config.strategy.stage != 3:
         raise UserError("strategy.offload=nvme is stage 3's: add strategy=zero3, or choose strategy.offload=cpu")
     if (offload == "nvme") != (path is not None):
