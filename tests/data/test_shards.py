@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import tarfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -191,6 +192,39 @@ def test_a_wrong_latent_is_named(tmp_path: Path, data: bytes, says: str) -> None
     with pytest.raises(ShardError, match=rf"\d+\.tar: sample {sample_id} .*{says}"):
         shards.read_latents([sample_id], np.empty((1, 8, 8, 8), np.float16))
     assert any(problem.sample == "k005" for problem in verify(tmp_path / "set"))
+
+
+def test_reads_that_come_in_parts_are_whole(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As network file systems may give them: half of what is asked for."""
+    preadv = os.preadv
+
+    def half(fd: int, buffers: Sequence[bytearray | memoryview], offset: int, flags: int = 0) -> int:
+        left = (sum(map(len, buffers)) + 1) // 2
+        taken = []
+        for buffer in map(memoryview, buffers):
+            taken.append(buffer[:left])
+            left -= len(taken[-1])
+        return preadv(fd, taken, offset, flags)
+
+    def pread(fd: int, size: int, offset: int) -> bytes:
+        buffer = bytearray((size + 1) // 2)
+        return bytes(buffer[: preadv(fd, (buffer,), offset)])
+
+    monkeypatch.setattr(os, "preadv", half)
+    monkeypatch.setattr(os, "pread", pread)
+    shards = ShardSet.open(root)
+    for bucket, ids in shards.buckets.items():
+        latents = np.empty((1, 8, bucket[0] // 8, bucket[1] // 8), np.float16)
+        row = np.empty(latents.shape[2:], np.float16)
+        for sample_id in ids.tolist():
+            number = number_of(shards, sample_id)
+            assert shards.read_samples([sample_id], latents) == [record(number)]
+            assert np.array_equal(latents[0], moments(number, bucket))
+            shards.read_row(sample_id, "latent.npy", 5, 8, row)
+            assert np.array_equal(row, moments(number, bucket)[5])
+    os.truncate(root / "00000.tar", 512 + 128 + 8 * 64 - 1)  # a tar header, that of the array, its rows
+    with pytest.raises(ShardError, match="ends early in latent.npy"):
+        shards.read_row(0, "latent.npy", 7, 8, np.empty((4, 8), np.float16))
 
 
 def test_ids_buckets_and_rows_agree(root: Path) -> None:

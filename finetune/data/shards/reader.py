@@ -464,7 +464,7 @@ class ShardSet:
         try:
             if not whole or _pread_all(tar.fd, len(want_header), offset) != want_header:
                 self._fail(tar, sample_id, f"has a {member} that is no float16 {[count, *out.shape]}")
-            if os.preadv(tar.fd, (out.data.cast("B"),), begin) != out.nbytes:
+            if _pread_into(tar.fd, out.data.cast("B"), begin) != out.nbytes:
                 self._fail(tar, sample_id, f"ends early in {member}")
         except (OSError, OverflowError) as error:
             self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
@@ -580,3 +580,11 @@ def _pread_all(fd: int, size: int, offset: int) -> bytes:
             break
         data += more
     return data
+
+
+def _pread_into(fd: int, out: memoryview, offset: int) -> int:
+    """Fill `out` as `_pread_all` reads; returns how many bytes there were."""
+    done = 0
+    while done < len(out) and (more := os.preadv(fd, (out[done:],), offset + done)):
+        done += more
+    return done
