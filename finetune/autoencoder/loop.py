@@ -95,7 +95,7 @@ def train(
             if is_told:
                 rate = tracker.rate()
                 seen = step * config.train.global_batch
-                tracker.write({"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_second": rate})
+                tracker.write({"step": step, "images_seen": seen, **scalars, "lr": lr, "images_per_s": rate})
                 tracker.show(scalars["loss"], rate)
             with tracker.paused():
                 watch.at("saving", LONG)

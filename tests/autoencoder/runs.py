@@ -36,7 +36,7 @@ def losses(run: Path) -> list[dict[str, float]]:
     """What was logged at each step, without the speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        line.pop("images_per_second", None)
+        line.pop("images_per_s", None)
     return [line for line in lines if "loss" in line]
 
 

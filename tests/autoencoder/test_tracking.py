@@ -41,6 +41,6 @@ def test_lines_of_metrics(shards: Path, tmp_path: Path) -> None:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         steps = [2, 3, 4, 4] if end == "train.steps=4" else [2, 3, 4, 5, 5]
         assert [line["step"] for line in lines] == steps
-        common = {"step", "images_seen", "loss", "l1", "kl", "grad_norm", "lr", "images_per_second"}
+        common = {"step", "images_seen", "loss", "l1", "kl", "grad_norm", "lr", "images_per_s"}
         assert all(line.keys() == common for line in lines[:-1])
         assert lines[-1].keys() == {"step", "latent_std", "scaling_factor", "held_out_psnr_db", "held_out_ssim"}
