@@ -26,14 +26,6 @@ def smallest_side(layers: int) -> int:
     return 3 * 2**layers
 
 
-def receptive_field(layers: int) -> int:
-    """Pixels, along each side, that one logit sees: 70 for 3 layers (Isola et al. 2017, appendix 6.1.2)."""
-    side = 1
-    for stride in (1, 1, *(2,) * layers):  # from the logits back to the picture
-        side = (side - 1) * stride + KERNEL
-    return side
-
-
 class PatchDiscriminator(nn.Module):
     """Pictures to a map of logits, one for each patch; above 0 means real.
 
