@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("finetune", "data_tools", "launchers")
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
+    build(out, "wheel")
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def build(out: Path, kind: str) -> None:
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)],
+        [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "--outdir", str(out), str(ROOT)],
         check=True,
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
-    (path,) = out.glob("*.whl")
-    return path
 
 
 def tracked(*patterns: str) -> list[str]:
@@ -34,20 +42,35 @@ def tracked(*patterns: str) -> list[str]:
     if listing.returncode == 0:
         return [name for name in listing.stdout.splitlines() if (ROOT / name).exists()]
     files = (path for pattern in patterns for path in (ROOT / pattern).rglob("*"))
-    return [path.relative_to(ROOT).as_posix() for path in files if path.is_file()]
+    return [path.relative_to(ROOT).as_posix() for path in files if path.is_file() and path.suffix != ".pyc"]
 
 
 def test_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
-    expected = set(tracked("finetune", "data_tools", "launchers"))
+    expected = set(tracked(*PACKAGES))
     expected |= {f"finetune/{name}" for name in tracked("conf")}
     assert sorted(expected - inside) == []
+
+
+def test_wheel_tells_that_its_packages_are_typed(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    assert {f"{package}/py.typed" for package in PACKAGES} <= inside
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="what belongs to the repository, git knows")
+def test_sdist_holds_every_file(tmp_path: Path) -> None:
+    """The tests import benchmarks/, and the Makefile stands beside what CI calls."""
+    build(tmp_path, "sdist")
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        inside = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(set(tracked(".")) - inside) == []
 
 
 def test_wheel_holds_nothing_else(wheel: Path) -> None:
     inside = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in inside if ".dist-info/" not in name}
-    assert tops == {"finetune", "data_tools", "launchers"}
+    assert tops == set(PACKAGES)
     assert [name for name in inside if "__pycache__" in name] == []
 
 
@@ -59,6 +82,39 @@ def test_wheel_carries_licence_notice_and_commands(wheel: Path) -> None:
     commands = archive.read(by_name["entry_points.txt"]).decode()
     assert "finetune = finetune.cli:entry" in commands
     assert "data-tools = data_tools.cli:entry" in commands
+
+
+def test_what_is_imported_is_declared_and_the_other_way_round() -> None:
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    always, optional = (
+        {canonicalize_name(Requirement(text).name) for text in texts}
+        for texts in (
+            project["dependencies"],
+            [text for extra in extras if extra != "dev" for text in extras[extra]],
+        )
+    )
+    distributions = packages_distributions()
+    imported = {
+        canonicalize_name(distribution)
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        for module in imported_modules(path) - sys.stdlib_module_names - set(PACKAGES)
+        for distribution in distributions.get(module, [module])
+    }
+    assert imported - always - optional == {"triton"}  # torch's builds for GPUs bring it
+    assert always - imported == {"webdataset"}
+
+
+def imported_modules(path: Path) -> set[str]:
+    """The first names of the modules that a file imports, at the top or inside a function."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names}
 
 
 def test_lock_pins_every_dependency_once_and_within_bounds() -> None:
