@@ -54,7 +54,8 @@ KEYS = {
     "gpus": "a node, with the type if it matters: 8 or a100:8",
     "processes": "a node, for a job without GPUs",
     "time": "limit, in Slurm's ways: 90 (minutes), 24:00:00, 2-12 (days-hours); default: the partition's",
-    "signal": f"seconds before the limit at which it saves and is requeued (default {WARNING_S}; a fifth of short limits)",
+    "signal": "seconds before the limit at which it saves and is requeued "
+    f"(default {WARNING_S}; a fifth of short limits)",
     "partition": "",
     "account": "",
     "qos": "",
