@@ -16,6 +16,8 @@ from PIL import Image
 from finetune import UserError, first_line
 from finetune.batch import Sample
 from finetune.components import Components
+from finetune.data.shards import HOLE, LOWRES, MAP, MASKED
+from finetune.data.shards.files import npy_bytes
 from finetune.models.autoencoder import encode_moments
 
 _NOISE_LEVEL = 20  # as Stable Diffusion's upscaler is used
@@ -85,11 +87,11 @@ def _sample(parts: Components, given: Mapping[str, str], size: tuple[int, int], 
     if "layout" in given:
         record["boxes"] = _boxes(parts, given["layout"])
     if "map" in given:
-        members["map.png"] = _bytes(given["map"], "--map")
+        members[MAP] = _bytes(given["map"], "--map")
     if "mask" in given:
         size = _hole(parts, given["image"], given["mask"], members)
     elif "image" in given:
-        members["lowres.png"] = _png(_picture(given["image"], "--image"))
+        members[LOWRES] = _png(_picture(given["image"], "--image"))
     made = Sample(record, size, members)
     own = parts.conditioner.size(made)
     return made if own is None else Sample(record, own, members)
@@ -137,9 +139,9 @@ def _hole(parts: Components, image: str, mask: str, members: dict[str, bytes]) -
     pixels_3HW = torch.from_numpy(picture).permute(2, 0, 1).float() / 127.5 - 1
     pixels_3HW[:, torch.from_numpy(inside_HW)] = 0.0
     moments = encode_moments(parts.vae, pixels_3HW[None].to(parts.vae.device)).cpu().numpy().astype(np.float16)
-    members["masked.npy"] = _npy(moments)
+    members[MASKED] = npy_bytes(moments)
     # The nearest pixel to each cell's corner, as torch's interpolation and Stable Diffusion's inpainting take it.
-    members["hole.npy"] = _npy(inside_HW[None, ::cells, ::cells].astype(np.uint8))
+    members[HOLE] = npy_bytes(inside_HW[None, ::cells, ::cells].astype(np.uint8))
     return height, width
 
 
@@ -161,10 +163,4 @@ def _bytes(path: str, option: str) -> bytes:
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    return buffer.getvalue()
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
     return buffer.getvalue()

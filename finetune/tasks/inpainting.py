@@ -17,6 +17,7 @@ from finetune import UserError
 from finetune.batch import Sample
 from finetune.conditioning import Condition, Conditioner, Given, array, draw, member
 from finetune.conditioning.spatial import beside
+from finetune.data.shards import HOLE, MASKED
 from finetune.latents import LatentSpace, from_raw
 
 _REMEDY = "encode the pictures with --holes K"
@@ -36,7 +37,7 @@ class Holes(Conditioner):
         latent_channels: of the autoencoder; space: scale and shift of the latents.
     """
 
-    members = ("hole.npy", "masked.npy")
+    members = (HOLE, MASKED)
     asks = ("image", "mask")
     guided = False
 
@@ -47,18 +48,18 @@ class Holes(Conditioner):
 
     def read(self, sample: Sample) -> dict[str, np.ndarray]:
         """`hole` uint8 [1, h, w], 1 where to paint; `masked` float16 [C, h, w], raw latents of the rest."""
-        holes_Khw = array(member(sample, "hole.npy", _REMEDY), "hole.npy")
-        masked_K2Chw = array(member(sample, "masked.npy", _REMEDY), "masked.npy")
+        holes_Khw = array(member(sample, HOLE, _REMEDY), HOLE)
+        masked_K2Chw = array(member(sample, MASKED, _REMEDY), MASKED)
         count, *grid = holes_Khw.shape or (0,)
         if not count or len(grid) != 2 or masked_K2Chw.shape != (count, 2 * self.latent_channels, *grid):
             raise UserError(
-                f"hole.npy has the shape {holes_Khw.shape} and masked.npy {masked_K2Chw.shape}: [K, h, w] and "
+                f"{HOLE} has the shape {holes_Khw.shape} and {MASKED} {masked_K2Chw.shape}: [K, h, w] and "
                 f"[K, {2 * self.latent_channels}, h, w] are needed; {_REMEDY}"
             )
         which = int(draw(sample, "hole") * count)
         hole_1hw = holes_Khw[which : which + 1].astype(np.uint8)
         if hole_1hw.max() > 1:
-            raise UserError(f"hole.npy holds {hole_1hw.max()}: 1 is to be painted, 0 is kept; {_REMEDY}")
+            raise UserError(f"{HOLE} holds {hole_1hw.max()}: 1 is to be painted, 0 is kept; {_REMEDY}")
         masked_Chw = masked_K2Chw[which, : self.latent_channels].astype(np.float16)
         return {"hole": hole_1hw, "masked": masked_Chw}
 

@@ -17,8 +17,7 @@ from finetune import UserError, rng
 from finetune.batch import Sample
 from finetune.conditioning import Condition, Conditioner, Given, member, picture
 from finetune.conditioning.spatial import beside
-
-UNLABELLED = 255
+from finetune.data.shards import MAP, UNLABELLED
 
 
 @dataclass
@@ -40,7 +39,7 @@ class LabelMap(Conditioner):
         seed: of its weights.
     """
 
-    members = ("map.png",)
+    members = (MAP,)
     asks = ("map",)
     guided = False
 
@@ -55,15 +54,15 @@ class LabelMap(Conditioner):
 
     def read(self, sample: Sample) -> dict[str, np.ndarray]:
         """`map` uint8 [H, W]."""
-        data = member(sample, "map.png", "ingest the pictures with --maps DIR and encode them again")
-        map_HW = picture(data, "L", "map.png")
+        data = member(sample, MAP, "ingest the pictures with --maps DIR and encode them again")
+        map_HW = picture(data, "L", MAP)
         if map_HW.shape != sample.bucket:
             there, wanted = (f"{width}x{height}" for height, width in (map_HW.shape, sample.bucket))
-            raise UserError(f"map.png has {there} pixels and its picture {wanted}: a map has one label a pixel")
+            raise UserError(f"{MAP} has {there} pixels and its picture {wanted}: a map has one label a pixel")
         highest = int(np.where(map_HW == UNLABELLED, 0, map_HW).max())
         if highest >= self.labels:
             raise UserError(
-                f"map.png holds the label {highest}, and the model knows 0 to {self.labels - 1} ({UNLABELLED} is "
+                f"{MAP} holds the label {highest}, and the model knows 0 to {self.labels - 1} ({UNLABELLED} is "
                 "unlabelled): give maps of these labels, or train with a larger task.options.labels"
             )
         return {"map": map_HW}
@@ -78,7 +77,7 @@ class LabelMap(Conditioner):
         return {} if self.mapper is None else {"conditioner": self.mapper}
 
     def size(self, sample: Sample) -> tuple[int, int] | None:
-        height, width = picture(member(sample, "map.png", "give --map FILE.png"), "L", "map.png").shape
+        height, width = picture(member(sample, MAP, "give --map FILE.png"), "L", MAP).shape
         return height, width
 
 

@@ -19,6 +19,7 @@ from finetune import UserError, diffusion, rng
 from finetune.batch import Batch, Sample
 from finetune.conditioning import Condition, Conditioner, Given, draw, member, picture
 from finetune.conditioning.spatial import beside
+from finetune.data.shards import LOWRES
 
 UPSCALER_LEVELS = 350  # levels that Stable Diffusion's x4 upscaler was trained with, of 1000
 
@@ -39,7 +40,7 @@ class LowRes(Conditioner):
         seed: of the noise.
     """
 
-    members = ("lowres.png",)
+    members = (LOWRES,)
     asks = ("image",)
     guided = False
     channels = 3
@@ -54,12 +55,12 @@ class LowRes(Conditioner):
 
     def read(self, sample: Sample) -> dict[str, np.ndarray]:
         """`lowres` uint8 [3, H / factor, W / factor]; with noise, `level` int64 []."""
-        data = member(sample, "lowres.png", f"encode the pictures with --lowres {self.factor}")
-        lowres_HW3 = picture(data, "RGB", "lowres.png")
+        data = member(sample, LOWRES, f"encode the pictures with --lowres {self.factor}")
+        lowres_HW3 = picture(data, "RGB", LOWRES)
         if (wanted := self._times_factor(lowres_HW3)) != sample.bucket:
             height, width = sample.bucket
             raise UserError(
-                f"lowres.png has {lowres_HW3.shape[1]}x{lowres_HW3.shape[0]} pixels, for pictures of "
+                f"{LOWRES} has {lowres_HW3.shape[1]}x{lowres_HW3.shape[0]} pixels, for pictures of "
                 f"{wanted[1]}x{wanted[0]} at task.options.factor={self.factor}, and this one has {width}x{height}: "
                 f"encode with --lowres {self.factor}, or set the factor that the shards have"
             )
@@ -85,7 +86,7 @@ class LowRes(Conditioner):
         return {"channels": diffusion.mix(lowres_B3HW, noise_B3HW, *self.schedule.at(level_B)), "labels": level_B}
 
     def size(self, sample: Sample) -> tuple[int, int] | None:
-        return self._times_factor(picture(member(sample, "lowres.png", "give --image FILE"), "RGB", "lowres.png"))
+        return self._times_factor(picture(member(sample, LOWRES, "give --image FILE"), "RGB", LOWRES))
 
     def _times_factor(self, lowres_HW3: np.ndarray) -> tuple[int, int]:
         return lowres_HW3.shape[0] * self.factor, lowres_HW3.shape[1] * self.factor
