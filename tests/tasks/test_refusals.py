@@ -25,7 +25,7 @@ Command = Callable[..., tuple[int, str]]
         ),
         (["task=inpainting"], "task=inpainting needs hole.npy of each sample"),
         (["task=super_resolution"], "task=super_resolution needs lowres.png of each sample"),
-        (["data.loss_masks=true"], "data.loss_masks=true needs mask.png of each sample"),
+        (["data.loss_masks=true"], "data.loss_masks=true needs mask.png and"),
         (["task=unconditional"], "this one attends to 32 features"),
         (
             ["task=class_to_image", "task.options.clases=3"],
