@@ -26,7 +26,6 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.common import context
-from data_tools import emoji
 from finetune import run_cli
 from finetune.autoencoder.measure import psnr, reconstruct, ssim
 from finetune.autoencoder.pictures import decode
@@ -124,7 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         for group, names in groups.items():
             asked = [(name, style) for name in chosen(names, args.names) for style in styles]
             drawn = draw(parts, [f"{name}, {style} style" for name, style in asked], args.steps, guidance)
-            found = _judged(drawn, *map(list, zip(*asked, strict=True)), style_judge, name_judge)
+            wanted, in_style = [name for name, _ in asked], [style for _, style in asked]
+            found = _judged(drawn, wanted, in_style, style_judge, name_judge)
             samples.setdefault(f"guidance {guidance:g}", {})[group] = found
             print(json.dumps({"guidance": guidance, "names": group, **found}), flush=True)
     result = {
@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--train", type=Path, required=True, metavar="SHARDS", help="image shards of known names")
     parser.add_argument("--held-out", type=Path, required=True, metavar="SHARDS", help="those of held-out names")
     parser.add_argument(
-        "--fluent", type=Path, default=emoji.path(), metavar="SHARDS", help="Fluent Emoji (default: in the box)"
+        "--fluent", type=Path, default="fluent-emoji", metavar="SHARDS", help="Fluent Emoji (default: in the box)"
     )
     parser.add_argument("--names", type=int, default=84, help="known and held-out names each, in each style")
     parser.add_argument("--steps", type=int, default=25, help="sampling steps (default: 25)")

@@ -25,7 +25,6 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from benchmarks.common import context, record
-from data_tools import emoji
 from finetune.data.shards import ShardSet
 
 
@@ -79,7 +78,7 @@ def main() -> None:
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
         vae = AutoencoderKL(block_out_channels=(16, 32, 32), norm_num_groups=8, latent_channels=4, **blocks)
         vae.save_pretrained(folder / "vae")
-        shards = str(emoji.path())
+        shards = "fluent-emoji"
         for device, count in (("cpu", 0), ("cuda", 1)):
             words = ["data_tools", "encode", shards, "--vae", str(folder / "vae"), "--out", str(folder / device)]
             if count <= gpus:
@@ -88,8 +87,8 @@ def main() -> None:
         if gpus:
             sets = [ShardSet.open(folder / device) for device in ("cpu", "cuda")]
             moments = [np.empty((1200, 8, 16, 16), np.float16) for _ in sets]
-            for one, out in zip(sets, moments, strict=True):
-                one.read_latents(np.arange(1200), out)
+            for one, read in zip(sets, moments, strict=True):
+                one.read_latents(np.arange(1200), read)
             apart = np.abs(moments[1].astype(np.float32) - moments[0]).max() / np.abs(moments[0]).max()
             record(arguments.out, {"work": "encode", "variant": "cuda", "moments": float(apart)} | context())
 

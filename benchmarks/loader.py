@@ -71,7 +71,7 @@ class Preadv:
     def __iter__(self) -> Iterator[torch.Tensor]:
         size = int(np.prod(SHAPE)) * 2
         out = torch.empty((BATCH, *SHAPE), dtype=torch.float16)
-        view = memoryview(out.numpy()).cast("B")
+        view = out.numpy().data.cast("B")
         while True:
             order = np.random.permutation(len(self.places))
             for start in range(0, len(order) - BATCH + 1, BATCH):

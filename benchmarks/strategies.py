@@ -100,7 +100,7 @@ def wrapped(
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
     if kind in ("one", "ddp"):
         if layout or is_fast:
-            unet.to(memory_format=torch.channels_last)
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return model, DataParallel(world, model, groups, **common, graphs=is_fast)
     if layout or is_fast:
         store_channels_last(unet)
@@ -128,7 +128,8 @@ def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
     if kind in ("one", "ddp"):
         # What is measured beside is plain diffusers: a single GPU as the examples leave it, DDP at its best known.
         channels_last = kind == "ddp" if layout is None else layout
-        unet.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        memory_format = torch.channels_last if channels_last else torch.preserve_format
+        unet.to(device, memory_format=memory_format)  # type: ignore[call-overload]
         if kind == "ddp" and world.size > 1:
             ids = [device] if device.type == "cuda" else None
             unet = nn.parallel.DistributedDataParallel(unet, device_ids=ids)
@@ -152,6 +153,7 @@ def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
         one = next(source)
         moments = one.moments.to(device, non_blocking=True).float()
         clock = one.clock.to(device, non_blocking=True)
+        assert one.text_states is not None
         states = one.text_states.to(device, non_blocking=True)
         shape = tuple(moments[0, :4].shape)
         if index < job.losses:  # the draws that ours makes

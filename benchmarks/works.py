@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from finetune import diffusion
@@ -20,7 +21,12 @@ from finetune.objective import LatentDiffusion, Objective
 from finetune.step import StepResult, optimizer_step
 
 SEED = 0
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000, "beta_schedule": "scaled_linear"}
+BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "beta_schedule": "scaled_linear",
+}
 SPACE = LatentSpace(0.18215)
 RANK = 16  # of adapters
 LR, MAX_GRAD_NORM = 1e-5, 1.0
@@ -138,7 +144,7 @@ class WithAdded(nn.Module):
         return self.unet(noised, *args, added_cond_kwargs=added, **settings)
 
 
-def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False) -> nn.Module:
+def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False) -> UNet2DConditionModel:
     """The U-Net on the CPU; what is trained requires gradients."""
     unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train()
     if adapter == "lora":

@@ -365,7 +365,7 @@ def main(argv: Sequence[str]) -> int:
     cpp_level = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "INFO" if chatty else "ERROR")
     import torch.distributed.run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher import api
+    from torch.distributed.launcher import api as launcher
 
     if not chatty and cpp_level == "ERROR":
         del os.environ["TORCH_CPP_LOG_LEVEL"]  # the agent's alone
@@ -373,6 +373,7 @@ def main(argv: Sequence[str]) -> int:
     find_way(args)
     if not chatty:
         logging.disable(logging.ERROR)  # our line says it
+    api: Any = launcher  # whose class of agents we put in place
     api.LocalElasticAgent = make_agent(api.LocalElasticAgent, signals, args.grace)
     try:
         torchrun.run(args)
