@@ -127,6 +127,14 @@ def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture |
             yield _picture(sample.pop("__key__"), sample, maps)
 
 
+def whole_numbers(value: Any, count: int) -> list[int] | None:
+    """A record's `original_size` or `crop`: so many numbers of pixels, the last a height and a width; else None."""
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    sound = all(type(number) is int and 0 <= number < 1 << 31 for number in value) and 0 not in value[-2:]
+    return value if sound else None
+
+
 def _tars(root: Path) -> list[Path]:
     suffixes = (".tar", ".tar.gz", ".tgz")
     return sorted(path for path in root.iterdir() if path.name.endswith(suffixes) and path.name[0] != ".")

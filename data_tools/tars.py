@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
+from finetune.data.shards.files import split_name
+
 MAX_MEMBER_BYTES = 512 << 20
 MAX_SAMPLE_BYTES = 1 << 30
 _MAX_MEMBERS = 1000  # of a sample; each costs memory even when it is empty
@@ -140,7 +142,7 @@ class _Tar:
             while (header := self._next()) is not None:
                 info, problem = header
                 found = True
-                key, member = split_name(info.name)
+                key, member = member_of(info.name)
                 if info.isdir() or not member:
                     self._skip(info)
                     continue
@@ -328,12 +330,11 @@ def _text(name: bytes) -> str:
     return name.decode("utf-8", "backslashreplace")  # unlike surrogates, it can be encoded again
 
 
-def split_name(name: str) -> tuple[str, str]:
+def member_of(name: str) -> tuple[str, str]:
     """(key, member) of a name in a tar; ("", "") for what is no member of a sample."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, member = base.partition(".")
-    key = folder + slash + stem
-    return (key, member.lower()) if stem and member and not key.startswith("__") else ("", "")
+    key, member = split_name(name)
+    named = key and not key.endswith("/") and member
+    return (key, member.lower()) if named and not key.startswith("__") else ("", "")
 
 
 def printable(text: str, length: int = 200) -> str:

@@ -9,7 +9,6 @@ keys.npy        uint64 [samples], a hash of each key
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Container, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 
 from data_tools.encode.work import Work
 from finetune.data.shards import Bucket, ShardError
-from finetune.data.shards.files import NAME_BYTES, naming, npy_bytes, parse_npy
+from finetune.data.shards.files import NAME_BYTES, key_hash, naming, npy_bytes, parse_npy, split_name
 from finetune.data.shards.writer import check_names, tar_blocks
 
 _COPY_BYTES = 16 << 20
@@ -126,11 +125,6 @@ class PartWriter:
                 pass
 
 
-def key_hash(key: str) -> int:
-    """64 bits of a key."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
 @dataclass(frozen=True)
 class Part:
     """A finished part, for reading."""
@@ -176,8 +170,7 @@ class Part:
         start = int(self.rows(bucket)[row, 0])
         with (self.folder / bin_name(bucket)).open("rb") as file:
             file.seek(start)
-            name = file.read(NAME_BYTES).rstrip(b"\0").decode()
-        return name[: len(name) - len(name.rpartition("/")[2].partition(".")[2]) - 1]
+            return split_name(file.read(NAME_BYTES).rstrip(b"\0").decode())[0]
 
     def _span(self, array: np.ndarray, bucket: int) -> np.ndarray:
         start = sum(samples for number, samples in self.tally.buckets.items() if int(number) < bucket)

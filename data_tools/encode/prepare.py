@@ -14,7 +14,7 @@ from data_tools.encode.holes import draw_hole, latent_hole
 from data_tools.filters import Filters
 from data_tools.images import encode_image
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, cut_boxes, grey_bytes, read_map, read_mask
-from data_tools.pictures import Picture, Unreadable
+from data_tools.pictures import Picture, Unreadable, whole_numbers
 from finetune.data.shards import HOLE, LOWRES, MAP, Bucket, parse_boxes
 from finetune.data.shards.files import npy_bytes
 from finetune.data.shards.images import PictureError, cut_out, decode_rgb, picture_format
@@ -98,10 +98,10 @@ def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered |
     cropped = list(crop)
     record = dict(item.record)
     mirrored = flipped != (record.pop("flipped", False) is True)  # mirrored twice is not mirrored
-    original, before = _whole_numbers(record.get("original_size"), 2), _whole_numbers(record.get("crop"), 4)
+    original, before = whole_numbers(record.get("original_size"), 2), whole_numbers(record.get("crop"), 4)
     if original is None:
         original = [height, width]
-    elif before is not None and min(original) > 0:
+    elif before is not None:
         top, left = _before(before, original, flipped)
         crop[0] += round(top * resized[0] / height)
         crop[1] += round(left * resized[1] / width)
@@ -166,9 +166,3 @@ def _before(crop: list[int], original: list[int], flipped: bool) -> tuple[int, i
         resized_width = max(width, round(original[1] * max(height / original[0], width / original[1])))
         left = resized_width - left - width
     return top, left
-
-
-def _whole_numbers(value: Any, length: int) -> list[int] | None:
-    if not isinstance(value, list) or len(value) != length:
-        return None
-    return value if all(type(number) is int and 0 <= number < 1 << 31 for number in value) else None

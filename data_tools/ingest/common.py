@@ -30,6 +30,7 @@ from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import encode_image, parse_colour
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, LabelFile, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
+from data_tools.pictures import whole_numbers
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import CrashError, Workers
@@ -313,8 +314,9 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     )
     record = dict(item.record)
     # A source that resized its pictures may know their first size, and what it cropped.
-    original, before = record.pop("original_size", None), record.pop("crop", None)
-    own: dict[str, Any] = {"original_size": original if _whole_numbers(original, 2) else [height, width]}
+    original = whole_numbers(record.pop("original_size", None), 2)
+    before = whole_numbers(record.pop("crop", None), 4)
+    own: dict[str, Any] = {"original_size": original or [height, width]}
     boxes_lost = 0
     changed = options.member != "keep" or kept is None
     member = kept or "png"
@@ -325,11 +327,11 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
             if (boxes := parse_boxes(record.get("boxes"))) is not None:
                 record["boxes"] = cut_boxes(boxes, resized, crop, least=options.min_box)
                 boxes_lost = len(boxes) - len(record["boxes"])
-            if _whole_numbers(before, 4):
+            if before is not None:
                 crop[0] += round(before[0] * resized[0] / height)
                 crop[1] += round(before[1] * resized[1] / width)
             own["crop"] = crop
-    if not size and _whole_numbers(before, 4):
+    if not size and before is not None:
         own["crop"] = before
     first: dict[str, Any] = {name: record.pop(name) for name in ("captions", "file") if name in record}
     bucket = (image.height, image.width) if changed else (height, width)
@@ -540,10 +542,6 @@ def _members(item: Found, result: _Prepared) -> dict[str, bytes]:
         data = item.data
     others = {name: content for name, content in item.extra.items() if name not in (MAP, MASK)}
     return {result.member: data, "json": json_bytes(result.record), **others, **result.extra}
-
-
-def _whole_numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list) and len(value) == count and all(type(number) is int for number in value)
 
 
 def _counts(reasons: Counter[str]) -> str:

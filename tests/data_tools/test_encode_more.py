@@ -156,6 +156,27 @@ def test_a_flip_mirrors_the_crop_that_ingest_made(cli: Cli, vae_folder: Path, tm
     assert rows(tmp_path / "b")["a"][1]["crop"] == [0, 11, 16, 16]
 
 
+@pytest.mark.parametrize(
+    ("original_size", "crop"),
+    [([0, 0], [0, 0, 16, 16]), ([64, -64], None), ([64.0, 64], [0, 0, 16]), ([64, True], [1]), ([1 << 40, 1], {})],
+)
+def test_sizes_that_no_picture_has_are_not_carried_on(
+    cli: Cli, vae_folder: Path, tmp_path: Path, original_size: object, crop: object
+) -> None:
+    record = {"captions": [], "original_size": original_size, "crop": crop}
+    with ShardWriter(tmp_path / "images", "images") as writer:
+        writer.write("a", {"png": encoded(smooth_picture(0, 32, 32)), "json": json_bytes(record)}, (32, 32))
+        writer.finish()
+    encode = ("encode", tmp_path / "images", "--vae", vae_folder, "--workers", 0)
+    assert cli(*encode, "--out", tmp_path / "latents").code == 0
+    assert rows(tmp_path / "latents")["a"][1] == {
+        "captions": [],
+        "original_size": [32, 32],
+        "crop": [0, 0, 32, 32],
+    }
+    assert verify(tmp_path / "latents") == []
+
+
 def test_overflow_in_every_bucket(
     cli: Cli, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -389,6 +389,15 @@ def test_an_earlier_crop_is_carried_on_at_the_scale_of_the_whole_picture() -> No
     assert result.record["crop"] == [0 + 10, 16 + 20, 64, 64]
 
 
+@pytest.mark.parametrize("size", [None, 64])
+def test_sizes_that_no_picture_has_are_not_carried_on(size: int | None) -> None:
+    record = {"captions": [], "original_size": [0, 960], "crop": [1, 1, 0, 96]}
+    options = Options("png" if size else "keep", size, 95, (255, 255, 255), MAX_PIXELS, Filters())
+    result = prepare(Found("key", "file", encoded(smooth_picture(0, 64, 96)), record), options)
+    assert result.record["original_size"] == [64, 96]
+    assert result.record.get("crop") == ([0, 16, 64, 64] if size else None)
+
+
 def test_maps_and_masks_are_cut_with_their_picture(cli: Cli, tmp_path: Path) -> None:
     """As in shards of our own: maps, masks and names of classes are taken for what they are; others are kept."""
     (tmp_path / "in").mkdir()

@@ -107,9 +107,7 @@ class Cache:
                 room = shutil.disk_usage(self.folder).free + self.held_bytes
                 max_bytes = min(DEFAULT_BYTES, int(FREE_SHARE * room))
         except OSError as error:
-            raise ShardError(
-                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
-            ) from None
+            raise self._unusable(error) from None
         if max_bytes < 1:
             raise ShardError(f"a cache of {max_bytes} bytes holds nothing; give data.cache_gib a positive number")
         self.max_bytes = max_bytes
@@ -255,9 +253,7 @@ class Cache:
         except OSError as error:
             if fd >= 0:
                 os.close(fd)
-            raise ShardError(
-                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
-            ) from None
+            raise self._unusable(error) from None
         except NPY_ERRORS:
             pass
         if fd >= 0:
@@ -384,9 +380,12 @@ class Cache:
                 raise ShardError(
                     f"{what} or set data.cache_dir or LDM_FINETUNE_CACHE to a folder on a larger disk"
                 ) from error
-            raise ShardError(
-                f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> ShardError:
+        return ShardError(
+            f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
+        )
 
     # counts
 

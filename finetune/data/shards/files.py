@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -45,6 +46,18 @@ class ShardError(UserError):
 def index_name(shard_name: str) -> str:
     """`00000.tar` -> `00000.index.npy`."""
     return shard_name.removesuffix(".tar") + ".index.npy"
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """(key, member) of a file in a tar: `a/cat.latent.npy` -> `a/cat`, `latent.npy`."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, member = base.partition(".")
+    return folder + slash + stem, member
+
+
+def key_hash(key: str) -> int:
+    """64 bits of a key, by which repeats are looked for: what is found is suspect, and compared as a whole."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
 def write_atomic(path: Path, content: bytes) -> None:

@@ -29,8 +29,10 @@ from finetune.data.shards.files import (
     WORK,
     ShardError,
     index_name,
+    key_hash,
     npy_bytes,
     parse_npy,
+    split_name,
 )
 from finetune.data.shards.labels import (
     CLASSES,
@@ -195,8 +197,7 @@ def _verify_shard(
     try:
         with tarfile.open(path, "r:", ignore_zeros=False) as tar:
             for info in tar:
-                key, _, member = info.name.rpartition("/")[2].partition(".")
-                key = info.name[: len(info.name) - len(member) - 1]
+                key, member = split_name(info.name)
                 if not info.isreg() or not KEY.fullmatch(key) or not MEMBER.fullmatch(member):
                     report(f"member {info.name!r} is no sample's regular file")
                     continue
@@ -219,7 +220,7 @@ def _verify_shard(
         for key, places in samples:
             for what in _verify_sample(file, manifest, shard, places, check, classes):
                 report(what, key)
-    hashes = np.fromiter((_hash(key) for key, _ in samples), np.uint64, len(samples))
+    hashes = np.fromiter((key_hash(key) for key, _ in samples), np.uint64, len(samples))
     if (more := len(problems) - _MOST_PROBLEMS) > 0:
         problems[_MOST_PROBLEMS:] = [Problem(shard.name, None, f"{more:,} more problems")]
     return hashes, problems
@@ -390,10 +391,6 @@ def _verify_record(data: bytes, kind: Kind, classes: int | None) -> Iterator[str
         yield f"json: a box has class {wrong}, {CLASSES} has 0 to {classes - 1}"
 
 
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
-
-
 def _verify_keys(root: Path, manifest: Manifest, key_hashes: list[np.ndarray]) -> Iterator[Problem]:
     """Keys that repeat over shards: 8 bytes a sample are kept, and only the suspects are looked at again."""
     if not key_hashes:
@@ -408,8 +405,8 @@ def _verify_keys(root: Path, manifest: Manifest, key_hashes: list[np.ndarray]) -
         with contextlib.suppress(tarfile.TarError, OSError), tarfile.open(root / shard.name, "r:") as tar:
             last = None
             for info in tar:
-                key = info.name[: len(info.name) - len(info.name.rpartition("/")[2].partition(".")[2]) - 1]
-                if key != last and _hash(key) in suspects:
+                key, _ = split_name(info.name)
+                if key != last and key_hash(key) in suspects:
                     if key in first:
                         yield Problem(shard.name, key, f"the key is also in {first[key]}")
                     first.setdefault(key, shard.name)
