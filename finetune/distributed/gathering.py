@@ -30,7 +30,8 @@ class Gathering:
     """Brings together what DeepSpeed has taken to pieces (`ds_tensor` of each parameter, equal ones on all ranks).
 
     A block's weights are whole from its forward pass, or its part of the backward pass, until the next block's
-    begins: of two blocks, the one that is computed and the one that is coming, there is memory for both.
+    begins: of two blocks, the one that is computed and the one that is coming, there is memory for both. What
+    autograd keeps of weights for the backward pass, which may be views of them, is taken anew from them there.
 
     Args:
         module: whose parameters are DeepSpeed's, and in pieces.
@@ -41,6 +42,7 @@ class Gathering:
         self.world = world
         self.blocks: list[list[Any]] = []  # parameters of each
         self._whole: dict[int, torch.cuda.Event | None] = {}  # by number of the block: when its weights are there
+        self._at: dict[int, Any] = {}  # by the address of memory that was gathered: the parameter that has it
         self._after: dict[tuple[bool, int], int] = {}  # (in a backward pass, block): the block after it
         self._last: tuple[bool, int] | None = None
         self._backward = False
@@ -68,10 +70,16 @@ class Gathering:
         """Around forward passes, or a forward and a backward one. Collective."""
         self._last, self._backward = None, False
         try:
-            yield
+            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+                yield
         finally:
             for number in list(self._whole):
                 self._release(number)
+
+    def _pack(self, saved: Tensor) -> Any:
+        """In place of a weight, or a view of one, where it lies in the parameter: its memory is given back."""
+        parameter = self._at.get(saved.untyped_storage().data_ptr())
+        return saved if parameter is None else (parameter, saved.size(), saved.stride(), saved.storage_offset())
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -101,15 +109,18 @@ class Gathering:
             self._fetch(coming)
 
     def _fetch(self, number: int) -> None:
+        block = self.blocks[number]
         if self._stream is None:
-            self._gather(self.blocks[number])
+            self._gather(block)
             self._whole[number] = None
-            return
-        # What it takes may be memory of a block that was released: the one before this one is still computed.
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._gather(self.blocks[number])
-            self._whole[number] = self._stream.record_event()
+        else:
+            # What it takes may be memory of a block that was released: the one before this one is still computed.
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                self._gather(block)
+                self._whole[number] = self._stream.record_event()
+        if self.world.size > 1:  # else they are the pieces themselves
+            self._at |= {p.untyped_storage().data_ptr(): p for p in block}
 
     def _gather(self, parameters: Sequence[Any]) -> None:
         """Give the parameters their whole data, on the current stream."""
@@ -136,8 +147,16 @@ class Gathering:
 
         self._whole.pop(number, None)
         for parameter in self.blocks[number]:
+            self._at.pop(parameter.untyped_storage().data_ptr(), None)
             parameter.data = self._nothing[parameter.dtype]
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    parameter, size, stride, offset = packed
+    return parameter.detach().as_strided(size, stride, offset)
 
 
 def blocks_of(module: nn.Module, is_block: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -6,13 +6,18 @@ compared with each other in test_parity.py.
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from finetune.distributed import World
 from finetune.distributed.gathering import Gathering
+from finetune.models.fast.linear import linear
+from finetune.models.layout import store_channels_last
 
 WIDTH = 80  # of matrices that are not kept whole
 
@@ -133,3 +138,51 @@ def test_a_pass_that_fails_leaves_nothing_whole(monkeypatch):
         one.net(torch.ones(2, WIDTH + 1))
     assert one.whole() == 0
     one.compare(torch.ones(2, WIDTH))
+
+
+class Conv(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(WIDTH, WIDTH, 3, padding=1)
+        store_channels_last(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.unflatten(1, (WIDTH, 1, 1))).flatten(1)
+
+
+class Fast(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight)[0] + self.bias
+
+
+@pytest.mark.parametrize("kind", [lambda: nn.Linear(WIDTH, WIDTH), Conv, lambda: Fast(WIDTH, WIDTH)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_memory_of_weights_is_given_back_though_autograd_keeps_views_of_them(monkeypatch, ranks, kind):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(kind() for _ in range(6)))
+    plain = copy.deepcopy(net)
+    for parameter in net.parameters():
+        parameter.ds_shape, parameter.ds_numel = parameter.shape, parameter.numel()
+        parameter.ds_tensor = parameter.data.clone().view(-1)
+    gathered: list[StorageWeakRef] = []
+
+    def joined(_: Gathering, pieces: list[Tensor]) -> list[Tensor]:
+        whole = [piece.clone() for piece in pieces] if ranks > 1 else pieces
+        gathered.extend(StorageWeakRef(one.untyped_storage()) for one in whole)
+        return whole
+
+    monkeypatch.setattr(Gathering, "_joined", joined)
+    gathering = Gathering(World(0, ranks, 0, torch.device("cpu")), net, lambda module: module in set(net))
+    gathering.renew()
+    for number in range(2):
+        gathered.clear()
+        x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(number))
+        with gathering.of_a_pass():
+            loss = net(x).square().mean()
+            alive = sum(not one.expired() for one in gathered)
+            assert alive == (6 if ranks == 1 else 1)  # pieces; the last block's
+            loss.backward()
+        plain(x).square().mean().backward()
+        for one, other in zip(net.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad)
+            one.grad = other.grad = None
