@@ -130,6 +130,10 @@ class ZeRO(Strategy):
             }
         )
         self.zero = self.engine.optimizer
+        self._scale = 1.0  # of fp16's losses in this step
+        if stage < 3:
+            # DeepSpeed's divides by the next step's scale, which halves gradients where that has just doubled.
+            self.zero.unscale_and_clip_grads = self._unscale
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
         if offload_folder is not None:
@@ -143,7 +147,6 @@ class ZeRO(Strategy):
             shard.master.copy_(shard.piece_of(exact[shard.name]))
         self.reduction: Reduction | None = None
         self.gathering: Gathering | None = None
-        self.graphs: Graphs | None = None
         self._reduces = True  # whether this micro-batch's gradients are reduced after it
         if not offload:
             self._take_over(parameters)
@@ -193,6 +196,12 @@ class ZeRO(Strategy):
             self.gathering = Gathering(self.world, self.module, is_gathered_whole)
             self.gathering.renew()
         else:
+            for p in parameters.values():
+                if p._hp_mapping is not None:
+                    # A view with a history: it keeps the node that gathers the parameter's gradient, which was made
+                    # on the default stream, where no CUDA graph can follow. DeepSpeed takes its data alone.
+                    p._hp_mapping.lp_fragment = p._hp_mapping.lp_fragment.detach()
+            self.zero.check_grad_overflow = False  # fp16's own search; the norm shows it as well
             # DeepSpeed's takes each gradient to float64 by itself, after a wait for the GPU.
             self.zero.scaled_global_norm = lambda: self._norm(
                 [group.flat_partition for group in self.zero.averaged_gradients.values()]
@@ -218,6 +227,10 @@ class ZeRO(Strategy):
         dtype = torch.float32 if self.world.device.type == "cuda" else torch.float64
         norms = [torch.linalg.vector_norm(total, dtype=dtype) for total in sums]
         return self.world.sum_(torch.stack(norms).square().sum()).sqrt().float()
+
+    def _unscale(self, gradients: Sequence[Tensor], _: Tensor) -> None:
+        if self._scale != 1:
+            torch._foreach_div_(list(gradients), self._scale)
 
     def _before_update(self, *_: Any) -> None:
         if not isinstance(self.zero._global_grad_norm, float):
@@ -286,8 +299,12 @@ class ZeRO(Strategy):
 
     def step(self, lr: float) -> StepStats:
         self._set_lr(lr)
+        self._scale = self.zero.loss_scale
         if self.reduction is None:
             self.engine.step()
+            if self.zero.overflow and self.stage < 3:
+                # DeepSpeed would add the next step's gradients to these, which are not finite.
+                self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
         elif self.stage == 3:
             self._step_of_pieces(self.reduction.take())
         else:
@@ -301,7 +318,7 @@ class ZeRO(Strategy):
 
     @torch.no_grad()
     def _step_of_pieces(self, sums: Sequence[Tensor]) -> None:
-        zero, scale = self.zero, self.zero.loss_scale
+        zero, scale = self.zero, self._scale
         norm = self._norm(sums)
         zero._global_grad_norm = norm / scale
         overflows = zero.dtype == torch.float16 and not bool(torch.isfinite(norm))

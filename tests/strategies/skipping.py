@@ -4,7 +4,8 @@
 
 Prints one JSON line for each strategy and precision: whether masters and moments stayed as they were, bit for bit;
 whether every rank was told; whether the run is the one that never saw that step. Also the largest distance of the
-masters from the weights that were given, before any step, and the first step's gradient norm.
+masters from the weights that were given, before any step, and the first step's gradient norm. For fp16 under ZeRO,
+also how far a run whose loss scale grows comes from one whose scale stays.
 """
 
 from __future__ import annotations
@@ -91,15 +92,31 @@ def examine(world: World, kind: str, precision: str) -> dict[str, Any]:
             step(calm, number)
         same = all(torch.equal(one, other) for one, other in zip(state(calm), state(strategy), strict=True))
         result["as_if_never"] = same
+    elif kind != "ddp":
+        runs = []
+        for window in (1000, 2):
+            zero, _ = make(world, kind, precision)
+            zero.zero.loss_scaler.cur_scale, zero.zero.loss_scaler.scale_window = 1024.0, window
+            for number in range(4):
+                step(zero, number)
+            runs.append(torch.cat([tensor.reshape(-1) for tensor in state(zero)]))
+        assert zero.zero.loss_scale > 1024
+        result["grown"] = float((runs[0] - runs[1]).norm() / runs[0].norm())
     ranks = world.gather(result)
-    return {name: max(each[name] for each in ranks) if name == "first" else [each[name] for each in ranks]
-            for name in result}  # fmt: skip
+    numbers = {"first", "grown"}
+    return {
+        name: max(each[name] for each in ranks) if name in numbers else [each[name] for each in ranks]
+        for name in result
+    }
 
 
 def main() -> None:
+    from deepspeed.accelerator import get_accelerator
+
     world = distributed.start("cpu", uses_deepspeed=True)
-    for kind in ("ddp", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"):
-        for precision in ("fp32", "bf16", "fp16") if kind == "ddp" else ("fp32", "bf16"):  # no fp16 on its CPU
+    type(get_accelerator()).is_fp16_supported = lambda self: True  # it is, by torch's CPU kernels
+    for kind in ("ddp", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"):
+        for precision in ("fp32", "bf16", "fp16"):
             row = {"strategy": kind, "precision": precision, **examine(world, kind, precision)}
             if world.is_main:
                 print(json.dumps(row), flush=True)

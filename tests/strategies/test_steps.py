@@ -19,7 +19,7 @@ def kernels(tmp_path_factory):
 def examined(kernels):
     printed = spawn(2, Path(__file__).with_name("skipping.py"), TORCH_EXTENSIONS_DIR=str(kernels))
     rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert len(rows) == 13
+    assert len(rows) == 21
     return rows
 
 
@@ -32,6 +32,13 @@ def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(exam
 
 def test_the_run_goes_on_as_if_the_step_had_not_been(examined):
     assert all(row["as_if_never"] == [True, True] for row in examined if row["precision"] != "fp16")
+
+
+def test_a_loss_scale_that_grows_changes_no_update(examined):
+    """DeepSpeed's own step halves the gradients of that step under stages 1 and 2."""
+    distances = {row["strategy"]: row["grown"] for row in examined if "grown" in row}
+    assert distances.keys() == {"zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"}
+    assert max(distances.values()) < 1e-4, distances
 
 
 def test_masters_start_from_the_exact_weights(examined):
