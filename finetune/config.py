@@ -83,8 +83,8 @@ class ModelConfig:
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
     gradient_checkpointing: bool = False
-    # On GPUs from Ampere on, kernels of our own; on one of them CUDA graphs as well.
-    fast: bool = True
+    fast: bool = True  # on GPUs from Ampere on, kernels of our own
+    graphs: bool = True  # with `fast`: micro-batches that wait for the host as CUDA graphs, in memory of their own
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
 

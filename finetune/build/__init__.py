@@ -373,9 +373,10 @@ def _strategy(
         "max_grad_norm": config.optim.max_grad_norm,
         "precision": precision(config.train.precision, world.device),
     }
+    graphs = is_fast and config.model.graphs
     if config.strategy.kind == "ddp":
         casts_once = is_fast and accumulation > 1 and config.adapter.kind == "full"  # an adapter's weights are few
-        return DataParallel(world, model, groups, **common, graphs=is_fast, casts_once=casts_once)
+        return DataParallel(world, model, groups, **common, graphs=graphs, casts_once=casts_once)
     return ZeRO(
         world,
         model,
@@ -386,7 +387,7 @@ def _strategy(
         offload_folder=None if config.strategy.offload_path is None else Path(config.strategy.offload_path),
         micro_batch=micro_batch,
         accumulation=accumulation,
-        graphs=is_fast,
+        graphs=graphs,
     )
 
 

@@ -7,6 +7,7 @@ kernels; its activations lie in memory of its own.
 
 from __future__ import annotations
 
+import gc
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from finetune import first_line
+from finetune import UserError, first_line
 
 _WARM_UP = 3  # calls of one shape that compile and choose kernels
 # Launching takes this share of the kernels' time, or more. Kernels of a U-Net's deepest levels wait for the host
@@ -56,41 +57,55 @@ class Graphs:
         self.passes, self.plain, self.parameters, self.bound = passes, plain or passes, list(parameters), bound
         self.shapes: dict[Any, _Shape] = {}
         self.pool: Any = None
+        self.idle_bytes = 0  # of the pool: what activations take while a graph runs, and nothing else can use
         self.gradients: list[Tensor | None] = []  # where graphs leave them; none before there is one
+        self.is_off = False  # there was no memory for one
 
     def __call__(self, *args: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten(args)
         key = (spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
         shape = self.shapes.setdefault(key, _Shape())
         shape.calls += 1
-        if shape.calls <= _WARM_UP or shape.is_bound is False:
-            return self.plain(*args)
+        if self.is_off or shape.calls <= _WARM_UP or shape.is_bound is False:
+            return self._plainly(shape, *args)
         if shape.is_bound is None:
             return self._timed(shape, args)
         adds = any(p.grad is not None for p in self.parameters)
         if adds and not self._are_held():
-            return self.plain(*args)  # a step that began without a graph goes on so
+            return self._plainly(shape, *args)  # a step that began without a graph goes on so
         if not adds and self.gradients and False not in shape.graphs:
             # Gradients have one memory for all shapes: the first shape's graph sets it, graphs of others add to it.
             torch._foreach_zero_([gradient for gradient in self.gradients if gradient is not None])
-            self._hold()
+            self._put_back(self.gradients)
             adds = True
-        if adds not in shape.graphs:
-            try:
-                shape.graphs[adds] = self._captured(leaves, spec)
-            except RuntimeError as error:
-                # There is no memory for it beside what is there, or the passes wait for the device.
-                shape.is_bound = False
-                warnings.warn(f"this micro-batch gets no CUDA graph: {first_line(error)}", stacklevel=2)
-                torch.cuda.empty_cache()
-                return self.plain(*args)
+        if adds not in shape.graphs and not self._capture(shape, adds, leaves, spec):
+            return self._plainly(shape, *args)
         graph, inputs, output = shape.graphs[adds]
         for held, given in zip(inputs, leaves, strict=True):
             if isinstance(held, Tensor):
                 held.copy_(given, non_blocking=True)
         graph.replay()
-        self._hold()
+        self._put_back(self.gradients)
         return output.clone()
+
+    def release(self) -> None:
+        """Give up all graphs and their memory, for what comes beside micro-batches; they are captured anew."""
+        if self.pool is None:
+            return
+        for shape in self.shapes.values():
+            shape.graphs.clear()
+        self.pool, self.idle_bytes, self.gradients = None, 0, []
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _plainly(self, shape: _Shape, *args: Any) -> Tensor:
+        if self.pool is not None:
+            # It takes about as much memory as a graph's activations, whose own it can't use.
+            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.idle_bytes
+            if torch.cuda.mem_get_info()[0] + unused < self.idle_bytes:
+                self.release()
+                self.is_off = shape.is_bound is False  # both would make room for each other in turns
+        return self.plain(*args)
 
     def _are_held(self) -> bool:
         """Whether gradients so far lie where graphs leave them."""
@@ -98,41 +113,69 @@ class Graphs:
             p.grad is held for p, held in zip(self.parameters, self.gradients, strict=True)
         )
 
-    def _hold(self) -> None:
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-
     def _timed(self, shape: _Shape, args: tuple[Any, ...]) -> Tensor:
         """Find out whether the host or the device is waited for."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
         began = time.perf_counter()
-        output = self.plain(*args)
+        output = self._plainly(shape, *args)
         launched_s = time.perf_counter() - began
         end.record()
         end.synchronize()
         shape.is_bound = launched_s > self.bound * start.elapsed_time(end) / 1e3
         return output
 
-    def _captured(self, leaves: list[Any], spec: Any) -> Any:
+    def _capture(self, shape: _Shape, adds: bool, leaves: list[Any], spec: Any) -> bool:
+        """Make a shape's graph, or find out that there can be none.
+
+        Raises:
+            UserError: passes do what a graph can't hold. torch does not get over that: its allocator, and its
+                generators of random numbers, would go on as in a capture.
+        """
         inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
         args = pytree.tree_unflatten(inputs, spec)
         before = [p.grad for p in self.parameters]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what earlier calls took is the graph's now
-        graph = torch.cuda.CUDAGraph()
+        idle_bytes = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        graph, output, failure = torch.cuda.CUDAGraph(), None, None
         try:
             # Other threads may take page-locked memory meanwhile: the loader, a checkpoint.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                output = self.passes(*args)
+                try:
+                    output = self.passes(*args)
+                except RuntimeError as error:
+                    failure = first_line(error)  # alone: the error holds activations
+                    self.is_off = isinstance(error, torch.OutOfMemoryError)
             after = [p.grad for p in self.parameters]
-            if self.gradients and any(one is not held for one, held in zip(after, self.gradients, strict=True)):
-                raise RuntimeError("gradients of this shape are not of the parameters that others' are")
-        except BaseException:
-            for parameter, gradient in zip(self.parameters, before, strict=True):
-                parameter.grad = gradient
-            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"no CUDA graph can be made of these passes ({failure or first_line(error)}): start the same "
+                "command again with model.graphs=false"
+            ) from None
+        finally:
+            if output is None:
+                self._put_back(before)
+        if output is not None and self.gradients and not self._are_held():
+            self._put_back(before)
+            output, failure = None, "it has gradients of other parameters than the first shape"
+        if output is None:
+            shape.is_bound = False
+            told = "micro-batches get no CUDA graphs" if self.is_off else "this micro-batch gets no CUDA graph"
+            warnings.warn(f"{told}: {failure}", stacklevel=3)
+            del graph, after, inputs, args
+            if self.is_off:
+                self.release()
+            gc.collect()
+            torch.cuda.empty_cache()
+            return False
         self.pool = graph.pool()
+        self.idle_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle_bytes
         self.gradients = after
-        return graph, inputs, output
+        shape.graphs[adds] = graph, inputs, output
+        return True
+
+    def _put_back(self, gradients: list[Tensor | None]) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient

@@ -116,6 +116,7 @@ class Strategy(ABC):
     optimizer: torch.optim.Optimizer
     settings: OptimizerSettings
     shards: list[Shard]
+    graphs: Graphs | None = None
 
     @abstractmethod
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
@@ -193,6 +194,8 @@ class Strategy(ABC):
 
         Without one, with `weights`.
         """
+        if self.graphs is not None:
+            self.graphs.release()
         if average is None and self.settings.kind == "schedule_free":
             average = self.weights()
         self._swap(average)

@@ -3,7 +3,8 @@
     torchrun --nproc_per_node N tests/strategies/graphing.py
 
 Prints a JSON line for each stage, and for graphs on all ranks or on the first alone: whether losses and masters are
-those of plain passes, bit for bit, and how many graphs each rank replayed.
+those of plain passes, bit for bit, how many graphs each rank replayed, and how many nodes that gather gradients
+outlive a pass. A capture needs nodes of its own: those from before are of the default stream.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
+from torch.autograd.graph import _get_grad_fn_or_grad_acc as get_node
 
 from finetune import distributed
 from finetune.distributed import World, ZeRO
@@ -29,6 +31,21 @@ STEPS = 12
 def by_graphs(strategy: ZeRO, device: Device) -> None:
     parameters = strategy.reduction.parameters
     strategy.graphs = Graphs(device.watch(strategy._passes, parameters), parameters, strategy._reduced_passes)
+
+
+def surviving_nodes(strategy: ZeRO) -> int:
+    """Autograd makes a parameter's node when a pass needs it, and again when nobody has kept it."""
+    forward, parameters = strategy.module.forward, strategy.reduction.parameters
+
+    def marked(*args: torch.Tensor) -> torch.Tensor:
+        for parameter in parameters:
+            get_node(parameter).metadata["was here"] = True
+        return forward(*args)
+
+    strategy.module.forward = marked
+    step(strategy, 0)
+    strategy.module.forward = forward
+    return sum("was here" in get_node(parameter).metadata for parameter in parameters)
 
 
 def step(strategy: ZeRO, number: int) -> list[float]:
@@ -57,6 +74,7 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
         "who": who,
         "same": world.gather(same),
         "replays": world.gather(device.replays),
+        "nodes": world.gather(surviving_nodes(plain)),
     }
 
 
