@@ -66,7 +66,7 @@ from data_tools.output import DUPLICATES, FINGERPRINTS, whole_file
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
-from finetune.data.shards import write_atomic
+from finetune.data.shards import set_folder, write_atomic
 from finetune.data.shards.images import PictureError, decode_rgb
 
 _VERSION = 1
@@ -79,7 +79,7 @@ _CHUNK = 1 << 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools dedupe`."""
-    parser.add_argument("shards", type=Path, nargs="+", metavar="SHARDS", help="folders of image shards")
+    parser.add_argument("shards", type=set_folder, nargs="+", metavar="SHARDS", help="folders of image shards")
     parser.add_argument(
         "--distance", type=int, default=10, metavar="BITS", help="of near duplicates, 0 to 32 of 256 (default: 10)"
     )

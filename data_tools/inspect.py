@@ -22,7 +22,7 @@ import numpy as np
 
 from data_tools.output import whole_file
 from finetune import UserError
-from finetune.data.shards import HOLE, LOWRES, MAP, MASK, ShardError, ShardSet, parse_boxes
+from finetune.data.shards import HOLE, LOWRES, MAP, MASK, ShardError, ShardSet, parse_boxes, set_folder
 
 _READ_AT_MOST = 20_000  # records; of a larger set, evenly spaced ones
 _NAMES_AT_MOST = 12  # classes in a row of the table
@@ -31,7 +31,7 @@ _ROWS_AT_MOST = 40  # buckets in the table and the plot; --json has all
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools inspect`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
+    parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument("--captions", type=int, default=5, metavar="N", help="captions to show (default: 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw histograms of buckets and caption lengths")

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data_tools.arguments import add_device_argument, positive
+from data_tools.arguments import add_device_argument
 from data_tools.encode import choose_device
 from data_tools.inspect import record_of
 from data_tools.labels import read_map, read_mask
@@ -38,6 +38,7 @@ from finetune.data.shards import (
     ShardSet,
     parse_boxes,
     parse_npy,
+    set_folder,
 )
 from finetune.data.shards.images import PictureError, decode_rgb
 
@@ -50,7 +51,7 @@ _BATCH = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools preview`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
+    parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument("--vae", metavar="MODEL", help="autoencoder for latents (default: the manifest's)")
     parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
     parser.add_argument("--count", type=positive, default=64, metavar="N", help="samples to show (default: 64)")

@@ -33,6 +33,7 @@ from finetune.data.shards import (
     ShardError,
     ShardInfo,
     parse_classes,
+    set_folder,
     verify,
 )
 from finetune.data.shards.images import MAX_PIXELS, PictureError, decode_rgb
@@ -44,7 +45,7 @@ _FEW_BYTES = 64 << 20  # a set of no more isn't worth the start of workers
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools verify`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder with manifest.json")
+    parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="folder with manifest.json")
     add_workers_argument(parser)
     parser.add_argument("--no-decode", action="store_true", help="trust checksums, don't decode the pictures")
 

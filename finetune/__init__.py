@@ -9,9 +9,13 @@ import errno
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 __version__ = "0.1.0"
+
+BUNDLED = Path(__file__).resolve().parent / "bundled"
+"""Models and sets of shards in the box, by the names of their folders."""
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (sysexits' EX_TEMPFAIL)."""

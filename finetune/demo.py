@@ -8,7 +8,6 @@ printed before it runs, all in one process. Started again, finished steps are sk
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import os
 import runpy
 import shlex
@@ -17,9 +16,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from finetune import UserError, run_cli
+from finetune import BUNDLED, UserError, run_cli
 
-BASE = "emoji-base"
+BASE, PICTURES = "emoji-base", "fluent-emoji"  # in the box
 CAPTION = "{}, emoji style"  # words that the base knows: a new one would lead it away from what it draws
 SEEN = ["red apple", "cow face", "rocket", "frog", "mushroom", "strawberry"]
 # Names that the base knows and the pictures do not have. The first have rows, all are judged.
@@ -46,11 +45,11 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     started = time.perf_counter()
 
-    pictures, latents, run = emoji_shards(), out / "latents", out / "run"
+    latents, run = out / "latents", out / "run"
     step(f"1. 1,200 emoji in the style to be learned, each encoded once by the autoencoder of {BASE}.")
     if not (latents / "manifest.json").exists():
         words = ["--vae", BASE, "--caption", CAPTION, "--out", latents, "--overwrite"]
-        command("data-tools", "encode", pictures, *words)
+        command("data-tools", "encode", PICTURES, *words)
     step(f"2. LoRA on the U-Net of {BASE}.")
     command("finetune", "train", "experiment=demo", f"data.shards={latents}", f"run.dir={run}")
     step("3. The same prompts and seeds before, on the way, and after.")
@@ -73,14 +72,6 @@ def main(argv: list[str]) -> int:
     print(f"  {', '.join(SEEN)} (among the pictures),")
     print(f"  {', '.join(ROWS[len(SEEN) :])} (never seen in this style)")
     return 0
-
-
-def emoji_shards() -> Path:
-    """The bundled image shards, relative to here where that is shorter to read."""
-    path = Path(str(importlib.resources.files("data_tools"))) / "emoji" / "fluent-emoji"
-    if not (path / "manifest.json").exists():
-        raise UserError(f"the bundled pictures are missing from {path}; install or clone ldm-finetune again")
-    return min(path, Path(os.path.relpath(path)), key=lambda p: len(str(p)))
 
 
 def lines_of(names: Sequence[str]) -> str:
@@ -128,7 +119,6 @@ def share_found(judge: str, paths: Sequence[Path], wanted: Sequence[str]) -> flo
     from PIL import Image
 
     from finetune.evaluation.judge import Judge, top
-    from finetune.models.sources import BUNDLED
 
     classifier = Judge.load(BUNDLED / BASE / judge)
     pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])

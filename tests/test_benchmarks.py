@@ -20,7 +20,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks import cost_curve, cost_quality, encode, loss_curve, profile_step, scaling, train_speed
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
-from data_tools import emoji
 from finetune.data.shards import ShardWriter, json_bytes
 from finetune.latents import LatentSpace
 from finetune.models.autoencoder import Pixels
@@ -370,7 +369,7 @@ def test_quality_of_latents_is_that_of_a_first_stage_made_here(tmp_path):
 
 
 def test_pictures_that_no_classifier_can_tell_apart_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["cost_curve", "--quality", str(emoji.path()), "--kept", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["cost_curve", "--quality", "fluent-emoji", "--kept", str(tmp_path)])
     with pytest.raises(SystemExit):
         cost_curve.main()
     assert "no caption has three pictures" in capsys.readouterr().err

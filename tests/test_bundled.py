@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from finetune.models.sources import BUNDLED
+from finetune import BUNDLED
 
-MODELS = sorted(path for path in BUNDLED.iterdir() if path.is_dir())
+MODELS = sorted(path.parent for path in BUNDLED.glob("*/model_index.json"))
 
 
 @pytest.fixture(params=MODELS, ids=lambda path: path.name)

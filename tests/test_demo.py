@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_tools import emoji
-from finetune import UserError, __version__, cli, demo
+from finetune import BUNDLED, UserError, __version__, cli, demo
 from finetune.config import Config, compose
 from finetune.data.shards import ShardSet
 from finetune.evaluation.judge import Judge
-from finetune.models.sources import BUNDLED
 from tests.conftest import ROOT
 
 
 def names_in_the_box() -> set[str]:
-    shards = ShardSet.open(str(emoji.path()), "images")
+    shards = ShardSet.open(demo.PICTURES, "images")
     names = {shards.read_json(index)["captions"][0] for index in range(len(shards))}
     shards.close()
     return names
@@ -44,7 +42,7 @@ def test_the_column_in_the_middle_is_of_a_checkpoint_that_is_kept() -> None:
 
 
 def test_the_judge_tells_fluent_emoji_from_the_same_without_colours(tmp_path: Path) -> None:
-    shards = ShardSet.open(str(emoji.path()), "images")
+    shards = ShardSet.open(demo.PICTURES, "images")
     pictures = []
     for index in range(0, len(shards), 20):
         path = tmp_path / f"{index}.webp"
@@ -63,7 +61,7 @@ def test_the_judge_tells_fluent_emoji_from_the_same_without_colours(tmp_path: Pa
 
 def test_the_judge_of_names_knows_what_is_drawn(tmp_path: Path) -> None:
     assert set(demo.ROWS + demo.UNSEEN) <= set(Judge.load(BUNDLED / demo.BASE / demo.NAMES).classes)
-    shards, paths = ShardSet.open(str(emoji.path()), "images"), {}
+    shards, paths = ShardSet.open(demo.PICTURES, "images"), {}
     for index in range(len(shards)):
         if (name := shards.read_json(index)["captions"][0]) in demo.SEEN:
             paths[name] = tmp_path / f"{index}.webp"

@@ -6,6 +6,7 @@ The map is the table in CONTRIBUTING.md. A new file must be given a floor here b
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,9 @@ FLOORS: dict[str, float] = {
     "__main__": 8,
 }
 
-DATA_TOOLS_MAY_IMPORT = ("finetune.data.shards", "finetune.latents", "finetune.models")
+DATA_TOOLS_MAY_IMPORT = ("finetune.data.shards", "finetune.latents", "finetune.models", "finetune.terminal")
 LAUNCHERS_MAY_IMPORT = ("finetune.config",)
+RUN_DATA_TOOLS = ("finetune/demo.py",)  # its command, as a user would
 
 
 def unit(module: str) -> str | None:
@@ -97,6 +99,13 @@ def imported_modules(path: Path, root: Path) -> list[tuple[int, str]]:
     return [(line, name) for line, name in found if name.split(".")[0] in ("finetune", "data_tools", "launchers")]
 
 
+def named_data_tools(path: Path) -> list[tuple[int, str]]:
+    """(line, text) of each text that is the name of data_tools, of one of its modules, or of its command."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path)))
+    texts = [(node.lineno, node.value) for node in nodes if isinstance(node, ast.Constant)]
+    return [(line, t) for line, t in texts if isinstance(t, str) and re.fullmatch(r"data[_-]tools([./]\S*)?", t)]
+
+
 def matches(module: str, allowed: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(name + ".") for name in allowed)
 
@@ -110,6 +119,9 @@ def violations(root: Path) -> list[str]:
         if me is None:
             problems.append(f"{where}: has no floor; add it to FLOORS and to CONTRIBUTING.md")
             continue
+        for line, text in named_data_tools(path):  # for importlib, runpy, subprocess
+            if text != "data-tools" or where not in RUN_DATA_TOOLS:
+                problems.append(f"{where}:{line}: finetune/ must not use {text}")
         for line, target in imported_modules(path, root):
             if not target.startswith("finetune"):
                 problems.append(f"{where}:{line}: finetune/ must not import {target}")
@@ -156,6 +168,8 @@ def test_the_map_in_contributing_names_every_module() -> None:
         ("finetune/export/a.py", "from finetune.autoencoder import b", "on floor 4.5"),
         ("finetune/train.py", "from finetune.cli import entry", "on floor 7"),
         ("finetune/demo.py", "import data_tools.cli", "finetune/ must not import data_tools.cli"),
+        ("finetune/demo.py", 'files("data_tools.emoji")', "finetune/ must not use data_tools.emoji"),
+        ("finetune/sample.py", 'call(["data-tools", "verify"])', "finetune/ must not use data-tools"),
         ("finetune/novel.py", "", "has no floor"),
         ("data_tools/cli.py", "from finetune.data.loader import x", "must not import finetune.data.loader"),
         ("launchers/slurm.py", "from finetune import step", "must not import finetune.step"),
@@ -173,6 +187,7 @@ def test_right_imports_pass(tmp_path: Path) -> None:
         {
             "finetune/data/loader.py": "from finetune.data import order\nimport finetune.data.shards",
             "finetune/models/unet.py": "from finetune import UserError\nimport finetune.models.text",
+            "finetune/demo.py": "print('data-tools', 'data-tools encode')",
             "finetune/cli.py": "from finetune.autoencoder.train import main\nimport finetune.train",
             "finetune/autoencoder/train.py": "import finetune.autoencoder.loss, finetune.config",
             "data_tools/cli.py": "from finetune.models.autoencoder import load\nimport data_tools.encode",

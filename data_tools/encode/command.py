@@ -24,7 +24,6 @@ from data_tools.arguments import (
     add_workers_argument,
     default_workers,
     natural,
-    positive,
     probability,
 )
 from data_tools.encode import assemble
@@ -59,6 +58,7 @@ from finetune.data.shards import (
     ShardError,
     json_bytes,
     latent_bytes,
+    set_folder,
     write_atomic,
     write_classes,
 )
@@ -76,7 +76,7 @@ _BATCHES_AHEAD = 3  # of the encoder, and of the writer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools encode`."""
-    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder of image shards or WebDataset tars")
+    parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="image shards, or WebDataset tars")
     parser.add_argument(
         "--vae",
         required=True,

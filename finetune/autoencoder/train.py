@@ -44,7 +44,7 @@ examples:
   finetune autoencoder data.shards=shards model.pretrained=runs/vae/vae train.decoder_only=true run.dir=runs/decoder
   torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards train.global_batch=64 run.dir=runs/vae
   torchrun --nproc-per-node 8 -m finetune autoencoder data.shards=shards strategy=zero1 run.dir=runs/vae
-  finetune autoencoder experiment=emoji data.shards=data_tools/emoji/fluent-emoji run.dir=runs/emoji-vae
+  finetune autoencoder experiment=emoji data.shards=fluent-emoji run.dir=runs/emoji-vae
 """
 
 

@@ -14,11 +14,10 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from torch import Tensor
 
-from finetune import UserError, first_line
+from finetune import BUNDLED, UserError, first_line
 from finetune.models.single_file import open_file
 
 FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
-BUNDLED = Path(__file__).resolve().parents[1] / "bundled"  # models in the box, by the names of their folders
 _PROBE_SECONDS = 5.0
 
 

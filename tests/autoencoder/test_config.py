@@ -26,7 +26,7 @@ def test_the_command_line_wins_over_the_experiment_and_that_over_the_model() -> 
     assert config.train.steps == composed.train.steps == 7
     assert config.model.block_out_channels == [16, 16, 32]
     assert config.model.norm_num_groups == 4
-    assert config.data.shards == "data_tools/emoji/fluent-emoji"
+    assert config.data.shards == "fluent-emoji"
 
 
 @pytest.mark.parametrize(("factor", "channels"), [(2, 2), (4, 3), (8, 4), (16, 16), (32, 64)])

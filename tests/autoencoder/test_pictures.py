@@ -13,6 +13,7 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from finetune import UserError
+from finetune.autoencoder import config as schema
 from finetune.autoencoder.pictures import Pictures, decode
 from finetune.data.shards import ShardWriter
 
@@ -60,6 +61,14 @@ def test_pictures_come_back_as_they_were_with_and_without_cache(tmp_path: Path, 
     assert len(seen) == (12 if cache_bytes else 0)
     batch = pictures.read(0, [5, 2, 9])
     assert np.array_equal(batch, np.stack([picture(5), picture(2), picture(9)]))
+
+
+def test_the_set_in_the_box_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    pictures = opened(Path(schema.load(["experiment=emoji"])[0].data.shards))
+    assert pictures.buckets == [(64, 64)] and len(pictures) == 1200
+    write(tmp_path / "fluent-emoji", [(16, 16)])  # a folder here comes first
+    assert opened(Path("fluent-emoji")).buckets == [(16, 16)]
 
 
 def test_each_bucket_keeps_its_shape(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from finetune import BUNDLED
 from finetune.data.shards import Retry, ShardError, Store
 from finetune.data.shards.store import StoppedError, resolve
 from tests.data.servers import Fault, Server
@@ -312,6 +313,9 @@ def test_a_blocking_store_that_hangs_is_given_up(content: bytes, tmp_path: Path)
 def test_what_is_local_and_what_is_not(tmp_path: Path) -> None:
     assert resolve(tmp_path) == resolve(str(tmp_path)) == resolve(f"file://{tmp_path}") == tmp_path
     assert resolve("shards/v1:2") == Path("shards/v1:2")
+    assert resolve("fluent-emoji") == BUNDLED / "fluent-emoji"
+    assert resolve("fluent") == Path("fluent") and resolve("emoji-base") == Path("emoji-base")  # a model
+    assert resolve(Path("fluent-emoji")) == resolve("./fluent-emoji") == Path("fluent-emoji")
     far = resolve("https://host/latents/")
     assert isinstance(far, Store) and far.url("a.tar") == "https://host/latents/a.tar" and resolve(far) is far
 

@@ -16,11 +16,9 @@ from data_tools import dedupe
 from data_tools.dedupe import Part, fingerprint
 from data_tools.pictures import Picture, PictureSource
 from finetune.data.shards import ShardSet, ShardWriter
-from tests.conftest import ROOT
 from tests.data_tools.conftest import Result, encoded
 
 Cli = Callable[..., Result]
-EMOJI = ROOT / "data_tools" / "emoji" / "fluent-emoji"
 
 
 def scene(seed: int, side: int = 96) -> Image.Image:
@@ -239,7 +237,7 @@ def test_mistakes(cli: Cli, tmp_path: Path) -> None:
 
 def test_emoji_are_all_different(cli: Cli, tmp_path: Path) -> None:
     """300 of the bundled ones: flat pictures on white, alike in shape, some in colour alone."""
-    shards = ShardSet.open(EMOJI)
+    shards = ShardSet.open("fluent-emoji")
     chosen = {sample["__key__"]: sample["webp"] for sample in map(shards.read, range(0, 1200, 4))}
     hearts = [key for key in (shards.key(n) for n in range(1200)) if key.endswith("-heart")]
     assert len(hearts) > 5  # red, blue, green, ...

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
-from data_tools import emoji
 from data_tools.ingest.iconify import GROUNDS, base_name, is_held_out
+from finetune import BUNDLED
 from finetune.data.shards import ShardSet, verify
 from finetune.data.shards.images import decode_rgb
 from tests.data_tools.conftest import Result
@@ -179,19 +180,23 @@ def test_same_package_same_bytes(cli: Cli, tmp_path: Path) -> None:
 # --- the pictures in the box
 
 
-def test_the_box_is_a_whole_set_under_its_licence(cli: Cli) -> None:
-    assert cli("verify", emoji.path()).code == 0
-    shards = ShardSet.open(emoji.path(), "images")
+def test_the_box_is_a_whole_set_under_its_licence(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli("verify", "fluent-emoji").code == 0
+    shards = ShardSet.open("fluent-emoji", "images")
     assert len(shards) == 1200
     assert shards.bucket_sizes == {(64, 64): 1200}
-    assert sum(path.stat().st_size for path in emoji.path().iterdir()) <= 4_000_000
-    assert "Copyright (c) Microsoft Corporation." in (emoji.path() / "LICENSE").read_text()
-    assert json.loads((emoji.path() / "SOURCE.json").read_text())["license"]["spdx"] == "MIT"
-    assert not (emoji.path() / "rejects.jsonl").exists()
+    folder = BUNDLED / "fluent-emoji"
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 4_000_000
+    assert "Copyright (c) Microsoft Corporation." in (folder / "LICENSE").read_text()
+    assert json.loads((folder / "SOURCE.json").read_text())["license"]["spdx"] == "MIT"
+    assert not (folder / "rejects.jsonl").exists()
 
 
 def test_the_box_has_pictures_of_what_it_says() -> None:
-    shards = ShardSet.open(emoji.path())
+    shards = ShardSet.open("fluent-emoji")
     captions = {shards.read_json(i)["captions"][0]: i for i in range(len(shards))}
     assert len(captions) == 1200
     pictures = {}

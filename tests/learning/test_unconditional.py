@@ -3,7 +3,6 @@ pictures of another set."""
 
 from __future__ import annotations
 
-import importlib.resources
 import tarfile
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from finetune import BUNDLED
 from finetune.autoencoder.features import frechet
 from tests.learning.conftest import SIZE, encode, run
 from tests.learning.drawn import draw, scenes, table, train
@@ -26,7 +26,7 @@ OF_EARLY, OF_OTHERS = 0.5, 0.25
 
 def emoji(count: int) -> np.ndarray:
     """The first of the bundled emoji, float64 [B, H, W, 3] in [0, 1]."""
-    with tarfile.open(Path(str(importlib.resources.files("data_tools"))) / "emoji/fluent-emoji/00000.tar") as tar:
+    with tarfile.open(BUNDLED / "fluent-emoji" / "00000.tar") as tar:
         names = [name for name in tar.getnames() if name.endswith(".webp")][:count]
         opened = [Image.open(tar.extractfile(name)).convert("RGB").resize((SIZE, SIZE)) for name in names]  # type: ignore[arg-type]
     return np.stack([np.asarray(image, np.float64) for image in opened]) / 255

@@ -13,12 +13,13 @@ Sample ids 0..N-1 number the samples in the order of the manifest's shards. A sh
 A set may lie elsewhere (`s3://`, `gs://`, `https://`, `pipe:`): its shards are then copied, as they are needed,
 into a bounded folder that the processes of a machine share.
 
-This package knows neither torch nor pictures, and needs a POSIX system (`pread`).
+This package knows no torch, nor pictures but for `images`, and needs a POSIX system (`pread`).
 
     files       names, .npy bytes, files that are whole or absent
     store       URLs and pipes: files from elsewhere, tried again when they break
     cache       copies of remote shards on this machine, bounded, fetched ahead of need
     labels      classes, boxes, maps, masks: their names and forms
+    images      a picture's bytes -> upright 8-bit RGB, cut to a bucket
     manifest    what a folder of shards holds
     writer      samples -> shards
     reader      sample ids -> samples, at random
@@ -63,7 +64,7 @@ from finetune.data.shards.manifest import (
     TextInfo,
 )
 from finetune.data.shards.reader import ShardSet, most_open
-from finetune.data.shards.store import Retry, Store, is_remote
+from finetune.data.shards.store import Retry, Store, is_remote, set_folder
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 
@@ -104,6 +105,7 @@ __all__ = [
     "parse_boxes",
     "parse_classes",
     "parse_npy",
+    "set_folder",
     "verify",
     "write_atomic",
     "write_classes",

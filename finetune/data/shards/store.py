@@ -35,8 +35,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from finetune import first_line
-from finetune.data.shards.files import ShardError
+from finetune import BUNDLED, first_line
+from finetune.data.shards.files import MANIFEST, ShardError
 
 T = TypeVar("T")
 
@@ -124,7 +124,7 @@ os.register_at_fork(after_in_child=_reset_all)
 
 
 def resolve(root: Root) -> Path | Store:
-    """A set's home: a local folder (also as `file://`) as its path, everything else as a `Store`.
+    """A set's home: a local folder (also as `file://`; see `set_folder`) as its path, everything else as a `Store`.
 
     Raises:
         ShardError: a URL or pipe that can't be used, or a protocol whose library is missing.
@@ -139,7 +139,16 @@ def resolve(root: Root) -> Path | Store:
         )
     if is_remote(text):
         return Store(text)
-    return Path(text.partition("://")[2] if text.startswith(LOCAL) else text)
+    if text.startswith(LOCAL):
+        return Path(text.partition("://")[2])
+    return set_folder(text) if isinstance(root, str) else Path(root)  # a path may be that of a set to be written
+
+
+def set_folder(name: str) -> Path:
+    """A local folder as its path. A bare name such as `fluent-emoji` is a folder here, else a set in the box."""
+    path = Path(name)
+    is_bundled = re.fullmatch(r"[a-z0-9-]+", name) and not path.is_dir() and (BUNDLED / name / MANIFEST).is_file()
+    return BUNDLED / name if is_bundled else path
 
 
 def is_remote(root: str | os.PathLike[str]) -> bool:
