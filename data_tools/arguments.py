@@ -5,15 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 
+from finetune.terminal import positive
+
 MOST_WORKERS = 16  # one process reads for all of them, and feeds no more than about that
-
-
-def positive(text: str) -> int:
-    """An argument that is a whole number of at least 1."""
-    value = int(text) if text.strip().lstrip("+").isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return value
 
 
 def natural(text: str) -> int:

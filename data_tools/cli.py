@@ -6,13 +6,13 @@ The `data-tools` command, also `python -m data_tools`.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from data_tools import dedupe, encode, inspect, preview, verify
 from data_tools.ingest import coco, folder, hf, iconify, table, tars
 from finetune import __version__, run_cli
+from finetune.terminal import Parser
 
 _EXAMPLES = """\
 examples:
@@ -33,25 +33,14 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says one line on a mistake, as every command of ours does, instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see `{self.prog} --help`)", file=sys.stderr)
-        sys.exit(2)
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
-    shape = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES, formatter_class=shape)
+    parser = Parser(prog="data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     summary = "Make image shards from pictures and captions"
-    ingest = commands.add_parser(
-        "ingest", help=summary, description=summary + ".", epilog=_INGEST_EXAMPLES, formatter_class=shape
-    )
-    sources = ingest.add_subparsers(required=True, metavar="SOURCE", parser_class=_Parser)
+    ingest = commands.add_parser("ingest", help=summary, description=summary + ".", epilog=_INGEST_EXAMPLES)
+    sources = ingest.add_subparsers(required=True, metavar="SOURCE")
     for group, name, module in (
         (sources, "folder", folder),
         (sources, "coco", coco),
@@ -72,7 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
             help=summary.rstrip("."),
             description=summary,
             epilog=epilog.strip("\n"),
-            formatter_class=shape,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -87,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Raises:
         UserError: a mistake in the arguments or the data; one line.
-        SystemExit: argparse's, for `--help` (0) and unknown arguments (2).
+        SystemExit: argparse's, for `--help` (0).
     """
     args = build_parser().parse_args(argv)
     code: int = args.run(args)

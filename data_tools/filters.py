@@ -16,8 +16,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_tools.arguments import positive
 from finetune import UserError
+from finetune.terminal import positive
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "abs": abs,

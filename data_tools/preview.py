@@ -41,6 +41,7 @@ from finetune.data.shards import (
     set_folder,
 )
 from finetune.data.shards.images import PictureError, decode_rgb
+from finetune.terminal import positive
 
 _GAP = 2  # pixels between tiles
 _TINT = 0.45  # of a label's colour

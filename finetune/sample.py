@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune import UserError
-from finetune.export.arguments import add_source_arguments, add_weights_arguments, count, torch_dtype
-from finetune.terminal import Parser, quiet_libraries
+from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
+from finetune.terminal import Parser, positive, quiet_libraries
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
 _CONDITIONS = ("label", "layout", "map", "image", "mask")
@@ -165,11 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to lead away from")
     parser.add_argument("--out", required=True, metavar="FILE.png|DIR", help="where the pictures go")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the first picture (default: 0)")
-    parser.add_argument("--count", type=count, default=1, metavar="N", help="pictures a prompt (default: 1)")
-    parser.add_argument("--columns", type=count, metavar="N", help="of the grid")
-    parser.add_argument("--height", type=count, metavar="PX", help="default: as trained")
-    parser.add_argument("--width", type=count, metavar="PX", help="default: as trained")
-    parser.add_argument("--steps", type=count, default=50, metavar="N", help="of the sampler (default: 50)")
+    parser.add_argument("--count", type=positive, default=1, metavar="N", help="pictures a prompt (default: 1)")
+    parser.add_argument("--columns", type=positive, metavar="N", help="of the grid")
+    parser.add_argument("--height", type=positive, metavar="PX", help="default: as trained")
+    parser.add_argument("--width", type=positive, metavar="PX", help="default: as trained")
+    parser.add_argument("--steps", type=positive, default=50, metavar="N", help="of the sampler (default: 50)")
     parser.add_argument(
         "--guidance",
         type=float,
@@ -184,7 +184,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--scheduler", choices=_SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
     parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
-    parser.add_argument("--batch-size", type=count, metavar="N", help="pictures drawn at once (default: by size)")
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="pictures drawn at once (default: by size)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add_weights_arguments(parser)
     return parser

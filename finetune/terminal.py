@@ -28,6 +28,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+def positive(text: str) -> int:
+    """An argument that is a whole number of at least 1."""
+    value = int(text) if text.strip().removeprefix("+").isdecimal() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
 def speak_in_turn(main: Callable[[], int]) -> int:
     """Run a command that a launcher starts on several ranks, and leave a mistake of all to rank 0's line.
 

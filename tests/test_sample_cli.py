@@ -98,7 +98,7 @@ def mistakes(run, tmp_path):
         "--seed -1: must be": [str(run), *prompt, "--seed", "-1"],
         "2000 sampling steps": [str(run), *prompt, "--steps", "2000"],
         "invalid choice: 'plms'": [str(run), *prompt, "--scheduler", "plms"],
-        "0 is less than 1": [str(run), *prompt, "--count", "0"],
+        "'0' is not a whole number of at least 1": [str(run), *prompt, "--count", "0"],
         "invalid step value: 'last'": [str(run), *prompt, "--checkpoint", "last"],
         "written as PNG": [str(run), "--prompt", "x", "--out", str(tmp_path / "x.jpg")],
         "cannot be made": [str(run), "--prompt", "x", "--out", str(tmp_path / "blank.txt" / "x.png")],

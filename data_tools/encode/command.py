@@ -64,6 +64,7 @@ from finetune.data.shards import (
 )
 from finetune.data.shards.files import npy_bytes
 from finetune.data.shards.images import PictureError
+from finetune.terminal import positive
 
 if TYPE_CHECKING:
     import torch

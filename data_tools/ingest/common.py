@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, positive, probability
+from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, probability
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import encode_image, parse_colour
@@ -49,6 +49,7 @@ from finetune.data.shards import (
 )
 from finetune.data.shards.images import MAX_PIXELS, PictureError, cut_out, decode_rgb, picture_format
 from finetune.data.shards.labels import png_header
+from finetune.terminal import positive
 
 RESERVED = ("captions", "file", "original_size", "crop")
 CAPTION_COLUMNS = ("captions", "caption", "text")

@@ -34,7 +34,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from data_tools.arguments import add_workers_argument, positive, probability
+from data_tools.arguments import add_workers_argument, probability
 from data_tools.filters import Filters
 from data_tools.images import encode_image, parse_colour
 from data_tools.ingest.common import (
@@ -47,6 +47,7 @@ from data_tools.ingest.common import (
 )
 from finetune import UserError
 from finetune.data.shards.images import MAX_PIXELS, PictureError
+from finetune.terminal import positive
 
 Colour = tuple[int, int, int]
 

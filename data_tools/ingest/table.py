@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from data_tools.arguments import positive
 from data_tools.fetch import Limits
 from data_tools.ingest.common import (
     Found,
@@ -50,6 +49,7 @@ from data_tools.ingest.common import (
 )
 from data_tools.tars import printable
 from finetune import UserError, first_line
+from finetune.terminal import positive
 
 URL_COLUMNS = ("url", "urls", "image_url", "img_url", "image_link", "link")
 PATH_COLUMNS = (

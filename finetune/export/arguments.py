@@ -60,14 +60,6 @@ def step(text: str) -> int:
     return int(text.strip("/").removeprefix("step-"))
 
 
-def count(text: str) -> int:
-    """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return value
-
-
 def torch_dtype(name: str) -> Any:
     """One of `DTYPES` as torch's."""
     import torch

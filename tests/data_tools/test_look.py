@@ -222,6 +222,19 @@ def test_every_command_explains_itself(cli: Cli, command: list[str]) -> None:
     assert cli(*command, "--no-such-option").code == 2
 
 
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["dedupe", "x", "--dist", "3"], "unrecognized arguments: --dist 3; see `data-tools --help`"),
+        (["encode", "x"], "the following arguments are required: --vae, --out; see `data-tools encode --help`"),
+        (["dedupe"], "the following arguments are required: SHARDS; see `data-tools dedupe --help`"),
+    ],
+)
+def test_mistakes_read_as_those_of_finetune(cli: Cli, argv: list[str], line: str) -> None:
+    """And options are not abbreviated: a script would break with the next option of a like name."""
+    assert cli(*argv).err == f"error: {line}\n"
+
+
 def test_help_does_not_load_torch() -> None:
     code = "import sys; from data_tools.cli import build_parser; build_parser(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
