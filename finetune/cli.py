@@ -12,7 +12,7 @@ from finetune import UserError, __version__, run_cli
 COMMANDS = {
     "train": "fine-tune a model, or train one from scratch",
     "doctor": "look whether a launch will train, before it has to",
-    "sample": "draw pictures from captions",
+    "sample": "draw pictures from captions, labels, layouts, maps or other pictures",
     "export": "write a run's result for other tools",
     "autoencoder": "train the first stage on pictures",
 }

@@ -1,1 +1,1 @@
-"""Starting runs: accelerate's configuration files. No setting of a model or of training lives here."""
+"""Starting runs: `torchrun`, `slurm`, and accelerate's files. No setting of a model or of training lives here."""
