@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,18 @@ def adapted_unet(rank: int = 4, alpha: float = 10.0) -> tuple[UNet2DConditionMod
     return module.eval(), {f"unet.{name}": parameters[name].detach() for name in names}
 
 
+def lora_file(named: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """LoRA parameters by the names of `pytorch_lora_weights.safetensors`."""
+    return {adapters.lora_key(name): tensor for name, tensor in named.items()}
+
+
 def lora_run(folder: Path, base: Path, alpha: float = 10.0) -> Path:
     folder.mkdir()
     made = config(model={"pretrained": str(base)}, adapter={"kind": "lora", "alpha": alpha})
     (folder / "config.yaml").write_text(yaml.safe_dump(made))
-    _, named = adapted_unet(alpha=alpha)
+    module, named = adapted_unet(alpha=alpha)
     checkpoint = folder / "checkpoints" / f"step-{STEP:08d}"
     for name in ("weights", "ema"):
-        adapters.save_lora(checkpoint / name, adapters.lora_to_diffusers(named), alpha)
+        adapters.save_lora(checkpoint / name, lora_file(named), adapters.lora_alphas("unet", module))
     (checkpoint / "trainer.json").write_text(json.dumps({"format": 1, "step": STEP}))
     return folder

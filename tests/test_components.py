@@ -190,6 +190,6 @@ def test_mistakes_are_named(run, base, tmp_path):
     with pytest.raises(UserError, match="is no YAML"):
         load_components(tmp_path / "run")
     other = {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.lora_B.weight": torch.zeros(3, 2)}
-    save_lora(tmp_path / "other", other, 2.0)
+    save_lora(tmp_path / "other", other, {"unet.x": 2.0})
     with pytest.raises(UserError, match="for another model"):
         load_components(base, lora=tmp_path / "other")

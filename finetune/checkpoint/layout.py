@@ -21,12 +21,11 @@ class Layout:
     """How trained parameters are named in files.
 
     `components` maps `unet`, `text_encoder` and what else a task has to modules, whose configuration stands beside
-    their weights if they have one; `lora_alphas` is None for full fine-tuning, else alpha by adapted module, or one
-    for all.
+    their weights if they have one; `lora_alphas` is None for full fine-tuning, else alpha by adapted module.
     """
 
     components: Mapping[str, nn.Module]
-    lora_alphas: float | Mapping[str, float] | None = None
+    lora_alphas: Mapping[str, float] | None = None
 
     def locate(self, name: str) -> tuple[str, str]:
         """(file, key) of a parameter, as `unet.conv_in.weight`, inside `weights/` or `ema/`."""

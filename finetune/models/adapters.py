@@ -1,5 +1,4 @@
-"""Low-rank adapters: W' = W + (alpha / rank) B A (Hu et al. 2021, arXiv 2106.09685, section 4.1), through
-peft.
+"""Low-rank adapters, through peft: W' = W + (alpha / rank) B A (Hu et al. 2021, arXiv 2106.09685, section 4.1).
 
 DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5) gives each output a magnitude of its own: W' = m V / ||V|| with
 V = W + (alpha / rank) B A, where the norm is of a row, the weights of one output.
@@ -18,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -123,7 +122,9 @@ def lora_alphas(component: str, module: nn.Module) -> dict[str, float]:
 
 
 def lora_key(name: str) -> str:
-    """The name in the file of a parameter as torch names it (see `lora_to_diffusers`).
+    """The name in `pytorch_lora_weights.safetensors` of a LoRA parameter as torch names it, behind its component.
+
+    `unet.<module>.lora_A.default.weight` is `unet.<module>.lora_A.weight` there.
 
     Raises:
         ValueError: it is no LoRA parameter of a known component.
@@ -134,61 +135,33 @@ def lora_key(name: str) -> str:
     return _canonical(f"{match[1]}.{match[2]}.weight")
 
 
-def lora_to_diffusers(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters by name to the tensors of `pytorch_lora_weights.safetensors`.
-
-    Args:
-        named: LoRA parameters as torch names them, behind their component:
-            `unet.<module>.lora_A.default.weight`, `text_encoder.<module>.lora_B.default.weight`.
-
-    Raises:
-        ValueError: a name is no LoRA parameter of a known component.
-    """
-    return {lora_key(name): tensor for name, tensor in named.items()}
-
-
-def lora_from_diffusers(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The inverse of `lora_to_diffusers` for parameters of these names.
-
-    Raises:
-        UserError: the file lacks a parameter or holds one that the model has not.
-    """
-    keys = {lora_key(name): name for name in names}
-    held = {_canonical(key): tensor for key, tensor in state.items()}
-    if keys.keys() != held.keys():
-        missing, extra = sorted(keys.keys() - held.keys()), sorted(held.keys() - keys.keys())
-        first = f"lacks {missing[0]}" if missing else f"holds {extra[0]}, which the model has not"
-        raise UserError(f"this LoRA is for another model or other targets: it {first}")
-    return {name: held[key] for key, name in keys.items()}
-
-
-def lora_metadata(state: Mapping[str, Tensor], alpha: float | Mapping[str, float]) -> dict[str, str]:
+def lora_metadata(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, str]:
     """The safetensors metadata from which diffusers' `load_lora_weights` takes rank, alpha and targets.
 
     Args:
         state: tensors in the file's layout.
-        alpha: one for all, or one for each module, by its name in the file: `unet.mid_block.….to_q`.
+        alphas: alpha of each module, by its name in the file: `unet.mid_block.….to_q`.
     """
     entries: dict[str, Any] = {}
     for component in COMPONENTS:
         ranks: dict[str, int] = {}
-        alphas: dict[str, float] = {}
+        used: dict[str, float] = {}
         for key, tensor in sorted(state.items()):
             if not key.startswith(f"{component}.") or not key.endswith(_DOWN):
                 continue
             # Readers match a target at the end of a module's name: right with `text_model.` and without.
             name = key.removeprefix(f"{component}.").removeprefix("text_model.").removesuffix(_DOWN)
             ranks[name] = tensor.shape[0]
-            alphas[name] = float(alpha[key.removesuffix(_DOWN)] if isinstance(alpha, Mapping) else alpha)
+            used[name] = float(alphas[key.removesuffix(_DOWN)])
         if not ranks:
             continue
-        rank, usual = _most_common(ranks.values()), _most_common(alphas.values())
+        rank, usual = _most_common(ranks.values()), _most_common(used.values())
         config = {
             "r": rank,
             "lora_alpha": usual,
             "target_modules": list(ranks),
             "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
-            "alpha_pattern": {name: value for name, value in alphas.items() if value != usual},
+            "alpha_pattern": {name: value for name, value in used.items() if value != usual},
         }
         if any(key.startswith(f"{component}.") and key.endswith(_MAGNITUDE) for key in state):
             config["use_dora"] = True
@@ -209,8 +182,8 @@ class Lora:
         return {name: scale * self.state[name + _DOWN].shape[0] for name, scale in self.scales.items()}
 
 
-def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapping[str, float]) -> None:
-    """Write tensors in the file's layout, with their metadata, to `path`.
+def save_lora(path: str | Path, state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> None:
+    """Write tensors in the file's layout, with their metadata (see `lora_metadata`), to `path`.
 
     A path that does not end in `.safetensors` is a folder; the file in it has diffusers' name.
     """
@@ -218,7 +191,7 @@ def save_lora(path: str | Path, state: Mapping[str, Tensor], alpha: float | Mapp
     if path.suffix != ".safetensors":
         path = path / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_weights(path, state, lora_metadata(state, alpha))
+    write_weights(path, state, lora_metadata(state, alphas))
 
 
 def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:

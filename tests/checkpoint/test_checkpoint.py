@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from finetune import UserError, build
@@ -38,7 +38,7 @@ def test_full_weights_lie_in_the_diffusers_layout() -> None:
 
 
 def test_adapters_lie_in_the_file_that_diffusers_loads() -> None:
-    layout = Layout({}, lora_alphas=8.0)
+    layout = Layout({}, lora_alphas={})
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     assert layout.locate(f"unet.{name}.lora_A.default.weight") == (LORA_FILE, f"unet.{name}.lora_A.weight")
     assert layout.locate("text_encoder.encoder.layers.0.self_attn.q_proj.lora_B.default.weight") == (
@@ -280,11 +280,27 @@ def test_a_change_is_named_with_both_values() -> None:
     )
 
 
-def test_what_depends_on_compares_survives_json(overrides: list[str]) -> None:
+def test_what_depends_on_compares_survives_json(pipeline: Path, overrides: list[str]) -> None:
     """Tuples or numpy numbers would differ from what the file gives back, and no run would go on."""
-    config = compose("train", [*overrides, "adapter=lora", "model.pretrained=x"], Config)[0]
-    now = build.depends_on(config, build.open_data(config, held_out_batch=8))
+    more = ["adapter=lora", f"model.pretrained={pipeline}", "model.unet={}"]
+    now = build.depends_on(compose("train", [*overrides, *more], Config)[0], parts_of(overrides, *more))
     assert json.loads(json.dumps(now)) == now
+
+
+def test_a_pretrained_model_may_move_and_must_not_change(
+    pipeline: Path, overrides: list[str], tmp_path: Path, command: Command
+) -> None:
+    """A LoRA run's checkpoints hold nothing of what it adapts."""
+    words = [*overrides, "model.unet={}", "adapter=lora", "train.steps=2"]
+    assert command("train", *words, f"model.pretrained={pipeline}")[0] == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(pipeline, moved)
+    assert command("train", *words, f"model.pretrained={moved}", "train.steps=3")[0] == 0
+    weights = load_file(moved / "unet/diffusion_pytorch_model.safetensors")
+    weights["conv_in.bias"] += 1e-3
+    save_file(weights, moved / "unet/diffusion_pytorch_model.safetensors")
+    code, line = command("train", *words, f"model.pretrained={moved}", "train.steps=4")
+    assert (code, "model.pretrained (its weights) was '" in line) == (2, True), line
 
 
 def test_a_run_goes_on_only_as_itself(overrides: list[str], command: Command) -> None:
