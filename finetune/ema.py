@@ -11,10 +11,10 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # slow to import, and the command line wants a number of this module alone
+    from torch import Tensor
 
 KINDS = ("halflife", "power")
 LARGEST_SIGMA_REL = 12**-0.5  # of an average that counts all moments alike
@@ -61,11 +61,13 @@ def sigma_rel_of(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-@torch.no_grad()
 def update_(average: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
     """average <- decay * average + (1 - decay) * weights, in place; tensors pair up and are float32."""
+    import torch
+
     if average:
-        torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average), list(weights), 1.0 - decay)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 from finetune import UserError
 from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
+from finetune.models import SCHEDULERS
 from finetune.terminal import Parser, positive, quiet_libraries
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
 _CONDITIONS = ("label", "layout", "map", "image", "mask")
-_SCHEDULERS = ("ddim", "euler", "dpm++", "ddpm")  # as in finetune.sampling, which is slow to import
 
 _EXAMPLES = """examples:
   finetune sample runs/first --prompt "a red apple" --seed 1 --out apple.png
@@ -182,7 +182,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="0 to 1 (default: the run's or model's own, else 0, which is none)",
     )
-    parser.add_argument("--scheduler", choices=_SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
+    parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
     parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="pictures drawn at once (default: by size)"

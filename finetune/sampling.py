@@ -14,7 +14,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from diffusers import (
@@ -31,12 +31,11 @@ from finetune import UserError
 from finetune.batch import Batch, Sample
 from finetune.conditioning import Condition, Conditioner, batch_of, call_unet, to_device
 from finetune.latents import LatentSpace, to_raw
+from finetune.models import SCHEDULERS
 from finetune.models.autoencoder import Autoencoder, decode, downsample_factor
 from finetune.models.schedulers import FLOW_SCHEDULER
 from finetune.models.unet import pixel_multiple
 
-SchedulerName = Literal["ddim", "euler", "dpm++", "ddpm"]
-SCHEDULERS: tuple[str, ...] = get_args(SchedulerName)
 _PIXELS_A_BATCH = 4 * 512 * 512
 
 

@@ -19,6 +19,7 @@ from finetune.conditioning import batch_of
 from finetune.config import Config, compose
 from finetune.distributed import World
 from finetune.latents import LatentSpace
+from finetune.models import SCHEDULERS
 from tests import fakes
 
 PROMPTS = ["a red apple", "a smiling face", "a blue heart"]
@@ -109,7 +110,7 @@ def test_seeds_draw_what_the_pipeline_draws_from_its_generators(base, parts):
     assert np.abs(as_pipeline(draw(parts, PROMPTS[:2])) - wanted).max() < 1e-5
 
 
-@pytest.mark.parametrize("scheduler", sampling.SCHEDULERS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_a_picture_does_not_depend_on_its_batch(parts, scheduler):
     together = draw(parts, scheduler=scheduler)
     for size in (1, 2):
@@ -117,6 +118,10 @@ def test_a_picture_does_not_depend_on_its_batch(parts, scheduler):
     alone = draw(parts, PROMPTS[1:2], [6], scheduler)
     torch.testing.assert_close(alone, together[1:2], rtol=0, atol=1e-4)
     assert (together[0] - together[1]).abs().max() > 0.01
+
+
+def test_each_name_is_a_sampler_of_its_own():
+    assert len({type(sampling.make_scheduler(name, fakes.SCHEDULE)) for name in SCHEDULERS}) == len(SCHEDULERS)
 
 
 def test_prompt_and_guidance_matter(parts):

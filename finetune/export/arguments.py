@@ -6,8 +6,9 @@ import argparse
 import re
 from typing import Any
 
+from finetune.ema import LARGEST_SIGMA_REL
+
 DTYPES = ("float32", "float16", "bfloat16")
-_LARGEST_SIGMA_REL = 12**-0.5  # as in finetune.ema, which is slow to import
 
 
 def add_source_arguments(parser: argparse.ArgumentParser, metavar: str, text: str) -> None:
@@ -50,8 +51,8 @@ def weights(text: str) -> str:
 def length(text: str) -> str:
     """The weights that `--ema` asks for: its standard deviation as a share of the run, as `Weights` says it."""
     value = float(text)
-    if not 0.001 <= value <= _LARGEST_SIGMA_REL:
-        raise argparse.ArgumentTypeError(f"{text} is a share of the run: 0.001 to {_LARGEST_SIGMA_REL:.4f}")
+    if not 0.001 <= value <= LARGEST_SIGMA_REL:
+        raise argparse.ArgumentTypeError(f"{text} is a share of the run: 0.001 to {LARGEST_SIGMA_REL:.4f}")
     return f"sigma_rel={value:g}"
 
 
