@@ -52,7 +52,7 @@ from benchmarks.common import context, record, rounded, save_plot
 from benchmarks.ranks import BLOCK, launch, peak_gib, timed_blocks, waiter
 from benchmarks.strategies import wrapped
 from benchmarks.train_speed import Work
-from benchmarks.works import RANK, SEED, SHAPES, SPACE, make_unet, stepping, with_added
+from benchmarks.works import SEED, SHAPES, SPACE, make_unet, stepping, with_added
 from finetune import UserError, distributed
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.data.loader import Data, Loader, Samples, Wanted
@@ -69,6 +69,7 @@ from finetune.data.shards import (
 )
 from finetune.data.shards.files import npy_bytes
 from finetune.distributed import Strategy, World
+from finetune.models.adapters import lora_alphas
 
 # Images of one rank; strategies that are measured by default.
 WORKS = {
@@ -206,7 +207,8 @@ def saving(folder: str, strategy: Strategy, lora: bool, step: Callable[[], Any],
         return int(largest)
 
     wait, run = waiter(world.device), Path(folder) / "run"
-    layout = Layout({"unet": strategy.module.unet}, RANK if lora else None)  # type: ignore[dict-item]
+    unet: Any = strategy.module.unet
+    layout = Layout({"unet": unet}, lora_alphas("unet", unet) if lora else None)
     checkpoints = Checkpoints(run, layout, keep=1)
     checkpoints.prepare(strategy, [])
     quiet_s = statistics.median(timed(step, wait) for _ in range(2 * BLOCK))
