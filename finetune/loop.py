@@ -38,6 +38,7 @@ class Parts:
     scheduler: dict[str, Any]  # configuration of the sampler of sample grids
     decoder: Autoencoder | None  # on rank 0, where sample grids are decoded
     notices: list[str]
+    pretrained: str | None  # the digest of the weights of a pretrained model, as they are before any step
 
     @property
     def average(self) -> Average | None:

@@ -93,7 +93,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         world.watch.at("building the model")
         parts = build.build(config, world, path)
         world.watch.at("restoring the last checkpoint")
-        progress = loop.resume(config, world, parts, build.depends_on(config, parts.data))
+        progress = loop.resume(config, world, parts, build.depends_on(config, parts))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(
             path,

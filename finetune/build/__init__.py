@@ -3,6 +3,7 @@
 averages        which averages of the weights are kept
 checks          what makes no sense, before anything is loaded
 data            shards and mixtures, held-out samples, cached states of captions
+identity        what a run must keep to go on
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from finetune.build.data import (
     with_condition,
     with_text_states,
 )
+from finetune.build.identity import depends_on
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
@@ -42,7 +44,7 @@ from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoen
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, part_of, require_parts
 from finetune.models.schedulers import differences, load_scheduler, scheduler_config
-from finetune.models.sources import has_part
+from finetune.models.sources import has_part, weights_digest
 from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from finetune.models.unet import (
     build_unet,
@@ -256,6 +258,11 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if config.sample.prompts is not None and conditioner.asks != ("prompt",):
         notices.append(f"sample.prompts are not used: task={config.task.name} draws what held-out samples say")
 
+    pretrained: str | None = None
+    if config.model.pretrained is not None:
+        whole = {"unet": unet, **conditioner.parts()}
+        named = {f"{part}.{name}": p for part, model in whole.items() for name, p in model.named_parameters()}
+        pretrained = world.on_main(lambda: weights_digest(named))
     unet.requires_grad_(config.adapter.kind == "full")
     adapted: dict[str, nn.Module] = {"unet": unet, **(text.parts() if text is not None and train_text else {})}
     if text is not None:
@@ -331,6 +338,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
         scheduler_config(asdict(schedule), config.objective.prediction),
         decoder[0] if decoder else None,
         notices,
+        pretrained,
     )
 
 
@@ -404,43 +412,3 @@ def _groups(config: Config, parameters: dict[str, dict[str, nn.Parameter]]) -> l
             by_ratio.setdefault(own.get(part_of(name, own) or "", usual), {})[name] = parameter
         groups += [ParamGroup(component, some, ratio) for ratio, some in sorted(by_ratio.items(), reverse=True)]
     return groups
-
-
-def depends_on(config: Config, data: Data) -> dict[str, Any]:
-    """What a run must keep to be the same run when it goes on, by config key."""
-    adapter = (
-        {
-            "rank": config.adapter.rank,
-            "alpha": config.adapter.alpha,
-            "targets": sorted(config.adapter.targets),
-            "ranks": flat(config.adapter.ranks),
-            "rank_stabilized": config.adapter.rank_stabilized,
-            "dora": config.adapter.dora,
-        }
-        if config.adapter.kind == "lora"
-        else {}
-    )
-    return {
-        "seed": config.seed,
-        "train.global_batch": config.train.global_batch,
-        "validation.samples": config.validation.samples,
-        "data.shuffle": config.data.shuffle,
-        "data.shuffle_window": config.data.shuffle_window,
-        "data.lanes": config.data.lanes,
-        "data.sources (manifests' sha256)": [source.shards.manifest.sha256 for source in data.sources],
-        "data.sources (weights)": data.order.weights.tolist(),
-        "data.sources (loss weights)": list(data.wanted.loss_weights),
-        "data.loss_masks": config.data.loss_masks,
-        "adapter.kind": config.adapter.kind,
-        "optim.kind": config.optim.kind,
-        **{f"adapter.{name}": value for name, value in adapter.items()},
-        "model.pretrained": config.model.pretrained,
-        "model.tokenizer": config.model.tokenizer,
-        **{f"model.unet.{name}": value for name, value in config.model.unet.items()},
-        **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
-        "model.train_text_encoder": config.model.train_text_encoder,
-        "task.name": config.task.name,
-        **{f"task.options.{name}": value for name, value in config.task.options.items()},
-        **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
-        **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
-    }

@@ -57,7 +57,7 @@ def resume_rows(context: Context) -> list[Row]:
 
     def load() -> Progress:
         started = time.perf_counter()
-        progress = loop.resume(config, world, parts, build.depends_on(context.config, parts.data))
+        progress = loop.resume(config, world, parts, build.depends_on(context.config, parts))
         seconds["load"] = time.perf_counter() - started
         if progress.step != STEPS:
             raise UserError(f"a checkpoint of step {STEPS} was saved, and one of step {progress.step} is found")
@@ -155,7 +155,7 @@ def run_rows(context: Context) -> list[Row]:
         step, path = list(complete.items())[-1]
         if context.config.checkpoint.resume == "never":
             return FAIL, f"checkpoint.resume=never, but {path} is there"
-        require_same(parts.checkpoints.read(path).depends_on, build.depends_on(context.config, parts.data), path)
+        require_same(parts.checkpoints.read(path).depends_on, build.depends_on(context.config, parts), path)
         if step >= context.config.train.steps:
             return WARN, f"{context.run} is complete: {step} steps"
         return OK, f"a run goes on from step {step} of {context.config.train.steps}"

@@ -194,7 +194,7 @@ def step_rows(context: Context) -> list[Row]:
 def at_start(context: Context) -> Progress:
     parts = context.parts
     assert parts is not None
-    return loop.at_start(parts, build.depends_on(context.config, parts.data))
+    return loop.at_start(parts, build.depends_on(context.config, parts))
 
 
 def _samples(context: Context, batches: list[Batch]) -> dict[str, Any]:

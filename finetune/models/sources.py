@@ -161,3 +161,16 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {list(weight.shape)}\n".encode())
         digest.update(weight.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def weights_digest(weights: Mapping[str, Tensor]) -> str:
+    """Tells weights from others at the speed of memory: sha256 over sorted names, shapes, and sums of their words.
+
+    `weights_sha256` takes seconds a gigabyte.
+    """
+    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    digest = hashlib.sha256()
+    for name, weight in sorted(weights.items()):
+        total = int(weight.detach().contiguous().view(words[weight.element_size()]).sum(dtype=torch.int64))
+        digest.update(f"{name} {list(weight.shape)} {total}\n".encode())
+    return digest.hexdigest()[:16]
