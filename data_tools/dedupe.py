@@ -4,8 +4,8 @@ SHARDS are folders that `data-tools ingest` made, or folders of WebDataset tars.
 of them. Each set gets SHARDS/duplicates.jsonl, one object a line for each picture to leave out: its "key", the key
 of the picture that is kept in its place ("duplicate_of", with "set" if that is in another of the sets), the
 "distance" of the two, and whether they are the same to the pixel ("exact"). `encode` honours the list; nothing is
-deleted, and a new run replaces the list. Its first line says of which pictures it is ("pictures"): `encode` refuses
-the list once SHARDS holds others. When one of several sets is made anew, dedupe all of them again.
+deleted, and a new run replaces the list. Its first line says of which pictures it is ("pictures", "sets"): `encode`
+refuses the list once SHARDS, or a set whose pictures stand for some of them, holds others.
 
 Of duplicates the picture with the most pixels is kept; of those the first, in the order of the sets and shards.
 A picture is left out only if it is near one that is kept, so a chain of slightly different pictures doesn't vanish.
@@ -96,7 +96,8 @@ def run(args: argparse.Namespace) -> int:
     """Run `data-tools dedupe`."""
     _check(args)
     sources = [PictureSource.open(root) for root in args.shards]
-    identities = [source.identity() for source in sources]  # before the pictures are read: they may be replaced
+    # Before the pictures are read: they may be replaced meanwhile.
+    identities = {source.root: source.identity() for source in sources}
     known = look(sources, default_workers() if args.workers is None else args.workers)
     for source in sources:
         if not any(part.count for part in known if part.source is source):
@@ -105,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
         table = Table.gather(known, Path(work))
         found = find_duplicates(table, None if args.exact else args.distance, args.colour)
         if not args.dry_run:
-            for source, identity in zip(sources, identities, strict=True):
-                _write(source, identity, sources, known, table, found)
+            for source in sources:
+                _write(source, identities, known, table, found)
         if args.report is not None:
             _draw(args.report, known, table, found)
         _tell(sources, known, table, found, args)
@@ -400,8 +401,7 @@ def _first_equal(digests_N2: np.ndarray) -> np.ndarray:
 
 def _write(
     source: PictureSource,
-    identity: str,
-    sources: list[PictureSource],
+    identities: dict[Path, str],
     parts: list[Part],
     table: Table,
     found: Found,
@@ -410,9 +410,12 @@ def _write(
     path = source.root / DUPLICATES
     # Left by a kill, it doesn't make the set look unfinished there.
     temporary = source.root / FINGERPRINTS / f"{path.name}.tmp"
-    names = {id(other): os.path.relpath(other.root, source.root) for other in sources if other is not source}
+    names = {root: os.path.relpath(root, source.root) for root in identities if root != source.root}
+    head: dict[str, Any] = {"pictures": identities[source.root]}
+    if names:
+        head["sets"] = {name: identities[root] for root, name in names.items()}
     with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps({"pictures": identity}) + "\n")
+        file.write(json.dumps(head) + "\n")
         for number, part in enumerate(parts):
             if part.source is not source:
                 continue
@@ -420,7 +423,7 @@ def _write(
             for place in places[found.kept[places] != places].tolist():
                 kept = int(found.kept[place])
                 row: dict[str, Any] = {"key": table.key(place), "duplicate_of": table.key(kept)}
-                if (other := names.get(id(parts[table.part_of(kept)].source))) is not None:
+                if (other := names.get(parts[table.part_of(kept)].source.root)) is not None:
                     row["set"] = other
                 row |= {"distance": int(found.distance[place]), "exact": bool(found.exact[place])}
                 file.write(json.dumps(row) + "\n")

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -32,12 +33,13 @@ class Excluded:
             UserError: a file is missing, or has a line that is neither a key nor JSON with one; or the list beside
                 the shards says that it is of other pictures.
         """
-        files: dict[Path, str | None] = {} if listed is None else {listed: None}
+        files = [listed] if listed is not None else []
         if not keep_duplicates and (source.root / DUPLICATES).is_file():
-            files[source.root / DUPLICATES] = source.identity()
+            _require_same_pictures(source.root / DUPLICATES, source)
+            files.append(source.root / DUPLICATES)
         if not files:
             return cls(np.zeros(0, f"S{_DIGEST}"), "")
-        found = b"".join(_digest(key) for path, pictures in files.items() for key in _keys(path, pictures))
+        found = b"".join(_digest(row["key"]) for path in files for row in _rows(path) if "key" in row)
         digests = np.unique(np.frombuffer(found, f"S{_DIGEST}"))
         return cls(digests, hashlib.sha256(digests.tobytes()).hexdigest())
 
@@ -56,8 +58,30 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(), digest_size=_DIGEST).digest()
 
 
-def _keys(path: Path, pictures: str | None) -> Iterator[str]:
-    """The keys in a list; if it says of which pictures it is, of these (a set's identity; None: any)."""
+def _require_same_pictures(path: Path, source: PictureSource) -> None:
+    """Refuse a list of pictures that are no longer there, or whose stand-ins in other sets no longer are.
+
+    A list that doesn't say of which pictures it is, somebody's own, is taken; so is one whose other sets are gone.
+    """
+    rows = _rows(path)
+    head = next(rows, {})
+    if "pictures" not in head:
+        return
+    remedy = "run `data-tools dedupe` again, or give --keep-duplicates"
+    if head["pictures"] != source.identity():
+        raise UserError(f"{path} is of pictures that are no longer in {source.root}; {remedy}")
+    sets = head.get("sets")
+    for name in sorted({str(row["set"]) for row in rows if "set" in row}) if isinstance(sets, dict) else ():
+        try:
+            now = PictureSource.open(source.root / name).identity()
+        except (UserError, OSError):
+            continue
+        if now != sets.get(name):
+            raise UserError(f"{path} leaves out copies of pictures that are no longer in {name}; {remedy}")
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a list, of which the first may say what it is of; all others have a "key"."""
     try:
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
@@ -65,20 +89,16 @@ def _keys(path: Path, pictures: str | None) -> Iterator[str]:
                 if not text:
                     continue
                 if not text.startswith("{"):
-                    yield text
+                    yield {"key": text}
                     continue
                 try:
                     row = json.loads(text)
                 except ValueError:
                     row = {}
-                if number == 1 and "key" not in row and isinstance(of := row.get("pictures"), str):
-                    if pictures not in (None, of):
-                        remedy = "run `data-tools dedupe` again, or give --keep-duplicates"
-                        raise UserError(f"{path} is of pictures that are no longer in {path.parent}; {remedy}")
-                    continue
-                if not isinstance(row.get("key"), str):
+                head = number == 1 and "key" not in row and "pictures" in row
+                if not head and not isinstance(row.get("key"), str):
                     raise UserError(f'{path}, line {number} has no "key"; give one key a line, or JSON lines')
-                yield row["key"]
+                yield row
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; give one key a line, or JSON lines") from None
     except OSError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from PIL import Image, ImageEnhance
 
 from data_tools import dedupe
 from data_tools.dedupe import Part, fingerprint
+from data_tools.encode.excluded import Excluded
 from data_tools.pictures import Picture, PictureSource
+from finetune import UserError
 from finetune.data.shards import ShardSet, ShardWriter
 from tests.data_tools.conftest import Result, encoded
 
@@ -218,8 +221,23 @@ def test_each_list_says_of_which_set_it_is(cli: Cli, tmp_path: Path) -> None:
     roots = [write_set(tmp_path / name, {f"{name}{n}": encoded(scene(n)) for n in range(2)}) for name in "ab"]
     assert cli("dedupe", *roots).code == 0
     said = [json.loads((root / "duplicates.jsonl").read_text().splitlines()[0]) for root in roots]
-    assert said == [{"pictures": PictureSource.open(root).identity()} for root in roots]
-    assert said[0] != said[1]
+    a, b = (PictureSource.open(root).identity() for root in roots)
+    assert said == [{"pictures": a, "sets": {"../b": b}}, {"pictures": b, "sets": {"../a": a}}]
+    sources = [PictureSource.open(root) for root in roots]
+    left_out = [Excluded.load(source, None, keep_duplicates=False) for source in sources]
+    assert [[f"{name}{n}" in each for n in range(2)] for name, each in zip("ab", left_out)] == [
+        [False] * 2,
+        [True] * 2,
+    ]
+
+    write_set(tmp_path / "new", {f"a{n}": encoded(scene(5 + n)) for n in range(2)})
+    shutil.rmtree(roots[0])
+    assert Excluded.load(sources[1], None, keep_duplicates=False)  # its originals are elsewhere, or encoded by now
+    (tmp_path / "new").rename(roots[0])
+    with pytest.raises(
+        UserError, match="leaves out copies of pictures that are no longer in ../a; run `data-tools"
+    ):
+        Excluded.load(sources[1], None, keep_duplicates=False)
 
 
 def test_mistakes(cli: Cli, tmp_path: Path) -> None:
