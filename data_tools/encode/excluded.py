@@ -70,13 +70,13 @@ def _require_same_pictures(path: Path, source: PictureSource) -> None:
     remedy = "run `data-tools dedupe` again, or give --keep-duplicates"
     if head["pictures"] != source.identity():
         raise UserError(f"{path} is of pictures that are no longer in {source.root}; {remedy}")
-    sets = head.get("sets")
-    for name in sorted({str(row["set"]) for row in rows if "set" in row}) if isinstance(sets, dict) else ():
+    sets = head.get("sets") or {}
+    for name in sorted({row["set"] for row in rows if row.get("set") in sets}):
         try:
             now = PictureSource.open(source.root / name).identity()
         except (UserError, OSError):
             continue
-        if now != sets.get(name):
+        if now != sets[name]:
             raise UserError(f"{path} leaves out copies of pictures that are no longer in {name}; {remedy}")
 
 

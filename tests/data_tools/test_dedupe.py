@@ -238,6 +238,9 @@ def test_each_list_says_of_which_set_it_is(cli: Cli, tmp_path: Path) -> None:
         UserError, match="leaves out copies of pictures that are no longer in ../a; run `data-tools"
     ):
         Excluded.load(sources[1], None, keep_duplicates=False)
+    for own, count in (("", 0), ("b0\n", 1), ('{"key": "b1"}\nb0', 2)):  # of somebody who says nothing more
+        (roots[1] / "duplicates.jsonl").write_text(own)
+        assert len(Excluded.load(sources[1], None, keep_duplicates=False).digests) == count
 
 
 def test_mistakes(cli: Cli, tmp_path: Path) -> None:
