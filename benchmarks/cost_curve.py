@@ -43,6 +43,7 @@ from benchmarks.ranks import waiter
 from benchmarks.train_speed import Trained, Work, measure, peak_tflops, stepping, tflop, trained
 from benchmarks.works import BETAS, MATCHED, SEED, SHAPES, channels_of
 from finetune import UserError
+from finetune.data.shards import set_folder
 from finetune.models.autoencoder import decode
 from finetune.sampling import draw_noise, generators, make_scheduler, sample
 
@@ -259,7 +260,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well, and plotted beside it")
     quality = parser.add_argument_group("quality at equal time, on pictures (see benchmarks.cost_quality)")
     quality.add_argument(
-        "--quality", type=Path, metavar="SHARDS", help="measure this instead, on these image shards"
+        "--quality", type=set_folder, metavar="SHARDS", help="measure this instead, on these image shards"
     )
     quality.add_argument(
         "--kept", type=Path, default=Path("runs/cost_curve"), help="first stages, latents, pictures"
