@@ -55,8 +55,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from finetune.export.pipeline import export_pipeline
     from finetune.export.single_file import export_single_file
 
-    check = check_file if arguments.format in _FILES else check_out
-    out = check(arguments.out, overwrite=arguments.overwrite)
+    if arguments.format in _FILES:
+        out = check_file(arguments.out, overwrite=arguments.overwrite)
+    else:
+        out = check_out(arguments.out, arguments.source, overwrite=arguments.overwrite)
     chosen = {
         "weights": arguments.weights,
         "step": arguments.checkpoint,

@@ -9,30 +9,45 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import UserError
+from finetune.components import SAMPLING_FILE
+from finetune.models.adapters import LORA_FILE
 from finetune.models.weight_files import disk_errors, let_others_read
+from finetune.tasks import TASK_FILE
 
-_EXPORTS = (
-    "model_index.json",
-    "task.json",
-    "pytorch_lora_weights.safetensors",
-)  # what tells an export from other folders
+_MARKS = {"model_index.json", TASK_FILE, LORA_FILE}  # an export has one of these
+_FILES = _MARKS | {SAMPLING_FILE}  # and no other files at its top
 
 
-def check_out(out: str | Path, *, overwrite: bool) -> Path:
+def check_out(out: str | Path, source: str | Path, *, overwrite: bool) -> Path:
     """The folder to write, if it may be written.
 
     Raises:
-        UserError: it is a file, is in use without `overwrite`, or holds something that is no export.
+        UserError: it is a file, in use without `overwrite`, holds something that no export writes, or what is
+            exported lies there.
     """
     path = Path(out).expanduser()
     if path.is_file():
         raise UserError(f"--out {path} is a file; give a folder")
+    here, there = path.resolve(), Path(source).expanduser().resolve()
+    if there.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
+        raise UserError(f"--out {path} is where {source} lies; choose another folder")
     if path.is_dir() and any(path.iterdir()):
-        if not any((path / name).is_file() for name in _EXPORTS):
+        if not any((path / name).is_file() for name in _MARKS):
             raise UserError(f"--out {path} is not empty and holds no earlier export; choose another folder")
         if not overwrite:
             raise UserError(f"--out {path} is not empty; choose another folder or add --overwrite")
+        foreign = sorted(each.name for each in path.iterdir() if not _is_exported(each))
+        if foreign:
+            raise UserError(f"--out {path} holds {foreign[0]}, which no export has written; choose another folder")
     return path
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether this may be a part of an export: a file of those above, or a folder of a model's part."""
+    if not path.is_dir():
+        return path.name in _FILES
+    inside = list(path.iterdir())
+    return all(each.is_file() and each.suffix in (".json", ".txt", ".safetensors") for each in inside)
 
 
 def check_file(out: str | Path, *, overwrite: bool) -> Path:

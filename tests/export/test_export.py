@@ -212,16 +212,42 @@ def test_an_earlier_export_is_replaced_only_when_asked(lora, tmp_path):
     out.mkdir()
     argv = [str(lora), "--format", "lora", "--out", str(out)]
     export.main(argv)  # an empty folder is as good as none
-    (out / "old").write_text("")
+    (out / "unet").mkdir()
+    (out / "unet" / "config.json").write_text("of an export in another format")
     with pytest.raises(UserError, match="is not empty; choose another folder or add --overwrite"):
         export.main(argv)
     export.main([*argv, "--overwrite"])
     assert [path.name for path in out.iterdir()] == [LORA_FILE]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "thesis.txt").write_text("")
-    with pytest.raises(UserError, match="holds no earlier export"):
-        export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "home"), "--overwrite"])
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["thesis.txt"], "is not empty and holds no earlier export"),
+        ([LORA_FILE, "README.md"], "holds README.md, which no export has written"),
+        (["model_index.json", ".git/config"], "holds .git, which no export has written"),
+        (["task.json", "checkpoints/step-00000004/trainer.json"], "holds checkpoints, which no export"),
+        (["model_index.json", "unet/config.json", "unet/mine/notes.txt"], "holds unet, which no export"),
+    ],
+)
+def test_what_no_export_wrote_is_never_replaced(lora, tmp_path, names, says):
+    for name in names:
+        (tmp_path / "home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "home" / name).write_text("mine")
+    for more in ([], ["--overwrite"]):
+        with pytest.raises(UserError, match=says if more else "is not empty"):
+            export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "home"), *more])
+    assert all((tmp_path / "home" / name).read_text() == "mine" for name in names)
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", ".."])
+def test_a_run_is_not_exported_onto_itself(full, place):
+    """A run has a task.json, as some exports have: it was deleted with all its checkpoints."""
+    before = sorted(full.rglob("*"))
+    with pytest.raises(UserError, match=f"is where {full} lies; choose another folder"):
+        export.main([str(full), "--format", "diffusers", "--out", str(full / place), "--overwrite"])
+    assert sorted(full.rglob("*")) == before
 
 
 def test_a_failed_export_leaves_what_was_there(tmp_path):
