@@ -5,12 +5,14 @@ The plan of the package is in CONTRIBUTING.md: each module imports only from flo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 __version__ = "0.1.0"
 
@@ -25,7 +27,9 @@ PEER_LOST = 69
 E = TypeVar("E", bound=BaseException)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-"""Error numbers of an `OSError` that `run_cli` has words for."""
+"""Error numbers of an `OSError`: there is no room."""
+REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Error numbers of an `OSError`: a file is not to be read or written."""
 
 # diffusers imports bitsandbytes where it is there. On some CPUs that asks for a package that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -60,7 +64,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
-    a full disk, 69 for `PeerLostError`, 130 after Ctrl-C.
+    a disk that is full or refuses, 69 for `PeerLostError`, 130 after Ctrl-C, 141 where who reads the output has
+    gone, as a shell says of SIGPIPE.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:
@@ -72,15 +77,52 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         code = PEER_LOST
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # `finetune ... | head` closed the pipe: nothing is wrong
+    except BrokenPipeError:
         sys.stderr.close()
-        code = 0
+        code = 141
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            where = f" while writing {error.filename}" if error.filename else ""
+            code = _complain(f"no space left on device{where}; free some space or choose another folder")
+        elif error.errno in REFUSED and error.filename:
+            code = _complain(f"{error.filename}: {error.strerror}; choose another place or mend its permissions")
+        else:
             raise
-        where = f" while writing {error.filename}" if error.filename else ""
-        code = _complain(f"no space left on device{where}; free some space or choose another folder")
     sys.exit(code or 0)
+
+
+@contextlib.contextmanager
+def outliving_readers() -> Iterator[None]:
+    """Work inside goes on where its output has nowhere to go: `| head` has ended, a log's disk is full."""
+    kept = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Outlet(stream) for stream in kept)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = kept
+
+
+class _Outlet:
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # so that what is still in a buffer goes there too
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _complain(line: str) -> int:

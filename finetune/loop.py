@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from finetune import UserError
+from finetune import UserError, by_all
 from finetune.batch import Batch, Sample
 from finetune.checkpoint import Checkpoints, Progress, require_same
 from finetune.conditioning import batch_of
@@ -173,6 +173,13 @@ def train(
         world.watch.at("ending", LONG)
         parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
+        if step == total_steps and tracker.steps_not_finite > 0:
+            raise by_all(
+                UserError(
+                    f"the run's end is not saved: the loss of step {step} is not a finite number; lower optim.lr "
+                    "or use train.precision=fp32, and go on from the last checkpoint, if there is one"
+                )
+            )
         return stop if step < total_steps else 0
     finally:
         batches.close()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import UserError, first_line, is_by_all, run_cli
+from finetune import UserError, first_line, is_by_all, outliving_readers, run_cli
 from finetune.config import Config, compose, describe, describe_tasks
 from finetune.terminal import quiet_libraries, speak_in_turn, stopped_at_once
 
@@ -69,7 +69,7 @@ def run(config: Config, composed: DictConfig) -> int:
         import torch
 
         torch.set_num_threads(config.train.threads)
-    with distributed.StopRequest(int(os.environ.get("RANK", 0))) as request:
+    with outliving_readers(), distributed.StopRequest(int(os.environ.get("RANK", 0))) as request:
         return _run(config, composed, request)
 
 

@@ -360,6 +360,25 @@ def test_lora_resumes_exactly_and_trains_the_adapter_alone(pipeline, overrides, 
     assert any(tensor.abs().max() > 0 for key, tensor in weights.items() if ".lora_B." in key)
 
 
+@pytest.mark.parametrize("place", ["pipe", "/dev/full"])
+def test_a_run_outlives_who_reads_its_output(overrides, tmp_path, place):
+    """`finetune train ... 2>&1 | head` ended with exit code 0, and nothing was trained."""
+    with Path(os.devnull if place == "pipe" else place).open("w") as full:
+        where = subprocess.PIPE if place == "pipe" else full
+        words = launch_command(1, [*overrides, "train.steps=2"])
+        started = subprocess.Popen(words, env=environment(), stdout=where, stderr=where)
+    for pipe in filter(None, (started.stdout, started.stderr)):
+        pipe.close()
+    assert started.wait(timeout=120) == 0
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+    assert (tmp_path / "run/checkpoints/step-00000002/trainer.json").is_file()
+
+
+def test_an_end_that_cannot_be_saved_is_no_success(overrides, tmp_path, command: Command):
+    code, line = command("train", *overrides, "train.steps=3", "checkpoint.every=1", "optim.lr=1e20")
+    assert code == 2 and "the run's end is not saved: the loss of step 3 is not a finite number" in line, line
+
+
 def test_a_finished_run_says_so_and_more_steps_go_on(overrides, tmp_path, command, capsys):
     assert command("train", *overrides)[0] == 0
     before = metrics(tmp_path / "run")

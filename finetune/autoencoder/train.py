@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import UserError, by_all, first_line
+from finetune import UserError, by_all, first_line, outliving_readers
 
 if TYPE_CHECKING:
     from finetune.autoencoder.config import Config
@@ -81,7 +81,7 @@ def _run(argv: Sequence[str]) -> int:
         from finetune.distributed import StopRequest
 
         quiet_libraries()
-        with StopRequest(int(os.environ.get("RANK", 0))) as request:
+        with outliving_readers(), StopRequest(int(os.environ.get("RANK", 0))) as request:
             plain = {str(key): value for key, value in settings.items()}
             return train(config, plain, OmegaConf.to_yaml(composed), request)
 
