@@ -196,11 +196,12 @@ class ZeRO(Strategy):
             self.gathering = Gathering(self.world, self.module, is_gathered_whole)
             self.gathering.renew()
         else:
-            for p in parameters.values():
-                if p._hp_mapping is not None:
+            mappings: list[Any] = [p._hp_mapping for p in parameters.values()]  # type: ignore[attr-defined]
+            for mapping in mappings:
+                if mapping is not None:
                     # A view with a history: it keeps the node that gathers the parameter's gradient, which was made
                     # on the default stream, where no CUDA graph can follow. DeepSpeed takes its data alone.
-                    p._hp_mapping.lp_fragment = p._hp_mapping.lp_fragment.detach()
+                    mapping.lp_fragment = mapping.lp_fragment.detach()
             self.zero.check_grad_overflow = False  # fp16's own search; the norm shows it as well
             # DeepSpeed's takes each gradient to float64 by itself, after a wait for the GPU.
             self.zero.scaled_global_norm = lambda: self._norm(
