@@ -28,6 +28,7 @@ FLOORS: dict[str, float] = {
     "ema": 0,
     "batch": 0,
     "runs": 0,
+    "memory": 0,
     "posthoc": 1,
     "terminal": 0,
     "data/order": 0,

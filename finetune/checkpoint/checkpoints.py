@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from finetune import UserError, by_all
-from finetune.checkpoint.host import HostMemory, free_host_memory
+from finetune import UserError, by_all, memory
+from finetune.checkpoint.host import HostMemory
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import (
@@ -168,7 +168,7 @@ class Checkpoints:
             shapes = {tensor.key: tensor.shape for tensor in tensors if tensor.file == file}
             metadata[file] = {"format": "pt"} if file.startswith("optimizer/") else layout.metadata(file, shapes)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world.size > 1 else 1
-        limit = min(world.gather(self.memory_bytes or free_host_memory() // 2 // local_ranks))
+        limit = min(world.gather(self.memory_bytes or memory.free_bytes() // 2 // local_ranks))
         metadata = world.broadcast(metadata)  # one text of each header
         self._plan = make_plan(tensors, metadata, holders, world.size, limit)
         self._memory = HostMemory(self._plan.bytes_of(world.rank), pinned=world.device.type == "cuda")

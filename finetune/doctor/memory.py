@@ -6,11 +6,11 @@ import math
 import resource
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from finetune import memory
 from finetune.build import OUT_OF_MEMORY
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
@@ -21,7 +21,7 @@ _TIGHT = 0.9
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one rank, by what they are for; `on_device` and `on_host` name which lie where.
+    """Bytes of one rank, by what they are for, in the device's memory and in the host's.
 
     Activations are not in it: they depend on the batch, and the two steps measure them.
     """
@@ -118,37 +118,8 @@ def host_memory() -> tuple[int, int, int]:
     """Bytes: resident in this process now, at most so far, and what this process's machine or cgroup may use."""
     import psutil
 
-    process = psutil.Process()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return process.memory_info().rss, peak, min(psutil.virtual_memory().total, *_cgroup_limits())
-
-
-def _cgroup_limits(root: Path = Path("/sys/fs/cgroup"), process: Path = Path("/proc/self/cgroup")) -> list[int]:
-    """Memory limits of this process's cgroup and those above it; a huge number where there is none."""
-    limits = [sys.maxsize]
-    try:
-        lines = process.read_text().splitlines()
-    except OSError:
-        return limits
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            base, name = root / "memory", "memory.limit_in_bytes"
-        else:
-            continue
-        inside = base / path.lstrip("/")
-        for folder in (inside, *inside.parents):
-            if not folder.is_relative_to(base):
-                break
-            try:
-                text = (folder / name).read_text().strip()
-            except OSError:
-                continue
-            if text.isdigit():
-                limits.append(int(text))
-    return limits
+    return psutil.Process().memory_info().rss, peak, memory.limit_bytes()
 
 
 def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:

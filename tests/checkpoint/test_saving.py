@@ -351,20 +351,6 @@ def test_short_memory_makes_rounds_with_the_same_files(parts: Parts, said: list[
     assert contents(little.folder) == contents(parts.checkpoints.folder)
 
 
-def test_free_memory_is_the_smallest_of_what_bounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A control group's limit counts, less what it uses, pages of files aside."""
-    machine = host.free_host_memory()
-    assert 2**20 < machine < os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    (tmp_path / "memory.max").write_text("3000000\n")
-    (tmp_path / "memory.current").write_text("1000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 500000\n")
-    files = (tmp_path / "memory.max", tmp_path / "memory.current", tmp_path / "memory.stat", "inactive_file")
-    monkeypatch.setattr(host, "_group_files", lambda: iter([files]))
-    assert host.free_host_memory() == 2_500_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host.free_host_memory() > 2_500_000
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 

@@ -88,21 +88,6 @@ def test_the_estimate_is_what_a_step_allocates(overrides, tmp_path):
     assert expected.host == {"checkpoint copy": seen["weights"] + seen["moments"] + seen["average"]}
 
 
-def test_limits_of_control_groups_above_count(tmp_path):
-    root = tmp_path / "cgroup"
-    (root / "slurm" / "job").mkdir(parents=True)
-    (root / "slurm" / "memory.max").write_text("1000\n")
-    (root / "slurm" / "job" / "memory.max").write_text("max\n")
-    process = tmp_path / "self"
-    process.write_text("0::/slurm/job\n")
-    assert min(memory._cgroup_limits(root, process)) == 1000
-    old = root / "memory" / "job"
-    old.mkdir(parents=True)
-    (old / "memory.limit_in_bytes").write_text("500\n")
-    process.write_text("4:cpu,cpuacct:/x\n3:memory:/job\n")
-    assert min(memory._cgroup_limits(root, process)) == 500
-
-
 ZERO3_OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
