@@ -50,6 +50,7 @@ from benchmarks.works import (
 )
 from finetune import diffusion, distributed, rng
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
+from finetune.distributed.graphs import Graphs
 from finetune.latents import sample_latents
 from finetune.models import fast
 from finetune.models.layout import store_channels_last
@@ -109,17 +110,17 @@ def wrapped(
     return model, ZeRO(world, model, groups, **common, graphs=is_fast)
 
 
-def ours(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
-    """`finetune train`'s step; returns this rank's sum of losses."""
+def ours(job: Job, world: World, kind: str, layout: bool | None) -> tuple[Callable[[int], Tensor], Graphs | None]:
+    """`finetune train`'s step, which returns this rank's sum of losses; and its CUDA graphs."""
     unet, _ = make_module(job, world)
     model, strategy = wrapped(unet, job.work, job.batch, world, kind, layout)
     source = batches(job.work, job.batch, world.device, rank=world.rank, ranks=world.size)
     step = stepping(strategy, model, source, job.batch * world.size)
-    return lambda _: step().loss_sum
+    return lambda _: step().loss_sum, strategy.graphs
 
 
-def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[int], Tensor]:
-    """A plain loop over a diffusers U-Net; returns this rank's sum of losses."""
+def peer(job: Job, world: World, kind: str, layout: bool | None) -> tuple[Callable[[int], Tensor], None]:
+    """A plain loop over a diffusers U-Net, whose step returns this rank's sum of losses."""
     unet, trained = make_module(job, world)
     device, batch = world.device, job.batch
     optimizer = torch.optim.AdamW(trained.values(), lr=LR)
@@ -180,7 +181,7 @@ def peer(job: Job, world: World, kind: str, layout: bool | None) -> Callable[[in
             optimizer.zero_grad()
         return loss.detach() * batch
 
-    return step
+    return step, None
 
 
 def worker(job: Job) -> None:
@@ -190,7 +191,7 @@ def worker(job: Job) -> None:
     on_gpu = world.device.type == "cuda"
     started = time.perf_counter()
     make = peer if variant.startswith("peer_") else ours
-    step = make(job, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
+    step, graphs = make(job, world, variant.removeprefix("peer_"), LAYOUTS[layout_name])
     sums = [step(index).double() for index in range(job.losses)]
     losses = world.sum_(torch.stack(sums)) / (job.batch * world.size)
     setup = time.perf_counter() - started
@@ -206,6 +207,7 @@ def worker(job: Job) -> None:
             "reserved_gib": reserved,
             "steps_timed": len(seconds) * BLOCK,
             "setup_s": setup,
+            "graphs": 0 if graphs is None else graphs.count,  # none: launched kernel by kernel
             "losses": losses.tolist(),
         }
         Path(job.out).write_text(json.dumps(result))
@@ -283,7 +285,7 @@ def compare(row: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> None:
-    columns = ("images_per_s_gpu", "to_peer", "to_one_gpu", "to_ddp", "peak_gib", "host_gib", "apart")
+    columns = ("images_per_s_gpu", "to_peer", "to_one_gpu", "to_ddp", "peak_gib", "host_gib", "apart", "graphs")
     print(f"{'variant':<18}" + "".join(f"{name:>18}" for name in columns))
     for row in rows.values():
         if "error" in row:

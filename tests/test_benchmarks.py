@@ -154,6 +154,7 @@ def test_strategies_follow_the_stock_ddp_loop():
         row.keys() >= FIELDS and row["images_per_s_gpu"] > 0 and len(row["losses"]) == 4 for row in (peer, zero)
     )
     assert peer["apart"] == 0 and 0 < zero["apart"] < 0.03
+    assert peer["graphs"] == zero["graphs"] == 0  # on a CPU
 
 
 def test_a_variant_that_fails_is_a_row_of_its_own():

@@ -88,6 +88,11 @@ class Graphs:
         self._put_back(self.gradients)
         return output.clone()
 
+    @property
+    def count(self) -> int:
+        """How many graphs there are now."""
+        return sum(len(shape.graphs) for shape in self.shapes.values())
+
     def release(self) -> None:
         """Give up all graphs and their memory, for what comes beside micro-batches; they are captured anew."""
         if self.pool is None:

@@ -361,8 +361,9 @@ def test_graphs_that_are_released_are_made_anew(device):
             pair.call()
         pair.step()
         if number % 8 == 7:
+            assert pair.graphs.count == 2
             pair.graphs.release()
-            assert pair.graphs.pool is None and not pair.graphs.gradients
+            assert pair.graphs.count == 0 and pair.graphs.pool is None and not pair.graphs.gradients
     pair.finish()
     assert device.pools == [None, "pool"] * 3 and device.replays == 2 * 20 - 4
 
