@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import re
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +24,19 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from finetune import UserError
 
 T = TypeVar("T")
 N = TypeVar("N")
+
+LARGEST = 1e15
+"""No setting is larger: what is, is a slip, and overflows float32, clocks or indices."""
+LARGEST_SIZE = 10**6
+LARGEST_SIDE = 16384
+"""Of a picture, in pixels."""
 
 
 @dataclass
@@ -331,6 +339,10 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T], folder:
                 raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
             OmegaConf.resolve(composed)
             for key, node in list(_nodes(composed)):
+                if not str(node).strip():  # as a path it would be the current folder
+                    raise UserError(
+                        f"{key} is empty (a shell variable that is not set?): give a value or leave it out"
+                    )
                 if str(node).startswith("~/"):  # the shell expands it at the start of a word alone
                     OmegaConf.update(composed, key, str(Path(str(node)).expanduser()))
             typed = OmegaConf.to_object(composed)
@@ -382,19 +394,47 @@ def defaults(schema: type) -> list[tuple[str, str]]:
     return [(key, _written(value)) for key, value in _nodes(OmegaConf.structured(schema)) if not _is_section(value)]
 
 
-def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str) -> None:
+def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str, *, most: float = LARGEST) -> None:
     """Refuse values out of range.
 
     Args:
         values: by config key.
         rule: ends the line, as in "train.steps=0 must be at least 1".
+        most: no value may be larger; so none is infinite.
 
     Raises:
-        UserError: names the first key that `holds` is false for.
+        UserError: names the first key that `holds` is false for, or whose value is too large.
     """
     for key, value in values.items():
         if not holds(value):
             raise UserError(f"{key}={value} {rule}")
+        if not value <= most:  # type: ignore[operator]
+            raise UserError(f"{key}={value} must be at most {most:.15g}")
+
+
+def require_sizes(sizes: Mapping[str, Any], most: float = LARGEST_SIZE) -> None:
+    """Refuse what is no count of something in memory; of lists, one for each level of a model, each entry.
+
+    Raises:
+        UserError: names the first such key; of None nothing is asked.
+    """
+    for key, size in sizes.items():
+        for each in size if isinstance(size, list | tuple) else [size]:
+            if isinstance(each, list | tuple):
+                require_sizes({key: each}, most)
+            elif each is not None and (isinstance(each, bool) or not isinstance(each, int) or each < 1):
+                raise UserError(f"{key}={each} must be a whole number of at least 1")
+            elif each is not None:
+                require({key: each}, lambda _: True, "", most=most)
+
+
+def require_finite(values: Mapping[str, float]) -> None:
+    """Refuse what is no number, or too large a one on either side of 0.
+
+    Raises:
+        UserError: names the first such key.
+    """
+    require(values, lambda value: value >= -LARGEST, "must be a finite number")
 
 
 def require_bounds(watch: WatchConfig) -> None:
@@ -403,9 +443,12 @@ def require_bounds(watch: WatchConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    require({"watch.start_s": watch.start_s}, lambda value: value > 0, "must be greater than 0")
+    month = 30 * 86400
+    start = {"watch.start_s": watch.start_s}
+    require(start, lambda value: 0 < value <= month, f"must be greater than 0, and {month} at most (30 days)")
     bounds = {"watch.lost_s": watch.lost_s, "watch.stalled_s": watch.stalled_s}
-    require(bounds, lambda value: value == 0 or value >= 1, "is in seconds: at least 1, or 0 for never")
+    rule = f"is in seconds: 1 to {month} (30 days), or 0 for never"
+    require(bounds, lambda value: value == 0 or 1 <= value <= month, rule)
 
 
 def require_choice(values: Mapping[str, tuple[str, Sequence[str]]]) -> None:
@@ -435,6 +478,9 @@ def _check_keys(
         key = override.key_or_group
         if override.is_sweep_override() or (key in choices and isinstance(override.value(), list)):
             raise UserError(f"'{text}' names several values: a run takes one")
+        value = override.value()
+        if isinstance(nodes.get(key), ListConfig) and isinstance(value, str) and not value.startswith("${"):
+            raise UserError(f"{key}={value} must be a list: {_quoted_list(key, value)}")
         free = is_free_form(key, schema)
         checked.append(f"++{text}" if free and text.startswith(key) else text)
         if key in names or free:
@@ -470,7 +516,8 @@ def parse_override(text: str) -> tuple[Override, str]:
         return parser.parse_override(text), text
     except HydraException:
         key, equals, value = text.partition("=")
-        quotes = f"quote what has other signs than letters, digits and /-_.: '{key}=\"...\"'"
+        example = _quoted_list(key, value) if value.startswith("[") else f"'{key}=\"...\"'"
+        quotes = f"quote what has other signs than letters, digits and /-_.: {example}"
         if not equals or not value or value[0] in "[{":
             hint = quotes if equals and value else "an override is KEY=VALUE"
             raise UserError(f"cannot read the override '{text}': {hint}") from None
@@ -479,6 +526,13 @@ def parse_override(text: str) -> tuple[Override, str]:
         return parser.parse_override(text_quoted), text_quoted
     except HydraException:
         raise UserError(f"cannot read the override '{text}': {quotes}") from None
+
+
+def _quoted_list(key: str, value: str) -> str:
+    """An override of a list of texts as the shell takes it, of a value that may lack brackets and quotes."""
+    texts = [each.strip() for each in value.removeprefix("[").removesuffix("]").split(",")]
+    items = [each if re.fullmatch(r'"[^"]*"' + r"|'[^']*'", each) else quoted(each) for each in texts]
+    return shlex.quote(f"{key}=[{','.join(items)}]")
 
 
 def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

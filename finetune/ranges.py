@@ -10,13 +10,18 @@ from finetune.config import (
     CheckpointConfig,
     EmaConfig,
     OptimConfig,
+    RunConfig,
     StrategyConfig,
     TrackerConfig,
     WatchConfig,
     require,
     require_bounds,
     require_choice,
+    require_sizes,
 )
+from finetune.runs import require_own_folder
+
+_MOST_THREADS = 1024
 
 
 class Readers(Protocol):
@@ -35,6 +40,8 @@ class Shared(Protocol):
 
     seed: int
 
+    @property
+    def run(self) -> RunConfig: ...
     @property
     def optim(self) -> OptimConfig: ...
     @property
@@ -75,16 +82,15 @@ def require_shared(config: Shared, *, precisions: Sequence[str], offloads: Seque
     positive = {
         "train.steps": train.steps,
         "train.global_batch": train.global_batch,
-        "train.threads": 1 if train.threads is None else train.threads,
         "optim.lr": optim.lr,
         "optim.eps": optim.eps,
         "ema.halflife_images": config.ema.halflife_images,
-        "data.readers": config.data.readers,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
         "tracker.every": config.tracker.every,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
+    require_sizes({"train.threads": train.threads, "data.readers": config.data.readers}, _MOST_THREADS)
     not_negative = {
         "optim.warmup_images": optim.warmup_images,
         "optim.weight_decay": optim.weight_decay,
@@ -96,6 +102,9 @@ def require_shared(config: Shared, *, precisions: Sequence[str], offloads: Seque
     require_betas({"optim.beta1": optim.beta1, "optim.beta2": optim.beta2})
     require_seeds({"seed": config.seed})
     require_bounds(config.watch)
+    require_own_folder(config.run.dir)
+    if config.tracker.wandb:
+        tracking.require_project(config.tracker.project)
     if strategy.kind == "zero" and strategy.stage not in (1, 2, 3):
         raise UserError(f"strategy.stage={strategy.stage} is not known: choose 1, 2 or 3")
     if strategy.kind == "ddp" and strategy.offload != "none":
@@ -119,4 +128,4 @@ def require_seeds(seeds: dict[str, int]) -> None:
     Raises:
         UserError: names the first such key.
     """
-    require(seeds, lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63")
+    require(seeds, lambda value: 0 <= value < 2**63, "must be at least 0 and below 2^63", most=2**63)

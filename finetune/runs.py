@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,12 @@ from finetune import UserError
 # Of a run: `raw` are the last step's; `ema` its first average, `ema:NAME` a further one; `sigma_rel=0.13` one by a
 # power function of this length that is made of snapshots (`finetune.posthoc`).
 Weights = str
+
+_FOREIGN = {  # names and suffixes of files that no run has in its own folder
+    **dict.fromkeys(("manifest.json", ".tar"), "shards"),
+    **dict.fromkeys(("model_index.json", ".safetensors", ".ckpt"), "a model"),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"), "pictures"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,30 @@ class Checkpoint:
 def is_run(folder: str | Path) -> bool:
     """Whether a folder is a training run's."""
     return (Path(folder) / "config.yaml").is_file() or (Path(folder) / "checkpoints").is_dir()
+
+
+def require_own_folder(path: str | Path) -> None:
+    """Refuse a run's folder that holds something else: run files would be strewn among it.
+
+    What a launcher, W&B or `tee` leaves there before a run begins is no matter.
+
+    Raises:
+        UserError: says what the folder holds.
+    """
+    folder = Path(path)
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:  # it is not there yet, or whoever makes it says what is wrong
+        return
+    if is_run(folder) or ".lock" in names:  # a run that ended before its first file has left its lock
+        return
+    for name in names:
+        what = _FOREIGN.get(name) or _FOREIGN.get(Path(name).suffix.lower())
+        if what is not None:
+            raise UserError(
+                f"run.dir={path} is no run's folder, it holds {what} ({name}): choose another run.dir, such as "
+                f"{folder / 'run'}"
+            )
 
 
 def complete_checkpoints(run: str | Path) -> dict[int, Path]:

@@ -28,6 +28,8 @@ from finetune.pictures import save_png
 
 MODES = ("auto", "online", "offline")
 PATIENCE_STEPS = 10
+_NO_PROJECT = "/\\#?%:"  # signs that W&B takes in no project's name
+_LONGEST_PROJECT = 128
 
 
 class Tracker:
@@ -72,11 +74,11 @@ class Tracker:
             return
         self.metrics = self.run / "metrics.jsonl"
         self._rewind(first_step)
+        if wandb_mode is not None:  # before the bar, which an error would stand behind
+            self._start_wandb(config, name, project, wandb_mode)
         self.bar = tqdm(
             total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, smoothing=0.1, desc=name
         )
-        if wandb_mode is not None:
-            self._start_wandb(config, name, project, wandb_mode)
 
     def _rewind(self, step: int) -> None:
         if not self.metrics.exists():
@@ -126,9 +128,8 @@ class Tracker:
             start(mode)
         except Exception as error:
             if not again:
-                raise UserError(
-                    f"W&B cannot start ({first_line(error)}); use tracker.mode=offline or tracker=none"
-                ) from None
+                remedy = "tracker=none" if mode == "offline" else "tracker.mode=offline or tracker=none"
+                raise UserError(f"W&B cannot start ({first_line(error)}); use {remedy}") from None
             self._start_offline(start, first_line(error))
         if not again:
             write_atomic(path, f"{identity}\n".encode())
@@ -300,6 +301,18 @@ class Tracker:
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def require_project(project: str) -> None:
+    """Refuse a name that W&B takes for no project.
+
+    Raises:
+        UserError: says why.
+    """
+    bad = [sign for sign in project if sign in _NO_PROJECT]
+    if bad or len(project) > _LONGEST_PROJECT:
+        why = f"a '{bad[0]}' in it" if bad else f"more than {_LONGEST_PROJECT} letters"
+        raise UserError(f"tracker.project={project} has {why}, which W&B does not take: choose another name")
 
 
 def wandb_mode(wanted: str) -> str:

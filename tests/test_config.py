@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -140,7 +142,12 @@ def test_the_smoke_experiment_is_twenty_steps_of_a_tiny_model() -> None:
         ("train.steps=null", "train.steps"),
         ("optim.lr=fast", "optim.lr"),
         ("ema.enabled=maybe", "ema.enabled"),
-        ("sample.prompts=cat", "sample.prompts"),
+        ("sample.prompts=cat", "sample.prompts=cat must be a list: 'sample.prompts=[\"cat\"]'"),
+        ("adapter.targets=to_q", "adapter.targets=to_q must be a list"),
+        ("run.dir=", "run.dir is empty (a shell variable that is not set?)"),
+        ("data.shards=", "data.shards is empty"),
+        ("model.pretrained=' '", "model.pretrained is empty"),
+        ("checkpoint.resume=''", "checkpoint.resume is empty"),
         ("train=3", "key train"),
         ("train.steps=1,2", "'train.steps=1,2' names several values: a run takes one"),
         ("train.steps=range(1,4)", "names several values"),
@@ -159,6 +166,24 @@ def test_a_mistake_gets_one_line(override: str, says: str) -> None:
     assert len(str(caught.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("override", "prompts"),
+    [
+        ("sample.prompts=[\u65e5\u672c\u8a9e]", ["\u65e5\u672c\u8a9e"]),
+        ('sample.prompts=[it\'s, a "x"]', ["it's", 'a "x"']),
+        ("sample.prompts=[a: b, {c}]", ["a: b", "{c}"]),
+        ("sample.prompts=[a\nb\u00e4]", ["a b\u00e4"]),  # an error is one line
+        ("sample.prompts=a red c\u00e4t", ["a red c\u00e4t"]),
+    ],
+)
+def test_what_is_proposed_for_a_list_is_read_as_it_was_meant(override: str, prompts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        composed(override)
+    line = " ".join(str(caught.value).split())
+    (proposed,) = shlex.split("'sample.prompts=" + line.rpartition("'sample.prompts=")[2])
+    assert composed(proposed).sample.prompts == prompts
+
+
 def test_a_missing_value_is_named() -> None:
     with pytest.raises(UserError, match=r"^no value for data.shards: give data.shards=\.\.\.$"):
         compose("autoencoder", [], autoencoder.Config, "autoencoder")
@@ -172,7 +197,38 @@ def test_a_missing_value_is_named() -> None:
         ("optim.lr", float("nan"), "optim.lr=nan must be greater than 0"),
         ("checkpoint.every", 0, "checkpoint.every=0"),
         ("validation.samples", -1, "validation.samples=-1 must not be negative"),
-        ("watch.lost_s", 0.5, "watch.lost_s=0.5 is in seconds: at least 1, or 0 for never"),
+        ("watch.lost_s", 0.5, "watch.lost_s=0.5 is in seconds: 1 to 2592000 (30 days), or 0 for never"),
+        ("watch.stalled_s", math.inf, "or 0 for never"),
+        ("watch.start_s", 1e300, "watch.start_s=1e+300 must be greater than 0, and 2592000 at most"),
+        ("optim.lr", math.inf, "optim.lr=inf must be at most 1e+15"),
+        ("optim.weight_decay", 1e300, "optim.weight_decay=1e+300 must be at most 1e+15"),
+        ("objective.logit_mean", math.nan, "objective.logit_mean=nan must be a finite number"),
+        ("objective.logit_mean", -math.inf, "objective.logit_mean=-inf must be a finite number"),
+        ("adapter.alpha", math.nan, "adapter.alpha=nan"),
+        ("adapter.alpha", math.inf, "adapter.alpha=inf"),
+        ("adapter.rank", -1, "adapter.rank=-1 must be a whole number of at least 1"),
+        ("adapter.rank", 10**18, "adapter.rank=1000000000000000000 must be at most 65536"),
+        ("adapter.ranks", {"up_blocks": "abc"}, "adapter.ranks.up_blocks=abc is no number"),
+        ("adapter.dropout", 1.0, "adapter.dropout=1.0 is a probability"),
+        ("ema.halflives_images", {"short": "abc"}, "ema.halflives_images.short=abc is no number"),
+        ("optim.lr_ratios", {"mid_block": math.inf}, "optim.lr_ratios.mid_block=inf must be at most"),
+        ("sample.guidance", 0.0, "sample.guidance=0.0 must be at least 1, which is no guidance"),
+        ("sample.guidance", math.nan, "sample.guidance=nan must be at least 1"),
+        ("sample.height", 0, "sample.height=0 must be a whole number of at least 1"),
+        ("sample.width", 10**21, "must be at most 16384"),
+        ("train.global_batch", 10**21, "must be at most 1e+15"),
+        ("train.threads", 10**6, "train.threads=1000000 must be at most 1024"),
+        ("validation.timesteps", 10**21, "must be at most 1e+15"),
+        ("validation.timesteps", 2000, "validation.timesteps=2000 is more than the noise schedule's 1000"),
+        ("model.tokenizer", "nope", "model.tokenizer=nope is of a pretrained model"),
+        (
+            "model.unet",
+            {"layers_per_block": 0},
+            "model.unet.layers_per_block=0 must be a whole number of at least 1",
+        ),
+        ("model.unet", {"block_out_channels": [32, 10**21]}, "must be at most 1000000"),
+        ("model.unet", {"transformer_layers_per_block": [[1, -1]]}, "per_block=-1 must be a whole number"),
+        ("model.unet", {"dropout": math.nan}, "model.unet.dropout=nan is a probability"),
         ("watch.start_s", 0, "watch.start_s=0 must be greater than 0"),
         ("task.dropout", 1.5, "0 to 1"),
         ("optim.schedule", "linear", "choose one of constant, cosine"),
@@ -204,6 +260,13 @@ def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value
         ("model.scheduler.num_train_timesteps", 0),  # IndexError at the first step
         ("model.scheduler.beta_end", 4.0),
         ("model.text_encoder.embedding_std", 0.0),
+        ("model.text_encoder.embedding_std", 1e300),
+        *(
+            (f"model.text_encoder.{name}", 0)
+            for name in ("hidden_size", "heads", "layers", "vocab_size", "max_length")
+        ),
+        *((f"model.text_encoder.{name}", 10**21) for name in ("hidden_size", "heads", "layers", "vocab_size")),
+        ("model.scheduler.num_train_timesteps", 10**21),
         ("ema.halflife_images", -5),
     ],
 )

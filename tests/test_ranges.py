@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from finetune import UserError, build, lr, tracking
@@ -34,8 +36,20 @@ BAD = {
     "tracker.every": ["0"],
     "watch.lost_s": ["0.5"],
     "watch.stalled_s": ["-1"],
-    "watch.start_s": ["0"],
+    "watch.start_s": ["0", "inf"],
+    "tracker.project": ["a b/x", "''"],
+    "run.dir": ["''"],
 }
+TOO_LARGE = (
+    "optim.lr",
+    "optim.eps",
+    "optim.weight_decay",
+    "optim.final_lr_ratio",
+    "watch.lost_s",
+    "watch.stalled_s",
+)
+BAD |= {key: [*BAD[key], "inf", "1e300"] for key in TOO_LARGE}
+BAD |= {key: [*BAD[key], str(10**21)] for key in ("train.global_batch", "train.threads", "data.readers")}
 
 
 @pytest.mark.parametrize("override", [f"{key}={value}" for key, values in BAD.items() for value in values])
@@ -45,9 +59,46 @@ def test_both_commands_refuse(override: str) -> None:
     with pytest.raises(UserError) as of_autoencoder:
         autoencoder.load(["data.shards=x", override])
     lines = [str(caught.value) for caught in (of_train, of_autoencoder)]
-    assert all(line.startswith(override.partition("=")[0] + "=") and "\n" not in line for line in lines)
+    assert all(line.startswith(override.partition("=")[0]) and "\n" not in line for line in lines)
     if "choose one of" not in lines[0]:  # of precisions and offloads each has its own
         assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["00000.tar", "manifest.json"], "it holds shards (00000.tar)"),
+        (["a.txt", "b.JPG"], "it holds pictures (b.JPG)"),
+        (["model_index.json", "unet"], "it holds a model (model_index.json)"),
+        (["config.json", "model.safetensors"], "it holds a model (model.safetensors)"),
+    ],
+)
+def test_a_folder_that_holds_something_else_is_no_runs(tmp_path: Path, names: list[str], says: str) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    words = ["data.shards=x", f"run.dir={tmp_path}"]
+    for check in (
+        lambda: build.check(compose("train", [*words, "model=tiny"], Config)[0]),
+        lambda: autoencoder.load(words),
+    ):
+        with pytest.raises(UserError) as caught:
+            check()
+        assert f"run.dir={tmp_path} is no run's folder, {says}: choose another" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["slurm-17.log", "wandb", "log.txt", ".submitit", "notes.json", ".doctor"],
+        ["config.yaml", "preview.png"],
+        ["checkpoints/", "export.safetensors"],
+        [".lock", "picture.png"],
+    ],
+)
+def test_a_folder_that_a_run_may_be_in_is_taken(tmp_path: Path, names: list[str]) -> None:
+    for name in names:
+        (tmp_path / name).mkdir() if name.endswith("/") else (tmp_path / name).touch()
+    autoencoder.load(["data.shards=x", f"run.dir={tmp_path}"])
 
 
 @pytest.mark.parametrize("stage", [0, 4])

@@ -269,6 +269,7 @@ def test_wandbs_trouble_ends_a_first_start_and_no_later_one(tmp_path: Path) -> N
     )  # fmt: skip
     assert code == 0, said
     assert "error: W&B cannot start (" in said and "use tracker.mode=offline or tracker=none" in said
+    assert "%|" not in said.partition("error: ")[0]  # no bar that the line would stand behind
     assert said.count("warning: W&B cannot start (") == 1
     assert f"recorded offline: `wandb sync {tmp_path}/wandb/offline-run-*`" in said
     assert len(list(tmp_path.glob("wandb/offline-run-*-0a1b2c3d/run-0a1b2c3d.wandb"))) == 1

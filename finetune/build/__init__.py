@@ -236,6 +236,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
     Raises:
         UserError: what is asked for is missing, broken or does not fit together.
     """
+    if config.strategy.kind == "zero" and config.train.precision == "fp16" and world.device.type == "cpu":
+        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
     notices: list[str] = []
     micro_batch, accumulation = batch_sizes(config, world)
     data = open_data(config, micro_batch * world.size)
@@ -358,7 +360,9 @@ def _check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, da
     multiple = pixel_multiple(unet, encoder.downsample)
     if config.sample.every:
         height, width = data.largest_bucket
-        check_size(config.sample.height or height, config.sample.width or width, multiple)
+        sample = config.sample
+        height = height if sample.height is None else sample.height
+        check_size(height, width if sample.width is None else sample.width, multiple)
     for height, width in data.buckets:
         if height % multiple or width % multiple:
             raise UserError(

@@ -31,7 +31,7 @@ def check_averages(ema: AveragesConfig) -> None:
         UserError: names the key, its value and what it may be.
     """
     require_choice({"ema.kind": (ema.kind, KINDS)})
-    lengths = {f"ema.halflives_images.{name}": value for name, value in flat(ema.halflives_images).items()}
+    lengths = flat(ema.halflives_images, "ema.halflives_images.")
     require(lengths, lambda value: value > 0, "must be greater than 0")
     for key in lengths:
         name = key.removeprefix("ema.halflives_images.")

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 
-import torch
-
 from finetune import UserError, diffusion, distributed, tasks
 from finetune.build.averages import check_averages
-from finetune.config import Config, require, require_choice
+from finetune.config import (
+    LARGEST_SIDE,
+    AdapterConfig,
+    Config,
+    ModelConfig,
+    require,
+    require_choice,
+    require_finite,
+    require_sizes,
+)
 from finetune.models.parts import flat
 from finetune.ranges import require_seeds, require_shared
 
@@ -17,6 +24,20 @@ OUT_OF_MEMORY = (
     "processes, strategy=zero3_offload, or adapter=lora"
 )
 """What to do where a device's memory does not hold a run."""
+_UNET_SIZES = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "block_out_channels",
+    "norm_num_groups",
+    "cross_attention_dim",
+    "attention_head_dim",
+    "num_attention_heads",
+    "num_class_embeds",
+)
+_UNET_LAYERS = ("layers_per_block", "transformer_layers_per_block")
+_MOST_LAYERS = 1000
+_MOST_RANK = 65536
 
 
 def check(config: Config) -> None:
@@ -40,6 +61,8 @@ def check(config: Config) -> None:
             "model.scheduler.timestep_spacing": (schedule.timestep_spacing, ("leading", "trailing", "linspace")),
         }
     )
+    _check_model(config.model)
+    require_sizes({"sample.height": config.sample.height, "sample.width": config.sample.width}, LARGEST_SIDE)
     positive = {
         "train.micro_batch": 1 if config.train.micro_batch is None else config.train.micro_batch,
         "checkpoint.memory_gib": 1 if config.checkpoint.memory_gib is None else config.checkpoint.memory_gib,
@@ -51,9 +74,7 @@ def check(config: Config) -> None:
         "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
         "optim.d0": config.optim.d0,
         "optim.d_coef": config.optim.d_coef,
-        "model.scheduler.num_train_timesteps": schedule.num_train_timesteps,
         "model.scheduler.shift": schedule.shift,
-        "model.text_encoder.embedding_std": config.model.text_encoder.embedding_std,
         "objective.gamma": objective.gamma,
         "objective.huber_delta": objective.huber_delta,
         "objective.logit_std": objective.logit_std,
@@ -72,10 +93,16 @@ def check(config: Config) -> None:
     noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}
     require(noise, lambda value: 0 < value < 1, "is a variance: between 0 and 1")
     require_seeds({"sample.seed": config.sample.seed})
-    if config.sample.steps > schedule.num_train_timesteps:
-        raise UserError(
-            f"sample.steps={config.sample.steps} is more than the noise schedule's {schedule.num_train_timesteps}"
-        )
+    require_finite({"objective.logit_mean": objective.logit_mean})
+    require(
+        {"sample.guidance": config.sample.guidance},
+        lambda value: value >= 1,
+        "must be at least 1, which is no guidance",
+    )
+    strata = {"sample.steps": config.sample.steps, "validation.timesteps": config.validation.timesteps}
+    for key, number in strata.items():
+        if number > schedule.num_train_timesteps:
+            raise UserError(f"{key}={number} is more than the noise schedule's {schedule.num_train_timesteps}")
     check_averages(config.ema)
     _check_objective(config)
     _check_optimizer(config)
@@ -94,17 +121,9 @@ def check(config: Config) -> None:
             f"strategy.offload={offload} with strategy.offload_path={path}: nvme needs a folder on a local disk "
             "for its files, and only nvme does"
         )
-    on_cpu = config.train.device == "cpu" or not torch.cuda.is_available()
-    if config.strategy.kind == "zero" and config.train.precision == "fp16" and on_cpu:
-        raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
-    for key, parts in (("adapter.ranks", config.adapter.ranks), ("optim.lr_ratios", config.optim.lr_ratios)):
-        require(
-            {f"{key}.{part}": value for part, value in flat(parts).items()},
-            lambda v: v >= 0,
-            "must not be negative",
-        )
-    whole = {f"adapter.ranks.{part}": rank for part, rank in flat(config.adapter.ranks).items()}
-    require(whole, lambda rank: rank == int(rank), "is no whole number")
+    ratios = flat(config.optim.lr_ratios, "optim.lr_ratios.")
+    require(ratios, lambda value: value >= 0, "must not be negative")
+    _check_adapter(config.adapter)
     if config.adapter.dora and config.adapter.kind != "lora":
         raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
     if config.adapter.dora and config.model.channels_last:
@@ -115,6 +134,49 @@ def check(config: Config) -> None:
         raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
     if config.model.pretrained is None and not config.model.unet:
         raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def _check_model(model: ModelConfig) -> None:
+    """Refuse sizes that no model has."""
+    text, unet = model.text_encoder, model.unet
+    require_sizes(
+        {
+            "model.text_encoder.vocab_size": text.vocab_size,
+            "model.text_encoder.max_length": text.max_length,
+            "model.text_encoder.hidden_size": text.hidden_size,
+            "model.text_encoder.heads": text.heads,
+            "model.scheduler.num_train_timesteps": model.scheduler.num_train_timesteps,
+            **{f"model.unet.{name}": unet.get(name) for name in _UNET_SIZES},
+        }
+    )
+    layers = {"model.text_encoder.layers": text.layers}
+    require_sizes(layers | {f"model.unet.{name}": unet.get(name) for name in _UNET_LAYERS}, _MOST_LAYERS)
+    std = {"model.text_encoder.embedding_std": text.embedding_std}
+    require(std, lambda value: value > 0, "must be greater than 0")
+    dropout = unet.get("dropout", 0.0)
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"model.unet.dropout={dropout} is a probability: at least 0 and below 1")
+    if model.pretrained is None:
+        for name, value in (("tokenizer", model.tokenizer), ("revision", model.revision)):
+            if value is not None:
+                raise UserError(
+                    f"model.{name}={value} is of a pretrained model, and model.pretrained names none: leave it out"
+                )
+
+
+def _check_adapter(adapter: AdapterConfig) -> None:
+    """Refuse what no adapter can be."""
+    require_sizes({"adapter.rank": adapter.rank}, _MOST_RANK)
+    ranks = flat(adapter.ranks, "adapter.ranks.")
+    require(ranks, lambda rank: rank >= 0, "must not be negative", most=_MOST_RANK)
+    require(ranks, lambda rank: rank == int(rank), "is no whole number")
+    require({"adapter.alpha": adapter.alpha}, lambda value: value > 0, "must be greater than 0")
+    if not 0 <= adapter.dropout < 1:
+        raise UserError(f"adapter.dropout={adapter.dropout} is a probability: at least 0 and below 1")
+    if adapter.kind == "lora" and not adapter.targets:
+        raise UserError(
+            "adapter.targets is empty, so that no module is adapted: name some, or leave it out for attention"
+        )
 
 
 def _check_optimizer(config: Config) -> None:

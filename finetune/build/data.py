@@ -154,7 +154,7 @@ def _sources(config: Config) -> dict[str, _Given]:
     sources = {}
     for name, given in found.items():
         key = f"data.sources.{name}"
-        if not isinstance(given, dict) or not isinstance(given.get("shards"), str):
+        if not isinstance(given, dict) or not isinstance(given.get("shards"), str) or not given["shards"].strip():
             raise UserError(f"no value for {key}.shards: give {key}.shards=FOLDER")
         if unknown := given.keys() - {"shards", "weight", "loss_weight"}:
             raise UserError(f"unknown key {key}.{min(unknown)}: a source has shards, weight and loss_weight")

@@ -11,6 +11,9 @@ from finetune import UserError
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     """Numbers by dotted part, from the nested dictionaries that `KEY.down_blocks.1=8` makes.
 
+    Args:
+        prefix: what the parts begin with, `KEY.` for whole keys.
+
     Raises:
         UserError: a value is no number.
     """
@@ -40,7 +43,10 @@ def require_parts(key: str, parts: Iterable[str], names: Iterable[str]) -> None:
     Raises:
         UserError: names the setting `key` and the part.
     """
-    names = list(names)
+    names = [name for name in names if name]  # a model's own is empty
     for part in parts:
         if not any(part_of(name, [part]) for name in names):
-            raise UserError(f"{key}.{part}: nothing that is trained has this in its name, as {names[0]} has")
+            raise UserError(
+                f"{key}.{part}: no part of what is trained is named so; such a name is "
+                f"{next((name for name in names if '.' in name), names[0])}"
+            )

@@ -26,5 +26,5 @@ def test_a_part_is_whole_words_and_the_longest_wins() -> None:
 
 
 def test_a_part_that_is_nowhere_is_refused() -> None:
-    with pytest.raises(UserError, match=r"optim\.lr_ratios\.upblocks: nothing .* as a\.b has"):
-        require_parts("optim.lr_ratios", ["upblocks"], ["a.b", "c"])
+    with pytest.raises(UserError, match=r"optim\.lr_ratios\.upblocks: .* such a name is a\.b$"):
+        require_parts("optim.lr_ratios", ["upblocks"], ["", "c", "a.b"])
