@@ -14,6 +14,7 @@ import itertools
 import math
 import re
 import stat
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -299,6 +300,10 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | _Filtered | 
     """
     if isinstance(item, SetAside):
         return item
+    if sound_text(file := str(item.record.get("file", ""))) != file:  # bytes that the locale can't read
+        raise PictureError(
+            f"its name is not {sys.getfilesystemencoding()}; rename it, or set a locale that reads it"
+        )
     data = read_file(item.data) if isinstance(item.data, Path) else item.data
     kept, (height, width) = picture_format(data)
     if (reason := options.filters.reason(item.record, height, width)) is not None:
