@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json
+from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json, text_of
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
@@ -170,7 +170,10 @@ def _picture(key: str, members: dict[str, Any], maps: dict[str, bytes] | None = 
             return Unreadable(key, f"json is not JSON ({error})")
         if not isinstance(record, dict):
             return Unreadable(key, "json is no object")
-    captions = _captions(record, members.get("txt"))
+    try:
+        captions = _captions(record, members.get("txt"))
+    except ValueError as error:
+        return Unreadable(key, f"its caption, {error}")
     return Picture(key, data, {"captions": captions, **_labels(record)}, maps or {})
 
 
@@ -180,7 +183,7 @@ def _captions(record: dict[str, Any], text: bytes | None) -> list[str]:
         value = record.get(name)
         captions += [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if not captions and text is not None:
-        captions = [text.decode("utf-8", "replace")]
+        captions = [text_of(text)]
     cleaned = (" ".join(caption.split()) for caption in captions if isinstance(caption, str))
     return list(dict.fromkeys(caption for caption in cleaned if caption))
 

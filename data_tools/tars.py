@@ -17,6 +17,7 @@ there is found by whoever decodes the picture or parses the record.
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import math
 import tarfile
@@ -369,6 +370,23 @@ def sound_text(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def text_of(data: bytes) -> str:
+    """The text of a file in UTF-8, or in UTF-16 where it begins with that mark.
+
+    Raises:
+        ValueError: it is neither; the message says in which line, and what to do.
+    """
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        text = data.decode(encoding)
+        line = text.count("\n", 0, text.find("\0")) if "\0" in text else None  # UTF-16 without its mark, or no text
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start)
+    if line is not None:
+        raise ValueError(f"line {line + 1} is not UTF-8; convert it, as by `iconv -f latin1 -t utf-8`")
     return text
 
 

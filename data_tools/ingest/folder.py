@@ -27,10 +27,11 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,13 @@ from data_tools.ingest.common import (
     ingest,
     labels_of,
     number_or_text,
+    read_file,
 )
 from data_tools.labels import LabelFile
+from data_tools.tars import text_of
 from finetune import UserError
 from finetune.data.shards import CLASSES, parse_classes
+from finetune.data.shards.images import PictureError
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _KINDS = 5  # of other files, that are named
@@ -120,7 +124,11 @@ def _found(
 ) -> Iterator[Found | SetAside]:
     numbers = {name: number for number, name in enumerate(classes)}
     for number, name in enumerate(listing.pictures):
-        captions, labels = listing.describe(root, name)
+        try:
+            captions, labels = listing.describe(root, name)
+        except PictureError as error:
+            yield SetAside(name, str(error))
+            continue
         if args.classes:
             folder = name.partition("/")[0]
             if folder == name:
@@ -166,14 +174,21 @@ class Listing:
     metadata: dict[str, _Row] = field(default_factory=dict)
 
     def describe(self, root: Path, name: str) -> tuple[list[str], dict[str, Any]]:
-        """(captions, labels) of a picture: its metadata row first, then the `.txt` beside it."""
+        """(captions, labels) of a picture: its metadata row first, then the `.txt` beside it.
+
+        Raises:
+            PictureError: the `.txt` can't be read.
+        """
         row = self.metadata.get(name)
         if row is not None and row.captions:
             return row.captions, row.labels
         sidecar = (root / name).with_suffix(".txt")
         captions = []
         if sidecar.is_file():
-            captions = clean_captions([sidecar.read_text(encoding="utf-8-sig", errors="replace")])
+            try:
+                captions = clean_captions([text_of(read_file(sidecar))])
+            except (PictureError, ValueError) as error:
+                raise PictureError(f"{sidecar.name}: {error}") from None
         return captions, row.labels if row is not None else {}
 
 
@@ -181,7 +196,7 @@ def scan(root: Path, others: Sequence[Path]) -> Listing:
     """List pictures and read metadata files, in `root` and below, but for names with a leading dot and `others`.
 
     Raises:
-        UserError: a metadata file has a broken line, or no file_name column.
+        UserError: a metadata file has a broken line, no file_name column, or is no UTF-8.
     """
     listing = Listing()
 
@@ -221,7 +236,12 @@ def _same(folder: str, name: str, others: Sequence[Path]) -> bool:
 
 
 def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
-    rows = _jsonl_rows(root / path) if path.suffix == ".jsonl" else _csv_rows(root / path)
+    try:
+        text = text_of((root / path).read_bytes())
+    except ValueError as error:
+        raise UserError(f"{root / path}, {error}") from None
+    lines = io.StringIO(text, newline="" if path.suffix == ".csv" else None)
+    rows = _csv_rows(root / path, lines) if path.suffix == ".csv" else _jsonl_rows(root / path, lines)
     for where, row in rows:
         name = row.pop("file_name", None)
         if not isinstance(name, str) or not name:
@@ -236,31 +256,29 @@ def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
         known.labels.update(labels)
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
+def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number} is not JSON ({error}); mend it or delete it") from None
+        if not isinstance(row, dict):
+            raise UserError(f'{path}, line {number} is not an object; write {{"file_name": ..., "text": ...}}')
+        yield f"{path}, line {number}", row
+
+
+def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for row in (reader := csv.DictReader(lines)):
+        where = f"{path}, line {reader.line_num}"
+        if None in row or None in row.values():
+            raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} columns of the header")
+        captions = row.get("captions", "")
+        if captions.lstrip().startswith("["):  # a list, as JSON in the cell
             try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number} is not JSON ({error}); mend it or delete it") from None
-            if not isinstance(row, dict):
-                raise UserError(f'{path}, line {number} is not an object; write {{"file_name": ..., "text": ...}}')
-            yield f"{path}, line {number}", row
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8-sig", errors="replace", newline="") as lines:
-        for row in (reader := csv.DictReader(lines)):
-            where = f"{path}, line {reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} columns of the header")
-            captions = row.get("captions", "")
-            if captions.lstrip().startswith("["):  # a list, as JSON in the cell
-                try:
-                    yield where, {**row, "captions": json.loads(captions)}
-                except ValueError:
-                    raise UserError(f"{where}: captions is not a JSON list; quote it as CSV asks") from None
-            else:
-                yield where, dict(row)
+                yield where, {**row, "captions": json.loads(captions)}
+            except ValueError:
+                raise UserError(f"{where}: captions is not a JSON list; quote it as CSV asks") from None
+        else:
+            yield where, dict(row)

@@ -45,7 +45,7 @@ from data_tools.ingest.common import (
     number_or_text,
 )
 from data_tools.pictures import safe_key
-from data_tools.tars import TarSample, iter_tar, printable
+from data_tools.tars import TarSample, iter_tar, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
 
@@ -230,7 +230,10 @@ def _sample(
     captions = captions_of(row.get(column) for column in CAPTION_COLUMNS)
     texts = [members.pop(name) for name in _TEXTS if name in members]
     if not captions:
-        captions = captions_of(text.decode("utf-8-sig", "replace") for text in texts)
+        try:
+            captions = captions_of(map(text_of, texts))
+        except ValueError as error:
+            return SetAside(where, f"its caption, {error}")
     labels = labels_of(row, _NOT_LABELS)
     if (label := members.pop("cls", None)) is not None and "class" not in labels:
         labels["class"] = number_or_text(label.decode("utf-8", "replace").strip())

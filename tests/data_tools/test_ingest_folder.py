@@ -109,6 +109,41 @@ def test_broken_metadata_is_named_by_line(cli: Cli, tmp_path: Path, name: str, t
     assert not (tmp_path / "out").exists()
 
 
+def test_captions_that_are_not_utf8_are_set_aside(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    (photos / "p0.txt").write_bytes("un café".encode("utf-16"))
+    (photos / "p2.txt").write_bytes("one\nun café".encode("latin-1"))
+    (photos / "p4.txt").write_bytes("un café".encode("utf-16-le"))  # without its mark: ASCII and NULs
+    assert cli("ingest", "folder", photos, "--out", tmp_path / "out").code == 0
+    assert records(tmp_path / "out")["p0.png"]["captions"] == ["un café"]
+    reasons = rejects(tmp_path / "out")
+    assert set(reasons) == {"p2.png", "p4.png"}
+    assert reasons["p2.png"].startswith("p2.txt: line 2 is not UTF-8; convert it")
+    for encoding in ("utf-16", "latin-1"):
+        (photos / "metadata.csv").write_bytes("file_name,text\np4.png,un thé\n".encode(encoding))
+        result = cli("ingest", "folder", photos, "--out", tmp_path / "more", "--overwrite")
+        if encoding == "utf-16":
+            assert records(tmp_path / "more")["p4.png"]["captions"] == ["un thé"]
+        else:
+            assert (result.code, "metadata.csv, line 2 is not UTF-8" in result.err) == (2, True)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_that_the_locale_cannot_read_are_set_aside(photos: Path, tmp_path: Path, encoding: str) -> None:
+    os.rename(photos / "p0.png", os.path.join(os.fsencode(photos), b"caf\xe9.png"))
+    (photos / "p2.png").rename(photos / "pü.png")
+    out = os.path.join(os.fsencode(tmp_path), b"out\xe9")
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env = {**os.environ, **(plain if encoding == "ascii" else {"PYTHONUTF8": "1"})}
+    command = [sys.executable, "-m", "data_tools", "ingest", "folder", photos, "--out", out]
+    done = subprocess.run(command, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    unread = 1 if encoding == "utf-8" else 2
+    assert b"%d pictures in " % (6 - unread) in done.stdout
+    reasons = rejects(Path(os.fsdecode(out)))
+    assert len(reasons) == unread
+    assert reasons["caf\udce9.png"].startswith(f"its name is not {encoding}; rename it")
+
+
 def test_corrupt_pictures_are_set_aside(cli: Cli, photos: Path, tmp_path: Path) -> None:
     (photos / "p0.png").write_bytes((photos / "p0.png").read_bytes()[:120])
     (photos / "zz.jpg").write_bytes(b"this is no picture")

@@ -20,6 +20,7 @@ from data_tools.cli import main
 from data_tools.filters import Filters
 from data_tools.ingest.common import Found, Options, prepare
 from data_tools.ingest.tars import find_tars, member_name, tar_names
+from data_tools.pictures import Picture, PictureSource
 from finetune import UserError
 from finetune.data.shards import ShardSet, verify
 from finetune.data.shards.images import MAX_PIXELS, decode_rgb
@@ -57,6 +58,18 @@ def samples(root: Path) -> dict[str, dict[str, Any]]:
 def rejects(root: Path) -> dict[str, str]:
     rows = map(json.loads, (root / "rejects.jsonl").read_text().splitlines())
     return {row["file"]: row["reason"] for row in rows}
+
+
+def test_captions_that_are_not_utf8_are_set_aside(cli: Cli, tmp_path: Path) -> None:
+    texts = {"one": "café".encode("latin-1"), "two": "café".encode("utf-16"), "three": "café".encode()}
+    files = {f"{key}.jpg": jpeg(1) for key in texts} | {f"{key}.txt": text for key, text in texts.items()}
+    write_tar(tmp_path / "in" / "a.tar", dict(sorted(files.items())))
+    assert cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert [row["json"]["captions"] for row in samples(tmp_path / "out").values()] == [["café"], ["café"]]
+    (reason,) = rejects(tmp_path / "out").values()
+    assert reason.startswith("its caption, line 1 is not UTF-8")
+    pictures = list(PictureSource.open(tmp_path / "in").read(0))  # as `encode` reads them
+    assert [isinstance(picture, Picture) for picture in pictures] == [False, True, True]
 
 
 def test_members_become_what_they_mean(cli: Cli, tmp_path: Path) -> None:
