@@ -38,6 +38,7 @@ class Context:
         run: the run's folder, as configured; scratch: where the doctor writes, seen by all ranks, or None.
         world: None when the ranks could not be joined.
         parts: what a run is made of, None until and unless it could be built.
+        is_full: a device's or machine's memory did not do for the steps.
         step_seconds: of each step made so far, on this rank.
         peak_bytes, reserved_bytes: on this rank's GPU while steps were made, of tensors and with torch's reserve.
         checkpoint_bytes, snapshot_bytes: what a checkpoint, and the averages that are kept of it, take on the disk.
@@ -53,6 +54,7 @@ class Context:
     scratch: Path | None = None
     world: World | None = None
     parts: Parts | None = None
+    is_full: bool = False
     step_seconds: list[float] = field(default_factory=list)
     peak_bytes: int = 0
     reserved_bytes: int = 0

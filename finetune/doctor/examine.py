@@ -88,16 +88,21 @@ def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
     if context.parts is None:
         rows += skipped(_NEED_DATA[1:], "there is no model")
         return
+    expected = memory.expected_of(context)
     rows += saving.run_rows(context)
     rows += steps.step_rows(context)
     if context.parts is None:
-        rows += skipped(["resume", "memory", "reading"], "the steps failed")
+        rows += skipped(["resume", "reading"], "the steps failed")
+        if context.is_full:  # else the device may be in any state
+            rows += memory.memory_rows(context, expected)
+        else:
+            rows += skipped(["memory"], "the steps failed")
         return
     if shared:
         rows += saving.resume_rows(context)
     else:
         rows += skipped(["resume"], "the ranks do not share run.dir")
-    rows += memory.memory_rows(context)
+    rows += memory.memory_rows(context, expected)
     rows += pieces.reading_rows(context)
 
 

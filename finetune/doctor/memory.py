@@ -79,19 +79,23 @@ def trained_numel(parts: Parts) -> int:
     return sum(math.prod(shard.shape) for shard in parts.strategy.shards)
 
 
-def memory_rows(context: Context) -> list[Row]:
+def expected_of(context: Context) -> Estimate:
+    """The estimate of what was built."""
+    assert context.parts is not None
+    return estimate(context.parts, context.size, offload=context.config.strategy.offload)
+
+
+def memory_rows(context: Context, expected: Estimate) -> list[Row]:
     """The estimate, and the peak of the steps made so far, against what each machine has."""
-    outcomes = context.exchange("hosts", "memory", lambda: _measure(context))
+    outcomes = context.exchange("hosts", "memory", lambda: _measure(context, expected))
     if rows := context.failures("memory", outcomes, "see the rows above"):
         return rows
     seen = [outcome.value for outcome in outcomes]
     return [_device_row(context, seen), _host_row(context, seen)]
 
 
-def _measure(context: Context) -> dict[str, Any]:
-    world, parts = context.joined(), context.parts
-    assert parts is not None
-    expected = estimate(parts, world.size, offload=context.config.strategy.offload)
+def _measure(context: Context, expected: Estimate) -> dict[str, Any]:
+    world = context.joined()
     host_now, host_peak, host_capacity = host_memory()
     found: dict[str, Any] = {
         "text": expected.text(),
@@ -124,7 +128,8 @@ def host_memory() -> tuple[int, int, int]:
 
 def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:
     if "peak" not in seen[0]:
-        return Row("memory", OK, f"on the CPU: estimated a rank, without activations: {seen[0]['text']}")
+        text = f"on the CPU: estimated a rank, without activations: {seen[0]['text']}"
+        return Row("memory", FAIL, text, OUT_OF_MEMORY) if context.is_full else Row("memory", OK, text)
     worst = max(range(len(seen)), key=lambda rank: seen[rank]["peak"] / seen[rank]["capacity"])
     it = seen[worst]
     text = (
@@ -132,6 +137,8 @@ def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:
         f"{size_text(it['peak'])} of {size_text(it['capacity'])} on {context.named([worst])} "
         f"({size_text(it['reserved'])} with torch's reserve)"
     )
+    if context.is_full:
+        return Row("memory", FAIL, f"{text}, when the steps found no more", OUT_OF_MEMORY)
     if it["peak"] > it["capacity"] or it["device"] > it["capacity"]:
         return Row("memory", FAIL, text, OUT_OF_MEMORY)
     if it["peak"] > _TIGHT * it["capacity"]:

@@ -134,9 +134,10 @@ def make_steps(context: Context, progress: Progress, steps: int) -> tuple[Probe,
         loop.train(loop_config(context.config, scratch), world, watched, probe, progress, StopRequest(world.rank))
     except EnoughError:
         pass
-    if on_gpu:
-        context.peak_bytes = max(context.peak_bytes, torch.cuda.max_memory_allocated(world.device))
-        context.reserved_bytes = max(context.reserved_bytes, torch.cuda.max_memory_reserved(world.device))
+    finally:
+        if on_gpu:
+            context.peak_bytes = max(context.peak_bytes, torch.cuda.max_memory_allocated(world.device))
+            context.reserved_bytes = max(context.reserved_bytes, torch.cuda.max_memory_reserved(world.device))
     context.step_seconds += probe.seconds
     per_step = parts.accumulation
     return probe, seen[: steps * per_step]
@@ -163,8 +164,8 @@ def step_rows(context: Context) -> list[Row]:
         return {"losses": probe.loss_sums, "norms": probe.norms, "rates": probe.rates} | _samples(context, batches)
 
     outcomes_steps = context.exchange("steps", "two steps", go, collective=True)
-    memory = any(outcome.memory for outcome in outcomes_steps)
-    remedy = build.OUT_OF_MEMORY if memory else "see what it says; finetune train would fail so"
+    context.is_full = any(outcome.memory for outcome in outcomes_steps)
+    remedy = build.OUT_OF_MEMORY if context.is_full else "see what it says; finetune train would fail so"
     if failed := context.failures("steps", outcomes_steps, remedy):
         context.parts = None  # a step that broke leaves gradients and hooks in any state
         return rows + failed + skipped(names[1:3], "the steps failed")

@@ -47,7 +47,10 @@ CAUGHT: dict[str, dict[str, str]] = {
     "mount": {"folder": "rank 1 cannot see what rank 0 wrote"},
     "locks": {"locks": "rank 0 held a lock and rank 1 got it as well"},
     "moments": {"resume": "moments, average or count of steps"},
-    "memory": {"steps": "OutOfMemoryError"},
+    "memory": {
+        "steps": "OutOfMemoryError",
+        "memory": r"without activations: gradients \d.*, weights \d.*, moments \d",
+    },
     "data": {"data": "rank 1: /data/latents holds no manifest.json"},
     "config": {"config": "seed is '0' on rank 0, '1' on rank 1"},
     "space": {"space": "are free"},

@@ -302,6 +302,15 @@ def test_memory_against_what_is_there(peak, capacity, result):
     assert bool(row.remedy) == (result != OK)
 
 
+def test_memory_that_did_not_do_fails_though_the_peak_is_below_what_is_there():
+    one = {"text": "weights", "device": 20 << 30, "peak": 70 << 30, "reserved": 78 << 30, "capacity": 80 << 30}
+    context = context_of("a")
+    context.is_full = True
+    row = memory._device_row(context, [one])
+    assert (row.result, row.remedy) == (FAIL, build.OUT_OF_MEMORY)
+    assert row.seen.startswith("estimated 20.0 GiB a GPU") and row.seen.endswith("when the steps found no more")
+
+
 def test_ranks_of_a_machine_share_its_memory():
     """Each rank fits alone; four of them with the copies for a checkpoint don't."""
     one = {"host_now": 20, "host_peak": 21, "copy": 10, "host_capacity": 100}
