@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from PIL import Image
+from torch import Tensor
 
 from finetune import UserError, by_all
 from finetune.batch import Batch, Sample
@@ -20,7 +22,6 @@ from finetune.lr import learning_rate
 from finetune.models.autoencoder import Autoencoder
 from finetune.objective import LatentDiffusion
 from finetune.step import optimizer_step
-from finetune.tracking import Tracker
 from finetune.validation import draw_samples, held_out_loss
 
 
@@ -48,6 +49,21 @@ class Parts:
     def evaluating(self) -> AbstractContextManager[None]:
         """Evaluation mode with the first average of the weights, where there are any. Collective."""
         return self.strategy.evaluating(self.average.tensors if self.average else None)
+
+
+class Listener(Protocol):
+    """Who is told of a run's steps: `Tracker`, or the doctor."""
+
+    open_losses: list[float]
+    steps_not_finite: int
+
+    def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None: ...
+    def settle(self) -> None: ...
+    def log(self, step: int, lr: float) -> None: ...
+    def write(self, values: dict[str, Any]) -> None: ...
+    def image(self, step: int, picture: Image.Image, caption: str) -> Path | None: ...
+    def say(self, line: str) -> None: ...
+    def paused(self) -> AbstractContextManager[None]: ...
 
 
 def at_start(parts: Parts, depends_on: dict[str, Any]) -> Progress:
@@ -85,7 +101,7 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
 
 
 def train(
-    config: Config, world: World, parts: Parts, tracker: Tracker, progress: Progress, request: StopRequest
+    config: Config, world: World, parts: Parts, tracker: Listener, progress: Progress, request: StopRequest
 ) -> int:
     """Train from `progress` to `train.steps`, or until a rank is asked to stop.
 
@@ -190,7 +206,7 @@ def _due(config: Config, every: int, step: int) -> bool:
     return every > 0 and (step % every == 0 or step == config.train.steps)
 
 
-def _look(config: Config, world: World, parts: Parts, tracker: Tracker, step: int) -> None:
+def _look(config: Config, world: World, parts: Parts, tracker: Listener, step: int) -> None:
     """Held-out loss and samples, where they are due; collective."""
     world.watch.at("validating", LONG)
     if _due(config, config.validation.every, step) and parts.data.held_out:
@@ -232,7 +248,7 @@ def asked(config: Config, parts: Parts) -> Batch | None:
     return None
 
 
-def _sample(config: Config, world: World, parts: Parts, tracker: Tracker, step: int) -> None:
+def _sample(config: Config, world: World, parts: Parts, tracker: Listener, step: int) -> None:
     batch = asked(config, parts)
     if not world.broadcast(parts.decoder is not None) or batch is None:
         return

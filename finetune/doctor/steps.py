@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune import build, loop
@@ -26,7 +27,6 @@ from finetune.doctor.weights import Weights, equal_rows, keep, moved_names, move
 from finetune.loop import Parts
 from finetune.lr import learning_rate
 from finetune.terminal import ranks_text
-from finetune.tracking import Tracker
 
 STEPS = 2
 _NEVER = 1 << 60
@@ -37,11 +37,12 @@ class EnoughError(Exception):
     """The loop has made the steps that were asked for."""
 
 
-class Probe(Tracker):
+class Probe:
     """Stands where the loop reports: notes what each step did, writes nothing, and ends the loop."""
 
     def __init__(self, parts: Parts, world: World, steps: int) -> None:
         self.parts, self.world, self.left = parts, world, steps
+        self.open_losses: list[float] = []
         self.steps_not_finite = 0
         self.rates: list[list[float]] = []  # of each parameter group after each step
         self.loss_sums: list[float] = []
@@ -49,7 +50,7 @@ class Probe(Tracker):
         self.seconds: list[float] = []
         self.since = time.perf_counter()
 
-    def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float, *_: Any, **__: Any) -> None:
+    def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None:
         self.loss_sums.append(float(loss_sum))
         self.norms.append(float(grad_norm))
         settle(self.world)
@@ -60,15 +61,15 @@ class Probe(Tracker):
             raise EnoughError
         self.since = time.perf_counter()
 
-    def log(self, *_: Any, **__: Any) -> None: ...
+    def settle(self) -> None: ...
 
-    def write(self, *_: Any, **__: Any) -> None: ...
+    def log(self, step: int, lr: float) -> None: ...
 
-    def image(self, *_: Any, **__: Any) -> None: ...
+    def write(self, values: dict[str, Any]) -> None: ...
 
-    def say(self, *_: Any, **__: Any) -> None: ...
+    def image(self, step: int, picture: Image.Image, caption: str) -> Path | None: ...
 
-    def close(self, *_: Any, **__: Any) -> None: ...
+    def say(self, line: str) -> None: ...
 
     @contextmanager
     def paused(self) -> Iterator[None]:
