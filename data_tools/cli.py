@@ -10,8 +10,6 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data_tools import dedupe, encode, inspect, preview, verify
-from data_tools.ingest import coco, folder, hf, iconify, table, tars
 from finetune import __version__, run_cli
 from finetune.terminal import Parser
 
@@ -36,6 +34,10 @@ examples:
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all subcommands."""
+    # Only now, within `run_cli`: Ctrl-C while these are loaded is no traceback.
+    from data_tools import dedupe, encode, inspect, preview, verify
+    from data_tools.ingest import coco, folder, hf, iconify, table, tars
+
     parser = Parser(prog="data-tools", description=__doc__.partition("\n")[0], epilog=_EXAMPLES)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

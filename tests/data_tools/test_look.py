@@ -241,6 +241,20 @@ def test_help_does_not_load_torch() -> None:
     assert done.stdout == "False\n"
 
 
+def test_an_interrupt_while_it_loads_is_no_traceback() -> None:
+    code = """if 1:
+        import sys
+        class Interrupted:
+            def find_spec(self, name, *_):
+                if name in ("numpy", "PIL"):  # what any of its modules loads first
+                    raise KeyboardInterrupt
+        sys.meta_path.insert(0, Interrupted())
+        from data_tools.cli import entry
+        entry()"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 # --- classes, boxes, maps, masks, holes and small pictures
 
 
