@@ -24,8 +24,10 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import re
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,11 +47,14 @@ from data_tools.ingest.common import (
     check_quality,
     ingest,
 )
-from finetune import UserError
+from data_tools.tars import sound_json
+from finetune import UserError, first_line
 from finetune.data.shards.images import MAX_PIXELS, PictureError
 from finetune.terminal import positive
 
 Colour = tuple[int, int, int]
+
+_GET_ONE = "give the .tgz of `npm pack @iconify-json/NAME`, or its icons.json"
 
 _OVERSAMPLING = 2  # the edges of SVG filters and masks come out jagged at the final size
 _DEFAULT_SIDE = 16  # Iconify's, where neither the icon nor the set gives a width or height
@@ -120,6 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools ingest iconify`."""
     check_quality(args.quality)
+    if (most := math.isqrt(MAX_PIXELS) // _OVERSAMPLING) < args.size:
+        raise UserError(f"--size {args.size} is too large a side; {most} is the most")
     background = parse_colour(args.background)
     options = Options(args.format or "webp", None, args.quality, background, MAX_PIXELS, Filters())
     sets = [IconSet.load(path) for path in args.packages]
@@ -144,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
         origin=origin.encode(),
     )
     for icons in sets:
-        print(f"icons of {icons.title}, licence: {icons.info.get('license', {}).get('title', 'not stated')}")
+        print(f"icons of {icons.title}, licence: {icons.licence}")
     return code
 
 
@@ -240,32 +247,30 @@ class IconSet:
         Raises:
             UserError: absent, or no Iconify set.
         """
+        files = {}
         try:
             if path.suffix == ".json":
-                files = {}
                 for name in ("package.json", "info.json"):
                     if (path.parent / name).is_file():
                         files[name] = (path.parent / name).read_bytes()
                 files["icons.json"] = path.read_bytes()
             else:
                 files = _read_package(path)
-            data = json.loads(files["icons.json"])
-            info, package = (json.loads(files.get(name, b"{}")) for name in ("info.json", "package.json"))
-            icons = {str(name): dict(icon) for name, icon in data["icons"].items()}
         except FileNotFoundError:
             raise UserError(f"no file {path}; get it with `npm pack @iconify-json/NAME`") from None
-        except (
-            OSError,
-            tarfile.TarError,
-            EOFError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            raise UserError(f"{path} is no Iconify set ({type(error).__name__}: {error})") from None
-        defaults = {key: data[key] for key in ("left", "top", "width", "height") if key in data}
-        return cls(icons, defaults, info or data.get("info") or {"prefix": data.get("prefix")}, package)
+        except (OSError, tarfile.TarError, EOFError, zlib.error) as error:
+            what = "it is no tar" if isinstance(error, tarfile.ReadError) else first_line(error)
+            raise UserError(f"{path} is no Iconify set ({what}); {_GET_ONE}") from None
+        if "icons.json" not in files:
+            raise UserError(f"{path} is no Iconify set (it has no icons.json); {_GET_ONE}")
+        data, info, package = (_parse(path, name, files) for name in ("icons.json", "info.json", "package.json"))
+        if not isinstance(data.get("icons"), dict):
+            raise UserError(f"{path} is no Iconify set (it has no object `icons`); {_GET_ONE}")
+        # What is no object has no body, and is set aside when its turn comes.
+        icons = {name: icon if isinstance(icon, dict) else {} for name, icon in data["icons"].items()}
+        defaults: dict[str, Any] = {key: data[key] for key in ("left", "top", "width", "height") if key in data}
+        own = data.get("info") if isinstance(data.get("info"), dict) else None
+        return cls(icons, defaults, info or own or {"prefix": data.get("prefix")}, package)
 
     @property
     def visible(self) -> list[str]:
@@ -281,6 +286,12 @@ class IconSet:
     def title(self) -> str:
         """The name of the set, for people."""
         return str(self.info.get("name") or self.info.get("prefix") or "icons")
+
+    @property
+    def licence(self) -> str:
+        """The name of its licence, for people."""
+        licence = self.info.get("license") or self.package.get("license")
+        return str((licence.get("title") if isinstance(licence, dict) else licence) or "not stated")
 
     def source(self) -> dict[str, Any]:
         """Where the pictures come from, and under which licence."""
@@ -303,7 +314,7 @@ class IconSet:
         try:
             left, top = float(icon.get("left", 0)), float(icon.get("top", 0))
             width, height = (float(icon.get(side, _DEFAULT_SIDE)) for side in ("width", "height"))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise PictureError("left, top, width or height is not a number") from None
         if not isinstance(body, str) or not body or min(width, height) <= 0:
             raise PictureError("no body, or no area")
@@ -354,6 +365,21 @@ def flatten(rgba: Image.Image, background: Colour) -> Image.Image:
     """What `render` drew, over a colour and at its final size."""
     ground = Image.new("RGB", rgba.size, background)
     return Image.composite(rgba.convert("RGB"), ground, rgba.getchannel("A")).reduce(_OVERSAMPLING)
+
+
+def _parse(path: Path, name: str, files: dict[str, bytes]) -> dict[str, Any]:
+    """One of the files of a set as JSON; an empty object where it isn't there.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        content = sound_json(json.loads(files.get(name, b"{}")))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no Iconify set ({name} is not JSON: {error}); {_GET_ONE}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no Iconify set ({name} is no JSON object); {_GET_ONE}")
+    return content
 
 
 def _read_package(path: Path) -> dict[str, bytes]:

@@ -294,6 +294,8 @@ def _encodable(text: str) -> bool:
 def _header(path: Path, file: IO[str]) -> tuple[list[str], str]:
     """The columns of a CSV file, and what stands between its cells."""
     line = file.readline(_MAX_LINE)
+    if not _encodable(line) or "\0" in line:
+        raise UserError(f"{path}, line 1 is not UTF-8; is it a table? Convert it, as by `iconv -f latin1 -t utf-8`")
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     if delimiter == "," and "," not in line:
         delimiter = max(";\t,", key=line.count)

@@ -157,16 +157,34 @@ def test_choice_of_names(cli: Cli, tmp_path: Path) -> None:
 def test_mistakes(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "not.tgz").write_bytes(b"no archive")
     (tmp_path / "not.json").write_text("{}")
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bytes.json").write_bytes(b"\xff")
     with tarfile.open(tmp_path / "empty.tgz", "w:gz"):
         pass
     for name, says in [
         ("nowhere.tgz", "npm pack"),
-        ("not.tgz", "is no Iconify set"),
-        ("not.json", "is no Iconify set"),
-        ("empty.tgz", "is no Iconify set"),
+        ("not.tgz", "is no Iconify set (it is no tar)"),
+        ("not.json", "is no Iconify set (it has no object `icons`)"),
+        ("list.json", "is no Iconify set (icons.json is no JSON object)"),
+        ("bytes.json", "is no Iconify set (icons.json is not JSON"),
+        ("empty.tgz", "is no Iconify set (it has no icons.json)"),
     ]:
         result = cli("ingest", "iconify", tmp_path / name, "--out", tmp_path / "out")
         assert (result.code, says in result.err) == (2, True), result.err
+        assert "Error" not in result.err  # a name of Python's
+    source = package(tmp_path / "half.tgz", ICONS)
+    result = cli("ingest", "iconify", source, "--out", tmp_path / "out", "--size", 99999999)
+    assert (result.code, "--size 99999999 is too large a side" in result.err) == (2, True)
+
+
+def test_odd_icons_are_set_aside(cli: Cli, tmp_path: Path) -> None:
+    odd = {"no-object": 3, "half-\ud83d": {"body": HALF}, "huge": {"body": HALF, "width": 10**400}}
+    content = {"prefix": "half", "info": {"license": "MIT"}, "icons": {"a": {"body": HALF}, **odd}}
+    (tmp_path / "icons.json").write_text(json.dumps(content))
+    result = cli("ingest", "iconify", tmp_path / "icons.json", "--out", tmp_path / "out")
+    assert (result.code, "licence: MIT" in result.out) == (0, True)
+    assert list(drawn(tmp_path / "out", "webp")) == ["a"]
+    assert "3 set aside" in result.out
 
 
 def test_same_package_same_bytes(cli: Cli, tmp_path: Path) -> None:

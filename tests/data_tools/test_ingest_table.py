@@ -179,6 +179,7 @@ def test_columns_are_guessed_only_when_it_is_plain(cli: Cli, pictures: Path, tmp
         ("t.csv", b"", "has no columns"),
         ("t.jsonl", b"[1]\n", "has no columns"),
         ("t.csv", "path\n0.png\n".encode("utf-16"), "is UTF-16; convert it"),
+        ("t.csv", b"\x89PNG\r\n", "line 1 is not UTF-8; is it a table?"),
         ("t.xlsx", b"PK", "is no table that can be read"),
         ("t.parquet", b"PAR1 broken", "is no Parquet file"),
         ("t.csv.gz", b"not gzip", "cannot read"),
