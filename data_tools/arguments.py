@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 
+from finetune.data.shards.images import MAX_PIXELS
 from finetune.terminal import positive
 
 MOST_WORKERS = 16  # one process reads for all of them, and feeds no more than about that
@@ -25,6 +27,14 @@ def probability(text: str) -> float:
         value = -1.0
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def side(text: str) -> int:
+    """An argument that is the side of a square of pixels, of which no more are decoded either."""
+    value = positive(text)
+    if value * value > MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"{text} is too large a side; {math.isqrt(MAX_PIXELS)} is the most")
     return value
 
 

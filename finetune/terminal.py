@@ -10,6 +10,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from finetune import STOPPED, UserError, is_by_all
@@ -24,6 +25,12 @@ class Parser(argparse.ArgumentParser):
         shape = argparse.RawDescriptionHelpFormatter
         super().__init__(**arguments, formatter_class=shape, allow_abbrev=False)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        value = super()._get_value(action, arg_string)
+        if isinstance(value, Path) and not arg_string:  # as of a variable that is not set
+            raise argparse.ArgumentError(action, "the path is empty; write . for the current folder")
+        return value
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see `{self.prog} --help`")
 
@@ -34,6 +41,13 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return value
+
+
+def nonempty(text: str) -> str:
+    """An argument that says something, as a path that may also be a URL or a name does."""
+    if not text:  # as of a variable that is not set
+        raise argparse.ArgumentTypeError("it is empty; write . for the current folder")
+    return text
 
 
 def speak_in_turn(main: Callable[[], int]) -> int:

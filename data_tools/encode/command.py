@@ -25,6 +25,7 @@ from data_tools.arguments import (
     default_workers,
     natural,
     probability,
+    side,
 )
 from data_tools.encode import assemble
 from data_tools.encode.buckets import aspect_step, candidates, choose_buckets, merge_small
@@ -64,7 +65,7 @@ from finetune.data.shards import (
 )
 from finetune.data.shards.files import npy_bytes
 from finetune.data.shards.images import PictureError
-from finetune.terminal import positive
+from finetune.terminal import nonempty, positive
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="image shards, or WebDataset tars")
     parser.add_argument(
         "--vae",
+        type=nonempty,
         required=True,
         metavar="MODEL",
         help="folder or hub id of a VAE or pipeline; none: latents are the pixels themselves, for models of pixels",
@@ -87,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="LATENTS", help="folder for the latent shards")
     parser.add_argument(
         "--text-encoder",
+        type=nonempty,
         metavar="MODEL",
         help="keep the captions' states by this text encoder too (folder or hub id of a Stable Diffusion pipeline)",
     )
@@ -99,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sizes = parser.add_argument_group("sizes and crops")
     sizes.add_argument(
-        "--size", type=positive, metavar="N", help="side of the square in pixels (default: the pictures' own size)"
+        "--size", type=side, metavar="N", help="side of the square in pixels (default: the pictures' own size)"
     )
     sizes.add_argument(
         "--aspect-buckets",

@@ -25,7 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, probability
+from data_tools.arguments import add_shard_arguments, add_workers_argument, default_workers, probability, side
 from data_tools.fetch import Fetcher, FetchError, Limits
 from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import encode_image, parse_colour
@@ -125,7 +125,7 @@ def _downloaded(item: Found | SetAside | Wanted, result: bytes | Path | FetchErr
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """--size, the filters, --workers, and those of `add_output_arguments`."""
     parser.add_argument(
-        "--size", type=positive, metavar="N", help="resize the short side to N pixels and crop the centre"
+        "--size", type=side, metavar="N", help="resize the short side to N pixels and crop the centre"
     )
     add_output_arguments(parser, FORMATS, "default: keep the original bytes; png with --size")
     parser.add_argument(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +43,14 @@ from data_tools.ingest.common import (
 )
 from data_tools.tars import printable
 from finetune import UserError
+from finetune.terminal import nonempty
 
 _PATH_COLUMNS = ("image", "image_path", "img", "img_path", "file_name", "filename", "file", "file_path", "path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools ingest hf`."""
-    parser.add_argument("source", metavar="SOURCE", help="file, folder, or name on the hub")
+    parser.add_argument("source", type=nonempty, metavar="SOURCE", help="file, folder, or name on the hub")
     parser.add_argument("--config", metavar="NAME", help="configuration, where the data set has several")
     parser.add_argument("--split", metavar="NAME", help="default: train, or the only one there is")
     parser.add_argument("--revision", metavar="REV", help="commit, tag or branch on the hub")
@@ -107,7 +109,7 @@ def _open(source: str, config: str | None, split: str | None, revision: str | No
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it logs of an error comes as an exception too
     path = Path(source)
     card: dict[str, Any] = {}
     looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1

@@ -48,18 +48,21 @@ from data_tools.pictures import safe_key
 from data_tools.tars import TarSample, iter_tar, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
+from finetune.terminal import nonempty
 
 _TARS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "text", "caption")
 _OTHER_PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES if suffix[1:] not in IMAGE_MEMBERS))
 # img2dataset's notes of the download. `original_size` says what its original_height and original_width do.
 _NOT_LABELS = (*CAPTION_COLUMNS, "key", "status", "error_message", "exif", "original_height", "original_width")
-_MAX_PATTERN = 1_000_000  # names that one pattern may stand for
+_MAX_PATTERN, _MAX_DIGITS = 1_000_000, 20  # names that one pattern may stand for; digits of a number in it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools ingest tars`."""
-    parser.add_argument("sources", nargs="+", metavar="SOURCE", help="folder of tars, tar, or pattern")
+    parser.add_argument(
+        "sources", nargs="+", type=nonempty, metavar="SOURCE", help="folder of tars, tar, or pattern"
+    )
     parser.add_argument("--picture", metavar="MEMBER", help="member that is the picture, such as rgb.png")
     add_picture_arguments(parser)
 
@@ -136,10 +139,16 @@ def _below(root: Path, out: Path) -> Iterator[Path]:
 def _matches(pattern: str) -> list[Path]:
     from braceexpand import braceexpand
 
+    too_many = f"{pattern} stands for more than {_MAX_PATTERN} files; give a folder, or several patterns"
+    for first, last in re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern):  # braceexpand makes a list of each first
+        if max(len(first), len(last)) > _MAX_DIGITS or abs(int(last) - int(first)) >= _MAX_PATTERN:
+            raise UserError(too_many)
     try:
-        names = list(itertools.islice(braceexpand(pattern), _MAX_PATTERN))
+        names = list(itertools.islice(braceexpand(pattern), _MAX_PATTERN + 1))
     except ValueError:  # unbalanced braces
         names = [pattern]
+    if len(names) > _MAX_PATTERN:
+        raise UserError(too_many)
     found: list[Path] = []
     for name in names:
         matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import http.server
+import io
 import json
+import logging
 import os
 import re
 import subprocess
@@ -208,7 +210,12 @@ def test_mistakes_are_one_line(cli: Cli, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a\n")
     assert "`ingest table`" in mistake(tmp_path / "t.csv")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1")
+    logged = io.StringIO()  # beside our line
+    handler = logging.StreamHandler(logged)
+    logging.getLogger("datasets").addHandler(handler)
     assert "cannot open the data set" in mistake(tmp_path / "bad.parquet")
+    logging.getLogger("datasets").removeHandler(handler)
+    assert logged.getvalue() == ""
     (tmp_path / "empty").mkdir()
     assert "cannot open the data set" in mistake(tmp_path / "empty")
     if os.environ.get("HF_HUB_OFFLINE"):

@@ -275,6 +275,8 @@ def test_sources(tmp_path: Path) -> None:
         (f"{tmp_path}/a/{{00..02}}.tar", "no file"),
         (f"{tmp_path}/x*.tar", "no file"),
         ("s3://bucket/a.tar", "not on this machine"),
+        ("t/{0..99999999999999}.tar", "stands for more than"),
+        ("t/{0..999}{a..j}{0..999}.tar", "stands for more than"),
     ]:
         with pytest.raises(UserError, match=says):
             find_tars([source], out)

@@ -68,6 +68,22 @@ def test_places_that_cannot_be_written(cli: Cli, image_shards: Path, photos: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"file", "folder.png", "images", "photos"}
 
 
+def test_an_empty_path_is_not_the_current_folder(cli: Cli, monkeypatch: pytest.MonkeyPatch, photos: Path) -> None:
+    """As `$FOLDER` gives where it isn't set."""
+    monkeypatch.chdir(photos)
+    for command in (
+        ["ingest", "folder", "", "--out", "out"],
+        ["ingest", "folder", photos, "--out", ""],
+        ["ingest", "tars", "", "--out", "out"],
+        ["ingest", "hf", "", "--out", "out"],
+        ["encode", "", "--vae", "none", "--out", "out"],
+        ["encode", photos, "--vae", "", "--out", "out"],
+        ["verify", ""],
+    ):
+        result = cli(*command)
+        assert (result.code, "is empty; write . for the current folder" in result.err) == (2, True), result.err
+
+
 _JOIN = """
 import os, sys
 from pathlib import Path
