@@ -26,6 +26,7 @@ _LEAVING = 2  # the byte of the lock file that keeps those who leave apart; 0 is
 _FILES = (MANIFEST, REJECTS, SOURCE, DUPLICATES, JOB, EMPTY_TEXT, CLASSES)
 _FOLDERS = (WORK, FINGERPRINTS)
 _OURS = re.compile(r"\d{5,}\.(tar|index\.npy)|\..*\.tmp")
+_BEGUN = re.compile(r"\d{5,}\.index\.npy|\.\d{5,}\.tar\.tmp")  # others have tars of such names, but not these
 
 
 @contextlib.contextmanager
@@ -159,6 +160,8 @@ def clear_folder(out: Path, overwrite: bool) -> None:
                 what = f"already holds a {MANIFEST}"
         elif WORK in names:
             what = "holds latents that are not finished (run the same `data-tools encode` again)"
+        elif any(map(_BEGUN.fullmatch, names)):
+            what = "holds the beginning of a set that was never finished, and can't be gone on with"
         else:
             what = f"is not empty ({names[0]})"
         raise UserError(f"{out} {what}; choose another folder or give --overwrite")

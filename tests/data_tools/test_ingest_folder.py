@@ -228,6 +228,10 @@ def test_the_output_folder_is_respected(cli: Cli, photos: Path, tmp_path: Path) 
     out = tmp_path / "out"
     out.mkdir()
     (out / "notes.md").write_text("mine")
+    (out / ".00000.tar.tmp").write_bytes(b"")  # as a kill leaves it
+    result = cli("ingest", "folder", photos, "--out", out)
+    assert (result.code, "a set that was never finished" in result.err) == (2, True)
+    (out / ".00000.tar.tmp").unlink()
     result = cli("ingest", "folder", photos, "--out", out)
     assert (result.code, "is not empty (notes.md)" in result.err) == (2, True)
     assert cli("ingest", "folder", photos, "--out", out, "--overwrite").code == 0
@@ -268,6 +272,7 @@ def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeyp
         (["--quality", "0"], "--quality 0 is outside"),
         (["--background", "nocolour"], "no colour 'nocolour'"),
         (["--size", "-3"], "'-3' is not a whole number"),
+        (["--size", "99999999"], "99999999 is too large a side"),
         (["--format", "gif"], "invalid choice"),
     ],
 )
