@@ -69,8 +69,11 @@ class Gathering:
     def of_a_pass(self) -> Iterator[None]:
         """Around forward passes, or a forward and a backward one. Collective."""
         self._last, self._backward = None, False
+        hooks: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.world.size > 1:  # else a block's weights are its pieces, and stay
+            hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(self._pack, _unpack):
+            with hooks:
                 yield
         finally:
             for number in list(self._whole):
@@ -119,8 +122,7 @@ class Gathering:
             with torch.cuda.stream(self._stream):
                 self._gather(block)
                 self._whole[number] = self._stream.record_event()
-        if self.world.size > 1:  # else they are the pieces themselves
-            self._at |= {p.untyped_storage().data_ptr(): p for p in block}
+        self._at |= {p.untyped_storage().data_ptr(): p for p in block}
 
     def _gather(self, parameters: Sequence[Any]) -> None:
         """Give the parameters their whole data, on the current stream."""
