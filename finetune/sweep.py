@@ -70,6 +70,10 @@ def main(words: Sequence[str]) -> int:
     ours = [word for word in words if not _is_hydras(word)]
     swept, points = enumerate_points(ours)
     composed = [compose("train", point, Config)[0] for point in points]
+    from finetune import build  # it loads torch and diffusers, which --help does without
+
+    for each in composed:
+        build.check(each)
     folder, name = Path(composed[0].run.dir).absolute(), composed[0].run.name
     os.environ.setdefault("WANDB_RUN_GROUP", name)
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", "USR1")  # the one that training saves at
@@ -112,7 +116,7 @@ def enumerate_points(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """(keys with several values, the overrides of each point).
 
     Raises:
-        UserError: no key has several values; the folder of all runs has; values without an end.
+        UserError: no key has several values, or one twice; the folder of all runs has; values without an end.
     """
     swept: list[str] = []
     choices: list[list[str]] = []
@@ -127,7 +131,10 @@ def enumerate_points(words: Sequence[str]) -> tuple[list[str], list[list[str]]]:
         if not override.is_discrete_sweep():
             raise UserError(f"'{word}' is a range without steps: name its values, as in {key}=1e-4,3e-5")
         swept.append(key)
-        choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        values = list(override.sweep_string_iterator())
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"'{word}' names {twice[0]} twice: each run has its own folder, named by its values")
+        choices.append([f"{override.get_key_element()}={value}" for value in values])
     if not swept:
         raise UserError("--multirun has nothing to sweep: name several values, as in optim.lr=1e-4,3e-5")
     return swept, [list(each) for each in itertools.product(*choices)]

@@ -56,6 +56,7 @@ def test_a_sweep_is_every_combination_of_its_values() -> None:
         (["seed=1"], "nothing to sweep"),
         (["run.dir=a,b"], "run.dir holds the whole sweep"),
         (["optim.lr=interval(0,1)"], "a range without steps"),
+        (["optim.lr=1e-4,3e-5,0.0001"], "names 0.0001 twice"),
     ],
 )
 def test_what_is_no_sweep_is_refused(words: list[str], message: str) -> None:
@@ -96,6 +97,7 @@ def test_a_point_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (["seeed=1,2"], "unknown override 'seeed': did you mean 'seed'?"),
+        (["optim.lr=1e-4,-1"], "optim.lr=-1.0 must be greater than 0"),
         (["seed=1,2", "hydra.launcher.partition=x"], "partition"),
         (["seed=1,2", "hydra/launcher=submitit_slurm"], "srun"),
     ],
