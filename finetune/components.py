@@ -136,6 +136,8 @@ def load_components(
         UserError: something is missing or broken; the line says what and where.
     """
     folder = local_folder(source)
+    if revision is not None and (folder is not None or Path(source).expanduser().is_file()):
+        raise UserError(f"--revision {revision}: {source} is here, and only models on the hub have revisions")
     if folder is not None and is_run(folder):
         with chosen_checkpoint(folder, step, weights) as checkpoint:
             parts = _from_run(folder, checkpoint, tokenizer)
@@ -182,7 +184,10 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
         if (run / "tokenizer").is_dir():
             return caption_conditioner(load_tokenizer(run / "tokenizer"), encoder)
         if base is None:
-            raise UserError(f"{run} has no tokenizer/ and its config.yaml names no base model")
+            raise UserError(
+                f"{run} has no tokenizer/ and its config.yaml names no base model: put that folder back, the text "
+                "encoder knows no other words"
+            )
         tokenizer = load_tokenizer(base, revision, words=words)
         if not has_part(base, "text_encoder_2", revision):
             return caption_conditioner(tokenizer, encoder)
@@ -194,7 +199,9 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
             zero_null=zeroes_null_caption(base, revision),
         )
 
-    has_text = (run / "tokenizer").is_dir() or (base is not None and has_part(base, "text_encoder", revision))
+    has_text = any(
+        (folder / part).is_dir() for folder, part in ((run, "tokenizer"), (checkpoint.weights, "text_encoder"))
+    ) or (base is not None and has_part(base, "text_encoder", revision))
     shards = _shards(_section(config, "data"))
     trained_in = _trainer(checkpoint.folder).get("latents") or {}
     vae, latents = _autoencoder(model.get("vae"), base, revision, shards, trained_in)

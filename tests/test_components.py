@@ -16,6 +16,8 @@ from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, save_lora
 from finetune.models.autoencoder import encoder_sha256
 from finetune.models.schedulers import scheduler_config
+from finetune.models.text import load_text_encoder
+from finetune.models.unet import load_unet
 from finetune.runs import complete_checkpoints, latest_checkpoint
 from tests import fakes
 
@@ -172,6 +174,17 @@ def test_scheduler_config():
 def test_mistakes_are_named(run, base, tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         load_components(tmp_path / "absent")
+    with pytest.raises(
+        UserError, match=f"a checkpoint of the run {run}, .* sample {run} --checkpoint step-00000020"
+    ):
+        load_components(run / "checkpoints" / "step-00000020")
+    for load in (load_unet, load_text_encoder):
+        with pytest.raises(UserError, match=f"{run}: this is a run, not a model: `finetune export {run} --format"):
+            load(run)
+    with pytest.raises(UserError, match="--revision v2: .* is here, and only models on the hub have revisions"):
+        load_components(base, revision="v2")
+    with pytest.raises(UserError, match="the name of the model is empty"):
+        load_components("")
     with pytest.raises(UserError, match="no complete checkpoint of step 30; there are 20, 40"):
         load_components(run, step=30)
     with pytest.raises(UserError, match="is no run folder: it has no checkpoint of step 3"):
@@ -193,3 +206,10 @@ def test_mistakes_are_named(run, base, tmp_path):
     save_lora(tmp_path / "other", other, {"unet.x": 2.0})
     with pytest.raises(UserError, match="for another model"):
         load_components(base, lora=tmp_path / "other")
+
+
+def test_what_is_missing_of_a_run_without_its_tokenizer_is_the_tokenizer(tmp_path):
+    run = fakes.full_run(tmp_path / "run")
+    shutil.rmtree(run / "tokenizer")
+    with pytest.raises(UserError, match="run has no tokenizer/ .*: put that folder back"):
+        load_components(run)

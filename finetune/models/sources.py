@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune import BUNDLED, UserError, first_line
 from finetune.models.single_file import open_file
+from finetune.runs import is_run
 
 FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
 _PROBE_SECONDS = 5.0
@@ -33,12 +34,27 @@ def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
     """
     folder = local_folder(source)
     if folder is not None:
+        if not (folder / part).is_dir():
+            _refuse_run(source, folder)
         return folder
     if fetch_file(source, revision) is not None:
         raise UserError(f"{source} is a single file: it holds no {part}")
     kinds = ("*.json", "*.txt", "*.safetensors")
     patterns = [*(f"{part}/{kind}" for kind in kinds), "config.json", "diffusion_pytorch_model*.safetensors"]
     return download(str(source), patterns, revision, ignore=["*.fp16.*", "*.non_ema*"])
+
+
+def _refuse_run(source: str | Path, folder: Path) -> None:
+    """Refuse a run, or a checkpoint of one, where a model is wanted."""
+    run, checkpoint = folder, ""
+    if (folder / "trainer.json").is_file() and is_run(folder.absolute().parent.parent):
+        run, checkpoint = folder.parent.parent, f" --checkpoint {folder.name}"
+    if is_run(run):
+        what = f"a checkpoint of the run {run}" if checkpoint else "a run"
+        raise UserError(
+            f"{source}: this is {what}, not a model: `finetune export {run}{checkpoint} --format diffusers --out "
+            f"MODEL` makes one of it, and `finetune sample {run}{checkpoint}` draws from it"
+        )
 
 
 def fetch_file(source: str | Path, revision: str | None = None) -> Path | None:
@@ -123,8 +139,10 @@ def local_folder(source: str | Path) -> Path | None:
     A bare name such as `emoji-base` is a folder here, else a model in the box.
 
     Raises:
-        UserError: it looks like a path and there is no such folder.
+        UserError: it looks like a path and there is no such folder; or it is empty.
     """
+    if not str(source).strip():
+        raise UserError("the name of the model is empty (a shell variable that is not set?)")
     path = Path(source).expanduser()
     if path.is_dir():
         return path
