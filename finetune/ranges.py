@@ -19,7 +19,7 @@ from finetune.config import (
     require_choice,
     require_sizes,
 )
-from finetune.runs import require_own_folder
+from finetune.runs import require_checkpoint, require_own_folder
 
 _MOST_THREADS = 1024
 
@@ -103,6 +103,7 @@ def require_shared(config: Shared, *, precisions: Sequence[str], offloads: Seque
     require_seeds({"seed": config.seed})
     require_bounds(config.watch)
     require_own_folder(config.run.dir)
+    require_checkpoint(config.checkpoint.resume)
     if config.tracker.wandb:
         tracking.require_project(config.tracker.project)
     if strategy.kind == "zero" and strategy.stage not in (1, 2, 3):

@@ -59,6 +59,18 @@ def require_own_folder(path: str | Path) -> None:
             )
 
 
+def require_checkpoint(resume: str) -> None:
+    """Refuse a run where a checkpoint is to be named.
+
+    Raises:
+        UserError: names the run's checkpoints.
+    """
+    if resume not in ("auto", "never") and is_run(resume):
+        there = [str(folder) for folder in complete_checkpoints(resume).values()]
+        remedy = f"name a checkpoint of it: {' or '.join(there)}" if there else "it has no whole checkpoint yet"
+        raise UserError(f"checkpoint.resume={resume} is a run: {remedy}")
+
+
 def complete_checkpoints(run: str | Path) -> dict[int, Path]:
     """A run's complete checkpoints by rising step: those with a `trainer.json`, which is written last."""
     found = {}

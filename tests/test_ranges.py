@@ -101,6 +101,19 @@ def test_a_folder_that_a_run_may_be_in_is_taken(tmp_path: Path, names: list[str]
     autoencoder.load(["data.shards=x", f"run.dir={tmp_path}"])
 
 
+def test_a_run_is_no_checkpoint_to_go_on_from(tmp_path: Path) -> None:
+    steps = [tmp_path / "checkpoints" / f"step-{step:08d}" for step in (10, 20)]
+    for step in steps:
+        step.mkdir(parents=True)
+        (step / "trainer.json").touch()
+    words = ["data.shards=x", f"checkpoint.resume={tmp_path}"]
+    line = f"checkpoint.resume={tmp_path} is a run: name a checkpoint of it: {steps[0]} or {steps[1]}"
+    with pytest.raises(UserError, match=f"^{line}$"):
+        build.check(compose("train", [*words, "model=tiny"], Config)[0])
+    with pytest.raises(UserError, match=f"^{line}$"):
+        autoencoder.load(words)
+
+
 @pytest.mark.parametrize("stage", [0, 4])
 def test_both_commands_refuse_a_stage_that_zero_has_not(stage: int) -> None:
     words = ["data.shards=x", "strategy=zero1", f"strategy.stage={stage}"]
