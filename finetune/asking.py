@@ -67,6 +67,8 @@ def samples(parts: Components, asked: Asked, size: tuple[int, int]) -> list[Samp
             raise UserError("no prompts; give --prompt TEXT or --prompts FILE")
         if ask not in given and ask != "prompt":
             raise UserError(f"{OPTIONS[ask]} is missing: {task}")
+    if asked.noise_level is not None and ("image" not in asks or "mask" in asks):
+        raise UserError(f"--noise-level is not for this model: {task}, which enlarges no picture")
     count = max(map(len, given.values()), default=1)
     for name, values in given.items():
         if len(values) not in (1, count):

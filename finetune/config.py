@@ -251,7 +251,7 @@ class SampleConfig:
     prompts: list[str] | None = None  # null: captions of held-out samples
     seed: int = 0
     steps: int = 25
-    guidance: float = 5.0
+    guidance: float = 5.0  # 1: none
     guidance_rescale: float = 0.0  # Lin et al. 2024, eq. 15 and 16; 0.7 with zero terminal SNR
     height: int | None = None  # pixels; null: that of the bucket with most samples
     width: int | None = None  # pixels; null: that of the bucket with most samples

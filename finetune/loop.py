@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 from torch import Tensor
 
-from finetune import UserError, by_all
+from finetune import UserError, by_all, memory
 from finetune.batch import Batch, Sample
 from finetune.checkpoint import Checkpoints, Progress, require_same
 from finetune.conditioning import batch_of
@@ -100,6 +100,7 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     return replace(saved, depends_on=depends_on, latents=fresh.latents)
 
 
+@memory.shortage_told()
 def train(
     config: Config, world: World, parts: Parts, tracker: Listener, progress: Progress, request: StopRequest
 ) -> int:
@@ -234,7 +235,8 @@ def asked(config: Config, parts: Parts) -> Batch | None:
     """
     conditioner, size = parts.model.conditioner, parts.data.largest_bucket
     if not conditioner.channels:  # the condition has no size of its own
-        size = config.sample.height or size[0], config.sample.width or size[1]
+        wanted = config.sample.height, config.sample.width
+        size = size[0] if wanted[0] is None else wanted[0], size[1] if wanted[1] is None else wanted[1]
     if conditioner.asks == ("prompt",):
         prompts = config.sample.prompts
         if prompts is None:

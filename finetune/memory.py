@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune import first_line
+
+_SHORTAGES = ("DefaultCPUAllocator: ", "Storage size calculation overflowed", "integer multiplication overflow")
 _GROUPS, _PROCESS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -18,6 +23,27 @@ class _Group:
     used: Path
     stat: Path
     cache: str
+
+
+@contextlib.contextmanager
+def shortage_told() -> Iterator[None]:
+    """Inside, what torch and Python have other words for when memory is short is `torch.OutOfMemoryError` as well.
+
+    The CPU's allocator, and sizes whose product no integer holds, raise a plain `RuntimeError`.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        text = str(error)
+        if not isinstance(error, MemoryError) and not any(words in text for words in _SHORTAGES):
+            raise
+        asked = re.search(r"allocate (\d+) bytes", text)
+        line = f"{int(asked[1]) / 2**30:.1f} GiB asked for" if asked else first_line(error)
+        raise torch.OutOfMemoryError(line) from error
 
 
 def free_bytes() -> int:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import UserError
+from finetune import UserError, first_line, memory
 from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
 from finetune.models import SCHEDULERS
 from finetune.terminal import Parser, positive, quiet_libraries
@@ -43,15 +43,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError: a mistake in the arguments, or a model that cannot be loaded or sampled so.
     """
     arguments = _parser().parse_args(argv)
+    from finetune.config import LARGEST, LARGEST_SIDE, require_sizes
+
     prompts = _prompts(arguments)
     most = arguments.count * max(1, *(len(getattr(arguments, name)) for name in _CONDITIONS), len(prompts))
     if not 0 <= arguments.seed < 2**63 - most:
         raise UserError(f"--seed {arguments.seed}: must be at least 0 and fit in 63 bits")
-    if arguments.guidance is not None and arguments.guidance < 1:
-        raise UserError(f"--guidance {arguments.guidance:g}: must be at least 1, which is no guidance")
+    if arguments.guidance is not None and not 1 <= arguments.guidance <= LARGEST:
+        raise UserError(f"--guidance {arguments.guidance:g}: must be at least 1, which is no guidance, and finite")
+    require_sizes({"--height": arguments.height, "--width": arguments.width}, LARGEST_SIDE)
+    require_sizes(
+        {"--count": arguments.count, "--columns": arguments.columns, "--batch-size": arguments.batch_size}
+    )
     out = _out(arguments.out)
 
     quiet_libraries()
+    import torch
+
+    try:
+        with memory.shortage_told():
+            return _sample(arguments, prompts, out)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the memory of --device {arguments.device} is full ({first_line(error)}): give a smaller --height and "
+            "--width, --batch-size 1, or --dtype bfloat16"
+        ) from error
+
+
+def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int:
     from tqdm import tqdm
 
     from finetune import asking, pictures, sampling
@@ -210,6 +229,8 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
 
 def _out(text: str) -> Path:
     """The PNG file or the folder to write, with its parents made."""
+    if not text.strip():
+        raise UserError("--out is empty (a shell variable that is not set?): give a file or a folder")
     out = Path(text).expanduser()
     folder = out.is_dir() or not out.suffix or text.endswith(("/", os.sep))
     if not folder and out.suffix.lower() != ".png":

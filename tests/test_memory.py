@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from finetune import memory
 
@@ -18,6 +21,25 @@ def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(memory, "_GROUPS", tmp_path / "groups")
     monkeypatch.setattr(memory, "_PROCESS", tmp_path / "self")
     return tmp_path / "groups"
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.empty(2**52), r"^16777216\.0 GiB asked for$"),
+        (lambda: torch.nn.Linear(10**12, 10**12), "^Storage size calculation overflowed"),
+        (lambda: np.empty(2**52), "Unable to allocate"),
+    ],
+)
+def test_shortages_have_one_name(make: Callable[[], object], says: str) -> None:
+    with pytest.raises(torch.OutOfMemoryError, match=says), memory.shortage_told():
+        make()
+
+
+def test_other_errors_stay_as_they_are() -> None:
+    with pytest.raises(RuntimeError, match="^shapes$") as caught, memory.shortage_told():
+        raise RuntimeError("shapes")
+    assert not isinstance(caught.value, torch.OutOfMemoryError)
 
 
 def fill(folder: Path, **files: str) -> None:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from finetune import UserError, cli, sample
@@ -96,6 +97,13 @@ def mistakes(run, tmp_path):
         "height 36 is no multiple of 8": [str(run), *prompt, "--height", "36"],
         "--guidance 0.5: must be at least 1": [str(run), *prompt, "--guidance", "0.5"],
         "--seed -1: must be": [str(run), *prompt, "--seed", "-1"],
+        "--guidance nan: must be at least 1": [str(run), *prompt, "--guidance", "nan"],
+        "--guidance inf: must be at least 1": [str(run), *prompt, "--guidance", "inf"],
+        "--height=1000000 must be at most 16384": [str(run), *prompt, "--height", "1000000"],
+        "--count=1000000000000 must be at most": [str(run), *prompt, "--count", "1000000000000"],
+        "--noise-level is not for this model": [str(run), *prompt, "--noise-level", "3"],
+        "--out is empty": [str(run), "--prompt", "x", "--out", ""],
+        "the name of the model is empty": ["", *prompt],
         "2000 sampling steps": [str(run), *prompt, "--steps", "2000"],
         "invalid choice: 'plms'": [str(run), *prompt, "--scheduler", "plms"],
         "'0' is not a whole number of at least 1": [str(run), *prompt, "--count", "0"],
@@ -116,6 +124,27 @@ def test_every_mistake_has_its_line(run, tmp_path):
             sample.main(argv)
         assert line in str(caught.value)
     assert not list(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4294967296 bytes."),
+            "4.0 GiB",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "CUDA out of memory. Tried"),
+    ],
+)
+def test_short_memory_ends_in_one_line(run, tmp_path, monkeypatch, error, says):
+    def full(*_, **__):
+        raise error
+
+    monkeypatch.setattr("finetune.sampling.generate", full)
+    with pytest.raises(
+        UserError, match=rf"the memory of --device auto is full \({says}.*: give a smaller --height"
+    ):
+        sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
 
 
 def finetune(*argv):

@@ -17,7 +17,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from finetune import UserError, diffusion, tasks
+from finetune import UserError, diffusion, memory, tasks
 from finetune.build.averages import profiles
 from finetune.build.checks import OUT_OF_MEMORY, check
 from finetune.build.data import (
@@ -230,6 +230,7 @@ def _trained_otherwise(config: Config) -> list[str]:
     return [f"{config.model.pretrained} {'; '.join(found)}: it will have to learn this anew"] if found else []
 
 
+@memory.shortage_told()
 def build(config: Config, world: World, run: Path) -> Parts:
     """Make everything that the loop needs.
 
