@@ -35,6 +35,9 @@ def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = N
     info = PngInfo()
     for key, value in (texts or {}).items():
         info.add_text(key, value)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
