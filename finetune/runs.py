@@ -55,7 +55,7 @@ def require_own_folder(path: str | Path) -> None:
         if what is not None:
             raise UserError(
                 f"run.dir={path} is no run's folder, it holds {what} ({name}): choose another run.dir, such as "
-                f"{folder / 'run'}"
+                "runs/first"
             )
 
 

@@ -207,7 +207,7 @@ def test_a_missing_value_is_named() -> None:
         ("adapter.alpha", math.nan, "adapter.alpha=nan"),
         ("adapter.alpha", math.inf, "adapter.alpha=inf"),
         ("adapter.rank", -1, "adapter.rank=-1 must be a whole number of at least 1"),
-        ("adapter.rank", 10**18, "adapter.rank=1000000000000000000 must be at most 65536"),
+        ("adapter.rank", 10**18, "adapter.rank=1000000000000000000 must be at most 4096"),
         ("adapter.ranks", {"up_blocks": "abc"}, "adapter.ranks.up_blocks=abc is no number"),
         ("adapter.dropout", 1.0, "adapter.dropout=1.0 is a probability"),
         ("ema.halflives_images", {"short": "abc"}, "ema.halflives_images.short=abc is no number"),
@@ -266,6 +266,7 @@ def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value
             for name in ("hidden_size", "heads", "layers", "vocab_size", "max_length")
         ),
         *((f"model.text_encoder.{name}", 10**21) for name in ("hidden_size", "heads", "layers", "vocab_size")),
+        ("model.text_encoder.max_length", 10**6),
         ("model.scheduler.num_train_timesteps", 10**21),
         ("ema.halflife_images", -5),
     ],

@@ -36,8 +36,9 @@ _UNET_SIZES = (
     "num_class_embeds",
 )
 _UNET_LAYERS = ("layers_per_block", "transformer_layers_per_block")
-_MOST_LAYERS = 1000
-_MOST_RANK = 65536
+_MOST_LAYERS = 200
+_LONGEST_CAPTION = 4096  # tokens; attention takes its square
+_MOST_RANK = 4096
 
 
 def check(config: Config) -> None:
@@ -142,13 +143,13 @@ def _check_model(model: ModelConfig) -> None:
     require_sizes(
         {
             "model.text_encoder.vocab_size": text.vocab_size,
-            "model.text_encoder.max_length": text.max_length,
             "model.text_encoder.hidden_size": text.hidden_size,
             "model.text_encoder.heads": text.heads,
             "model.scheduler.num_train_timesteps": model.scheduler.num_train_timesteps,
             **{f"model.unet.{name}": unet.get(name) for name in _UNET_SIZES},
         }
     )
+    require_sizes({"model.text_encoder.max_length": text.max_length}, _LONGEST_CAPTION)
     layers = {"model.text_encoder.layers": text.layers}
     require_sizes(layers | {f"model.unet.{name}": unet.get(name) for name in _UNET_LAYERS}, _MOST_LAYERS)
     std = {"model.text_encoder.embedding_std": text.embedding_std}
