@@ -93,24 +93,32 @@ class Graphs:
         """How many graphs there are now."""
         return sum(len(shape.graphs) for shape in self.shapes.values())
 
-    def release(self) -> None:
-        """Give up all graphs and their memory, for what comes beside micro-batches; they are captured anew."""
-        if self.pool is None:
-            return
+    def step_aside(self) -> None:
+        """Give graphs up unless half of the device's memory is free, for what comes beside micro-batches.
+
+        They are captured anew, which takes about as long as launching a micro-batch.
+        """
+        if self.pool is not None and self._free_bytes() < torch.cuda.mem_get_info()[1] / 2:
+            self._release()
+
+    def _plainly(self, shape: _Shape, *args: Any) -> Tensor:
+        # It takes about as much memory as a graph's activations, whose own it can't use.
+        if self.pool is not None and self._free_bytes() < self.idle_bytes:
+            self._release()
+            self.is_off = shape.is_bound is False  # both would make room for each other in turns
+        return self.plain(*args)
+
+    def _free_bytes(self) -> int:
+        """Of the device's memory what others than graphs can take."""
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.idle_bytes
+        return torch.cuda.mem_get_info()[0] + unused
+
+    def _release(self) -> None:
         for shape in self.shapes.values():
             shape.graphs.clear()
         self.pool, self.idle_bytes, self.gradients = None, 0, []
         gc.collect()
         torch.cuda.empty_cache()
-
-    def _plainly(self, shape: _Shape, *args: Any) -> Tensor:
-        if self.pool is not None:
-            # It takes about as much memory as a graph's activations, whose own it can't use.
-            unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.idle_bytes
-            if torch.cuda.mem_get_info()[0] + unused < self.idle_bytes:
-                self.release()
-                self.is_off = shape.is_bound is False  # both would make room for each other in turns
-        return self.plain(*args)
 
     def _are_held(self) -> bool:
         """Whether gradients so far lie where graphs leave them."""
@@ -171,7 +179,7 @@ class Graphs:
             warnings.warn(f"{told}: {failure}", stacklevel=3)
             del graph, after, inputs, args
             if self.is_off:
-                self.release()
+                self._release()
             gc.collect()
             torch.cuda.empty_cache()
             return False

@@ -195,7 +195,7 @@ class Strategy(ABC):
         Without one, with `weights`.
         """
         if self.graphs is not None:
-            self.graphs.release()
+            self.graphs.step_aside()
         if average is None and self.settings.kind == "schedule_free":
             average = self.weights()
         self._swap(average)

@@ -39,7 +39,8 @@ class Device:
         self.fails: Callable[[], None] = lambda: None
         self.pools: list[str | None] = []  # that captures were given
         self.is_broken = False  # a capture can't be ended
-        self.free_bytes, self.reserved_bytes = 1 << 40, 0  # of which a graph takes 100
+        self.total_bytes = self.free_bytes = 1 << 40
+        self.reserved_bytes = 0  # a graph takes 100
 
     def watch(self, passes: Callable[..., Tensor], parameters: list[nn.Parameter]) -> Callable[..., Tensor]:
         self.parameters = parameters
@@ -126,7 +127,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Device:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: made.reserved_bytes)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (made.free_bytes, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (made.free_bytes, made.total_bytes))
     return made
 
 
@@ -354,18 +355,22 @@ def test_a_capture_that_cannot_be_ended_ends_the_run(device):
     assert all(p.grad is None for p in pair.ours.parameters())
 
 
-def test_graphs_that_are_released_are_made_anew(device):
+@pytest.mark.parametrize("free_bytes", [499, 500])
+def test_graphs_step_aside_where_memory_is_short_and_are_made_anew(device, free_bytes):
     pair = Pair(device)
+    device.free_bytes, device.total_bytes = free_bytes, 1000
+    is_short = free_bytes < 500
     for number in range(20):
         for _ in range(2):
             pair.call()
         pair.step()
         if number % 8 == 7:
             assert pair.graphs.count == 2
-            pair.graphs.release()
-            assert pair.graphs.count == 0 and pair.graphs.pool is None and not pair.graphs.gradients
+            pair.graphs.step_aside()
+            assert pair.graphs.count == (0 if is_short else 2)
+            assert (pair.graphs.pool is None) == (not pair.graphs.gradients) == is_short
     pair.finish()
-    assert device.pools == [None, "pool"] * 3 and device.replays == 2 * 20 - 4
+    assert device.pools == [None, "pool"] * (3 if is_short else 1) and device.replays == 2 * 20 - 4
 
 
 @pytest.mark.parametrize("free_bytes", [99, 100])
