@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import UserError, by_all, first_line, outliving_readers
+from finetune import UserError, by_all, first_line, memory, outliving_readers
 
 if TYPE_CHECKING:
     from finetune.autoencoder.config import Config
@@ -102,7 +102,8 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str, request: StopR
                     "processes; give a multiple"
                 )
             )
-        stop = _train(config, settings, yaml, world, request)
+        with memory.shortage_told():
+            stop = _train(config, settings, yaml, world, request)
         return request.exit_code(stop) if stop else 0
     except torch.OutOfMemoryError as error:
         raise UserError(
