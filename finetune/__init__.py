@@ -28,6 +28,8 @@ E = TypeVar("E", bound=BaseException)
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of an `OSError`: there is no room."""
+AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCONN, errno.EHOSTDOWN)
+"""Error numbers of an `OSError`: a disk, or the server that has it, does not answer. A retry may mend it."""
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Error numbers of an `OSError`: a file is not to be read or written."""
 
@@ -64,8 +66,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
-    a disk that is full or refuses, 69 for `PeerLostError`, 130 after Ctrl-C, 141 where who reads the output has
-    gone, as a shell says of SIGPIPE.
+    a disk that is full or refuses, 69 for `PeerLostError`, 74 for a disk that does not answer (sysexits' EX_IOERR),
+    130 after Ctrl-C, 141 where who reads the output has gone, as a shell says of SIGPIPE.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:
@@ -84,6 +86,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         if error.errno in DISK_FULL:
             where = f" while writing {error.filename}" if error.filename else ""
             code = _complain(f"no space left on device{where}; free some space or choose another folder")
+        elif error.errno in AWAY and error.filename:
+            _complain(f"{error.filename}: {error.strerror}; start the same command again when the disk answers")
+            code = 74
         elif error.errno in REFUSED and error.filename:
             code = _complain(f"{error.filename}: {error.strerror}; choose another place or mend its permissions")
         else:

@@ -81,7 +81,8 @@ def newest_whole(run: Path) -> Path | None:
     None where there is none at all. A run that began anew because all are damaged would remove them.
 
     Raises:
-        UserError: there are some, and none is whole; or one can't be judged (see `find_fault`).
+        UserError: there are some, and none is whole.
+        UserError, OSError: one can't be judged (see `find_fault`).
     """
     path, fault = None, None
     for path in reversed(complete_checkpoints(run).values()):
@@ -101,7 +102,8 @@ def find_fault(path: Path) -> str | None:
     """What is damaged in a checkpoint, or None.
 
     Raises:
-        UserError: it is of another version, or the disk does not give it: that is no damage.
+        UserError: it is of another version, which is no damage.
+        OSError: nor is it that the disk does not give it.
     """
     try:
         record = json.loads((path / "trainer.json").read_text())
@@ -119,9 +121,8 @@ def find_fault(path: Path) -> str | None:
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"trainer.json cannot be read ({error})"
     except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror or error}): start the same command again when the disk answers"
-        ) from None
+        error.filename = error.filename or str(path)
+        raise
     raise UserError(
         f"{path} has format {written!r} and this version reads {FORMAT}: go on with the version that wrote it, or "
         "choose another run.dir"

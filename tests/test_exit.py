@@ -1,0 +1,47 @@
+"""How a command ends: its exit code, and one line for what is no defect of ours."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+
+from finetune import PEER_LOST, PeerLostError, UserError, run_cli
+
+
+def of_disk(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "runs/a/x")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("seed=-1\nis none"), 2, "seed=-1 is none"),
+        (PeerLostError("rank 1 is gone"), PEER_LOST, "rank 1 is gone"),
+        (of_disk(errno.ENOSPC), 2, "no space left on device while writing runs/a/x; free some space or choose"),
+        (of_disk(errno.EROFS), 2, "runs/a/x: Read-only file system; choose another place"),
+        (of_disk(errno.ESTALE), 74, "runs/a/x: Stale file handle; start the same command again"),
+    ],
+)
+def test_what_is_no_defect_is_one_line(capsys: pytest.CaptureFixture[str], error: Exception, code: int, line: str):
+    def fail() -> int:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_cli(fail)
+    (told,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == code
+    assert told.startswith(f"error: {line}")
+
+
+def test_a_reader_that_has_gone_is_no_success() -> None:
+    """`finetune train --help | head -1`: nothing is said, and the code is a shell's for SIGPIPE."""
+    show = "from finetune import run_cli; run_cli(lambda: print('many lines\\n' * 100_000))"
+    started = subprocess.Popen([sys.executable, "-c", show], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started.stdout.readline()
+    started.stdout.close()
+    assert started.stderr.read() == b""
+    assert started.wait() == 141
