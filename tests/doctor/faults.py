@@ -356,7 +356,7 @@ CASES: dict[str, Fault] = {
     "healthy-lora": strategy("zero1", lora()),
     "plugin": environment(**PLUGIN),
     "plugin-stage": strategy("zero2", environment(**PLUGIN, ACCELERATE_DEEPSPEED_ZERO_STAGE="3")),
-    "plugin-inside": strategy("zero2", patched(build, "_strategy", data_parallel_instead)),
+    "plugin-inside": strategy("zero2", patched(build, "make_strategy", data_parallel_instead)),
     "accelerate-counts-one": lambda _: mock.patch.dict(
         state()._shared_state, {"num_processes": 1, "process_index": 0}
     ),

@@ -120,7 +120,7 @@ def test_where_unets_are_made_fast(overrides, pipeline, monkeypatch, fastened, m
         told.append(is_fast)
         return type("Strategy", (), {"shards": []})()
 
-    monkeypatch.setattr("finetune.build._strategy", strategy)
+    monkeypatch.setattr("finetune.build.make_strategy", strategy)
     more = [*more, f"model.pretrained={pipeline}"] if "adapter=lora" in more else more
     _, parts = parts_of(overrides, *more)
     assert fastened == ([parts.model.unet] if made else [])

@@ -1,0 +1,250 @@
+"""The model of a run: U-Net and conditioner, what of them is trained, and the decoder of sample grids."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from finetune import UserError, diffusion, tasks
+from finetune.build.data import captions, classes
+from finetune.conditioning import Conditioner, Given
+from finetune.conditioning.text import Text
+from finetune.config import Config, SchedulerConfig
+from finetune.data.loader import Data
+from finetune.distributed import ORDERED, World
+from finetune.models import fast
+from finetune.models.adapters import TEXT_TARGETS, add_lora
+from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoencoder
+from finetune.models.layout import store_channels_last
+from finetune.models.parts import flat, require_parts
+from finetune.models.schedulers import differences, load_scheduler
+from finetune.models.sources import has_part
+from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
+from finetune.models.unet import (
+    build_unet,
+    context_width,
+    enable_gradient_checkpointing,
+    load_unet,
+    pad_input,
+    pixel_multiple,
+)
+from finetune.rng import fold
+from finetune.sampling import check_size
+from finetune.tasks import Task
+from finetune.tasks.text_to_image import caption_conditioner, load_captions
+
+_TOKENIZER_CAPTIONS = 200_000  # a vocabulary doesn't get better with more
+
+
+def noise_schedule(schedule: SchedulerConfig, prediction: str) -> diffusion.Schedule:
+    """How noise is mixed in while training."""
+    if prediction == "flow":
+        return diffusion.rectified_flow(schedule.num_train_timesteps, schedule.shift)
+    betas_T = diffusion.betas(
+        schedule.beta_start, schedule.beta_end, schedule.num_train_timesteps, schedule.beta_schedule
+    )
+    alpha_bar_T = diffusion.alphas_cumprod(betas_T)
+    if schedule.rescale_betas_zero_snr:
+        alpha_bar_T = diffusion.zero_terminal_snr(alpha_bar_T)
+    return diffusion.variance_preserving(alpha_bar_T)
+
+
+def _text(config: Config, world: World, run: Path, data: Data) -> Text:
+    """The conditioner of the model's captions."""
+    if config.model.pretrained is not None:
+        return load_captions(
+            config.model.pretrained,
+            config.model.revision,
+            words=config.model.tokenizer,
+            trained=config.model.train_text_encoder,
+        )
+    folder, settings = run / "tokenizer", config.model.text_encoder
+
+    def make() -> None:
+        if not folder.exists():
+            all_captions = islice(captions(data), _TOKENIZER_CAPTIONS)
+            made = train_tokenizer(all_captions, settings.vocab_size, settings.max_length)
+            temporary = folder.with_name(".tokenizer.tmp")
+            save_tokenizer(made, temporary)
+            temporary.rename(folder)
+
+    world.on_main(make)
+    tokenizer = load_tokenizer(folder)
+    encoder = build_text_encoder(
+        tokenizer,
+        settings.hidden_size,
+        settings.layers,
+        settings.heads,
+        embedding_std=settings.embedding_std,
+        seed=fold(config.seed, "text encoder"),
+    )
+    return caption_conditioner(tokenizer, encoder, trained=True)
+
+
+def conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[UNet2DConditionModel, Conditioner]:
+    """U-Net and conditioner, made for each other.
+
+    Raises:
+        UserError: model, task and data contradict each other.
+    """
+    model, task, channels = config.model, config.task, data.encoder.channels
+    unet = load_unet(model.pretrained, revision=model.revision) if model.pretrained is not None else None
+    width = context_width(model.unet if unet is None else unet.config)
+    has_text = width is not None and (
+        model.pretrained is None or has_part(model.pretrained, "text_encoder", model.revision)
+    )
+    given = Given(
+        width=width,
+        latent_channels=channels,
+        downsample=data.encoder.downsample,
+        space=data.space,
+        classes=classes(data),
+        text=(lambda: _text(config, world, run, data)) if has_text or task.name == "text_to_image" else None,
+        embedded_labels=int((model.unet if unet is None else unet.config).get("num_class_embeds") or 0),
+        seed=fold(config.seed, "conditioner"),
+    )
+    conditioner = tasks.make(task.name, task.options, given)
+    made = Task(task.name, asdict(tasks.options(task.name, task.options)), list(given.classes))
+    world.on_main(lambda: None if (run / tasks.TASK_FILE).exists() else made.save(run))
+    wanted = channels + conditioner.channels
+    if unet is None:
+        arguments = {"in_channels": wanted, "out_channels": channels, **model.unet}
+        unet = build_unet(arguments, seed=fold(config.seed, "unet"))
+    elif model.pad_input and unet.config.in_channels < wanted:
+        if config.adapter.kind != "full":
+            raise UserError(
+                "model.pad_input=true gives the U-Net weights that adapter=lora does not train: use adapter=full, "
+                f"or begin with a model that has {wanted} input channels"
+            )
+        pad_input(unet, wanted)
+    if unet.config.in_channels != wanted:
+        takes = f"the U-Net takes {unet.config.in_channels} channels, the shards hold latents of {channels}"
+        if conditioner.channels:
+            takes += f" and task={task.name} adds {conditioner.channels}"
+        if model.pretrained is None:
+            remedy = "leave model.unet.in_channels out, or encode with another autoencoder"
+        elif conditioner.channels and unet.config.in_channels == channels:
+            remedy = "give model.pad_input=true to add them with zero weights, or choose a model that has them"
+        else:
+            remedy = "choose a model for these latents or encode with another autoencoder"
+        raise UserError(f"{takes}: {remedy}")
+    return unet, conditioner
+
+
+def check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, data: Data) -> None:
+    """Refuse a model that does not fit the shards, or its own text encoder.
+
+    Raises:
+        UserError: says which sizes are apart.
+    """
+    encoder = data.encoder
+    if unet.config.out_channels != encoder.channels:
+        raise UserError(
+            f"the U-Net makes {unet.config.out_channels} channels, the shards hold latents of {encoder.channels}: "
+            "choose a model for these latents or encode with another autoencoder"
+        )
+    width = context_width(unet.config)
+    if text is not None and width != text.width:
+        raise UserError(
+            f"the U-Net's cross_attention_dim is {width}, the text encoder's hidden_size {text.width}: they must "
+            "be equal"
+        )
+    multiple = pixel_multiple(unet, encoder.downsample)
+    if config.sample.every:
+        height, width = data.largest_bucket
+        sample = config.sample
+        height = height if sample.height is None else sample.height
+        check_size(height, width if sample.width is None else sample.width, multiple)
+    for height, width in data.buckets:
+        if height % multiple or width % multiple:
+            raise UserError(
+                f"pictures of {height}x{width} px do not fit this U-Net: sides must be multiples of {multiple}; "
+                "encode with another --size"
+            )
+
+
+def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict[str, nn.Module]:
+    """Let what is trained require gradients, with adapters where they are trained; these parts, by name."""
+    train_text = text is not None and text.trained
+    unet.requires_grad_(config.adapter.kind == "full")
+    adapted: dict[str, nn.Module] = {"unet": unet, **(text.parts() if text is not None and train_text else {})}
+    if text is not None:
+        text.requires_grad_(train_text and config.adapter.kind == "full")
+    if config.adapter.kind == "lora":
+        ranks = {part: int(rank) for part, rank in flat(config.adapter.ranks).items()}
+        every = [name for model in adapted.values() for name, _ in model.named_modules()]
+        require_parts("adapter.ranks", ranks, every)
+        for name, part in adapted.items():
+            add_lora(
+                part,
+                config.adapter.rank,
+                config.adapter.alpha,
+                dropout=config.adapter.dropout,
+                ranks=ranks,
+                rank_stabilized=config.adapter.rank_stabilized,
+                dora=config.adapter.dora,
+                target_modules=config.adapter.targets if part is unet else TEXT_TARGETS,
+                seed=fold(config.seed, f"{name} lora"),
+            )
+    for unused in text.unused() if text is not None else []:
+        unused.requires_grad_(False)
+    if config.model.gradient_checkpointing:
+        for part in adapted.values():
+            enable_gradient_checkpointing(part)
+    return adapted
+
+
+def make_fast(config: Config, world: World, unet: UNet2DConditionModel, notices: list[str]) -> bool:
+    """Lay weights out as they are fastest here, and use our kernels where they run: whether they do."""
+    is_fast = config.model.fast and fast.available(world.device)
+    if is_fast and (missing := fast.missing()):
+        notices.append(f"model.fast needs {missing}, which is not here: the U-Net runs as diffusers wrote it")
+        is_fast = False
+    channels_last = config.model.channels_last
+    if channels_last is None:
+        # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
+        gains = is_fast or world.device.type == "cpu"
+        channels_last = gains and config.optim.kind not in ORDERED and not config.adapter.dora
+    if channels_last and config.strategy.kind == "ddp":
+        unet.to(memory_format=torch.channels_last)
+    elif channels_last:
+        store_channels_last(unet)
+    if is_fast:
+        fast.make_fast(unet)
+    return is_fast
+
+
+def load_decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder | None:
+    """The autoencoder for sample grids, proven to be the one that made the latents.
+
+    Raises:
+        UserError: another autoencoder made them, or a named one can't be loaded.
+    """
+    named = config.model.vae or config.model.pretrained
+    shards = data.sources[0].shards
+    try:
+        source = named or data.encoder.locate(shards.root)
+        vae = load_autoencoder(source, revision=None if config.model.vae else config.model.revision)
+    except UserError as error:
+        if named is not None:
+            raise
+        remedy = "" if "model.vae" in str(error) else "; name the autoencoder with model.vae=..."
+        notices.append(f"no sample grids: {error}{remedy}")
+        return None
+    shards.manifest.require_encoder(encoder_sha256(vae), str(source))
+    return vae
+
+
+def trained_otherwise(config: Config) -> list[str]:
+    """A notice if the pretrained model's own scheduler says other than the run's settings."""
+    try:
+        own = load_scheduler(config.model.pretrained or "", config.model.revision)
+    except UserError:  # a U-Net alone is trained as well
+        return []
+    found = differences(own, asdict(config.model.scheduler), config.objective.prediction)
+    return [f"{config.model.pretrained} {'; '.join(found)}: it will have to learn this anew"] if found else []
