@@ -48,7 +48,7 @@ def test_a_run_keeps_its_ranks(pipeline: Path, overrides: list[str], command: Co
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("optim.lr_ratios.upblocks=2", "optim.lr_ratios.upblocks: nothing that is trained"),
+        ("optim.lr_ratios.upblocks=2", "optim.lr_ratios.upblocks: no part of what is trained"),
         ("optim.lr_ratios.up_blocks=-1", "optim.lr_ratios.up_blocks=-1 must not be negative"),
         ("adapter.ranks.up_blocks=1.5", "is no whole number"),
         ("adapter.ranks.up_blocks=much", "up_blocks=much is no number"),
