@@ -132,8 +132,10 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
             os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     if (size > 1 or uses_deepspeed) and not dist.is_initialized():
         if not launched:
-            os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            os.environ["MASTER_PORT"] = str(_free_port())
+            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+            alone["MASTER_PORT"] = str(_free_port())
+            os.environ |= alone
+            _SET.update(alone)
         store = _store(rank, world.timeout if bounds is None else datetime.timedelta(seconds=bounds.start_s))
         if bounds is not None and size > 1:
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -227,10 +229,13 @@ def _free_port() -> int:
 
 
 _LEFT: list[Any] = []  # process groups, kept to the end of the process
+_SET: set[str] = set()  # variables of the environment that a launcher would have set
 
 
 def stop() -> None:
     """Leave the process group."""
+    while _SET:  # another run of this process would take them for a launcher's
+        os.environ.pop(_SET.pop(), None)
     if dist.is_initialized():
         # Were DDP's reducer the group's last owner, it would wait for gloo's thread with the GIL held, which that
         # thread may want for the last broadcast's tensors: seen once, after a whole run. Python's own reference

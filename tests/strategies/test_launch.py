@@ -120,3 +120,13 @@ def test_processes_end_well_while_gloo_lets_go_of_the_last_tensors():
     env = environment() | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["let go", "[0, 0]"], done.stderr
+
+
+def test_a_process_alone_is_launched_by_nobody_after_a_run_under_zero(overrides, command):
+    """The next run in this process, of a sweep say, would take its rank and port for a launcher's."""
+    words = ["strategy=zero2", "train.precision=fp16"]  # which ends when ranks are joined
+    assert command("train", *overrides, *words) == (
+        2,
+        "error: train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp",
+    )
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & os.environ.keys()
