@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import math
+import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -39,6 +41,8 @@ _MAX_TRAILER = 16 << 20  # of zeros after the end mark that are looked through f
 # A gzip file may unpack to this many times its size (and always to 1 GiB): pictures hardly shrink, bombs do.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 30
 
+_UTF16_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
+_ODD = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes that Python has escaped since they are no UTF-8
 _GZIP = b"\x1f\x8b"
 _OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _KINDS = {
@@ -379,15 +383,36 @@ def text_of(data: bytes) -> str:
     Raises:
         ValueError: it is neither; the message says in which line, and what to do.
     """
-    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = data.decode(encoding)
+        text = data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
         line = text.count("\n", 0, text.find("\0")) if "\0" in text else None  # UTF-16 without its mark, or no text
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start)
     if line is not None:
-        raise ValueError(f"line {line + 1} is not UTF-8; convert it, as by `iconv -f latin1 -t utf-8`")
+        raise _no_text(line + 1)
     return text
+
+
+def lines_of(path: Path) -> Iterator[str]:
+    """The lines of such a file as they come, with their ends.
+
+    Raises:
+        ValueError: as `text_of`.
+    """
+    with path.open("rb") as file:
+        if file.read(2).startswith(_UTF16_MARKS):  # seldom, and small: not read line by line
+            file.seek(0)
+            yield from io.StringIO(text_of(file.read()), newline="")
+            return
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        for number, line in enumerate(lines, start=1):
+            if _ODD.search(line):
+                raise _no_text(number)
+            yield line
+
+
+def _no_text(line: int) -> ValueError:
+    return ValueError(f"line {line} is not UTF-8; convert it, as by `iconv -f latin1 -t utf-8`")
 
 
 def _unpacked_size(raw: IO[bytes], packed: int) -> int:

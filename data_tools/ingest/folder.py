@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import io
 import json
 import os
 from collections import Counter
@@ -51,7 +50,7 @@ from data_tools.ingest.common import (
     read_file,
 )
 from data_tools.labels import LabelFile
-from data_tools.tars import text_of
+from data_tools.tars import lines_of, text_of
 from finetune import UserError
 from finetune.data.shards import CLASSES, parse_classes
 from finetune.data.shards.images import PictureError
@@ -236,11 +235,7 @@ def _same(folder: str, name: str, others: Sequence[Path]) -> bool:
 
 
 def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
-    try:
-        text = text_of((root / path).read_bytes())
-    except ValueError as error:
-        raise UserError(f"{root / path}, {error}") from None
-    lines = io.StringIO(text, newline="" if path.suffix == ".csv" else None)
+    lines = _lines(root / path)
     rows = _csv_rows(root / path, lines) if path.suffix == ".csv" else _jsonl_rows(root / path, lines)
     for where, row in rows:
         name = row.pop("file_name", None)
@@ -254,6 +249,13 @@ def _read_metadata(root: Path, path: Path, metadata: dict[str, _Row]) -> None:
         known = metadata.setdefault(key, _Row(path.as_posix(), [], {}))  # a picture may have a row per caption
         known.captions = clean_captions([*known.captions, *captions])
         known.labels.update(labels)
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        yield from lines_of(path)
+    except ValueError as error:
+        raise UserError(f"{path}, {error}") from None
 
 
 def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
