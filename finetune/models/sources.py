@@ -182,13 +182,15 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
 
 
 def weights_digest(weights: Mapping[str, Tensor]) -> str:
-    """Tells weights from others at the speed of memory: sha256 over sorted names, shapes, and sums of their words.
+    """Tells weights from others at the speed of memory: sha256 over sorted names, shapes, and sums of 8-byte words.
 
-    `weights_sha256` takes seconds a gigabyte.
+    `weights_sha256` takes seconds a gigabyte. Words of 4 bytes would have to be widened one by one, at a twentieth
+    of this speed.
     """
-    words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     digest = hashlib.sha256()
     for name, weight in sorted(weights.items()):
-        total = int(weight.detach().contiguous().view(words[weight.element_size()]).sum(dtype=torch.int64))
+        data = weight.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        words = data[: len(data) // 8 * 8].view("<u8")
+        total = (int(words.sum()) + int(data[words.nbytes :].sum())) % 2**64
         digest.update(f"{name} {list(weight.shape)} {total}\n".encode())
     return digest.hexdigest()[:16]
