@@ -25,7 +25,7 @@ from torch import Tensor
 from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.zero import Moments, ShardedAdamW
-from finetune.checkpoint import find_fault, newest_whole, prune, publish, write_record
+from finetune.checkpoint import newest_whole, prune, publish, require_whole, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
 from finetune.models.weight_files import write_weights
@@ -111,10 +111,7 @@ def named(path: str) -> tuple[Path, dict[str, Any]]:
     Raises:
         UserError: it is not whole, or of another command.
     """
-    folder = Path(path)
-    fault = find_fault(folder)
-    if fault is not None:
-        raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
+    folder = require_whole(path)
     if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
         raise UserError(
             f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "

@@ -30,7 +30,15 @@ checkpoints     saves and restores a run: what happens when
 from finetune.checkpoint.checkpoints import Checkpoints, Progress
 from finetune.checkpoint.folder import RunFolder, require_shared
 from finetune.checkpoint.layout import Layout
-from finetune.checkpoint.record import find_fault, newest_whole, prune, publish, require_same, write_record
+from finetune.checkpoint.record import (
+    find_fault,
+    newest_whole,
+    prune,
+    publish,
+    require_same,
+    require_whole,
+    write_record,
+)
 
 __all__ = [
     "Checkpoints",
@@ -43,5 +51,6 @@ __all__ = [
     "publish",
     "require_same",
     "require_shared",
+    "require_whole",
     "write_record",
 ]

@@ -24,10 +24,10 @@ from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import (
     TEMPORARY,
-    find_fault,
     newest_whole,
     prune,
     publish,
+    require_whole,
     sum_files,
     write_record,
 )
@@ -487,15 +487,8 @@ class Checkpoints:
         return newest_whole(self.run)
 
     def named(self, path: str) -> Path:
-        """The checkpoint folder `path`.
-
-        Raises:
-            UserError: it is not whole, or not to be read.
-        """
-        fault = find_fault(Path(path))
-        if fault is not None:
-            raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
-        return Path(path)
+        """The checkpoint that `checkpoint.resume` names, see `require_whole`."""
+        return require_whole(path)
 
     def read(self, path: Path) -> Progress:
         """What a checkpoint says of its run."""

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +68,14 @@ def prune(run: Path, keep: int, step: int) -> None:
     """
     complete = complete_checkpoints(run)
     kept = [at for at in complete if at <= step][-keep:]
-    for old in (path for at, path in complete.items() if at not in kept):
-        # Renamed first: a kill in the middle of the removal leaves no half checkpoint under a good name.
-        doomed = old.with_name(f"{TEMPORARY}{old.name}")
-        os.replace(old, doomed)
+    remove(path for at, path in complete.items() if at not in kept)
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Remove finished folders. Renamed first: a kill in the midst of it leaves no half of one under a good name."""
+    for folder in folders:
+        doomed = folder.with_name(f"{TEMPORARY}{folder.name}")
+        os.replace(folder, doomed)
         shutil.rmtree(doomed)
 
 
@@ -96,6 +100,19 @@ def newest_whole(run: Path) -> Path | None:
             "another run.dir"
         )
     return None
+
+
+def require_whole(path: str) -> Path:
+    """The checkpoint folder that `checkpoint.resume` names.
+
+    Raises:
+        UserError: it is not whole.
+        UserError, OSError: it can't be judged (see `find_fault`).
+    """
+    fault = find_fault(Path(path))
+    if fault is not None:
+        raise UserError(f"checkpoint.resume={path} is no whole checkpoint: {fault}")
+    return Path(path)
 
 
 def find_fault(path: Path) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.checkpoint.record import TEMPORARY, FileSum, publish, write_record
+from finetune.checkpoint.record import TEMPORARY, FileSum, publish, remove, write_record
 from finetune.posthoc import SNAPSHOTS, complete_snapshots
 
 _KEPT = ("step", "images_seen", "latents")  # of a checkpoint's record
@@ -65,10 +65,7 @@ def prune_snapshots(run: Path, keep: int | None, began_at: int, made: Collection
     complete = complete_snapshots(run)
     own = [at for at in complete if at <= began_at or at in made]
     kept = own if keep is None else own[-keep:]
-    for old in (path for at, path in complete.items() if at not in kept):
-        doomed = old.with_name(f"{TEMPORARY}{old.name}")
-        os.replace(old, doomed)
-        shutil.rmtree(doomed)
+    remove(path for at, path in complete.items() if at not in kept)
 
 
 def _link(path: Path, target: Path) -> None:
