@@ -117,8 +117,7 @@ class Graphs:
         for shape in self.shapes.values():
             shape.graphs.clear()
         self.pool, self.idle_bytes, self.gradients = None, 0, []
-        gc.collect()
-        torch.cuda.empty_cache()
+        _give_back()
 
     def _are_held(self) -> bool:
         """Whether gradients so far lie where graphs leave them."""
@@ -180,8 +179,8 @@ class Graphs:
             del graph, after, inputs, args
             if self.is_off:
                 self._release()
-            gc.collect()
-            torch.cuda.empty_cache()
+            else:
+                _give_back()
             return False
         self.pool = graph.pool()
         self.idle_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle_bytes
@@ -192,3 +191,9 @@ class Graphs:
     def _put_back(self, gradients: list[Tensor | None]) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+
+def _give_back() -> None:
+    """Let the device have what nobody holds any more."""
+    gc.collect()
+    torch.cuda.empty_cache()
