@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from finetune import UserError
@@ -88,3 +89,20 @@ def test_a_model_that_the_hub_does_not_know(hub):
     hub(MissingError())
     with pytest.raises(UserError, match="no such folder, and no such model"):
         sources.fetch("someone/model", "unet")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(), (7,), (3, 4, 3, 3)])
+def test_a_digest_is_of_names_shapes_and_every_value(shape, dtype):
+    """Whatever the layout, and where the bytes are no whole words."""
+    numbers = torch.arange(1, 1 + torch.Size(shape).numel())
+    weight = numbers.view(shape).to(dtype)
+    digest = sources.weights_digest({"a": weight})
+    assert sources.weights_digest({"a": torch.cat([numbers[:1], numbers])[1:].view(shape).to(dtype)}) == digest
+    if len(shape) == 4:
+        assert sources.weights_digest({"a": weight.to(memory_format=torch.channels_last)}) == digest
+    for place in range(len(numbers)):
+        other = weight.clone()
+        other.view(-1)[place] += 1
+        assert sources.weights_digest({"a": other}) != digest
+    assert len({digest, sources.weights_digest({"b": weight}), sources.weights_digest({"a": weight[None]})}) == 3
