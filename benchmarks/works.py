@@ -146,7 +146,8 @@ class WithAdded(nn.Module):
 
 def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False) -> UNet2DConditionModel:
     """The U-Net on the CPU; what is trained requires gradients."""
-    unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train()
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws weights in no time
+        unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train().cpu()
     if adapter == "lora":
         unet.requires_grad_(False)
         add_lora(unet, RANK, float(RANK), seed=SEED)

@@ -7,6 +7,7 @@ kernels; its activations lie in memory of its own.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 import warnings
@@ -32,8 +33,8 @@ class _Shape:
 
     calls: int = 0
     is_bound: bool | None = None
-    # By whether it adds to gradients that were there before: (graph, its inputs, its output).
-    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Any], Tensor]] = field(default_factory=dict)
+    # By whether it adds to gradients that were there before: (graph, its inputs, its output, what `captured` gave).
+    graphs: dict[bool, tuple[torch.cuda.CUDAGraph, list[Any], Tensor, Any]] = field(default_factory=dict)
 
 
 class Graphs:
@@ -44,7 +45,8 @@ class Graphs:
             `parameters`, and returns a tensor. It must not wait for the device or depend on values on the host.
         parameters: those that it leaves gradients in.
         plain: called in its place where there is no graph; it may do more, such as take gradients away.
-        bound: a graph is made where launching takes that share of the time, or more.
+        captured: around a capture. What it gives is given to `left` with each replay, once that has been started:
+            there gradients may be taken away.
     """
 
     def __init__(
@@ -52,9 +54,11 @@ class Graphs:
         passes: Callable[..., Tensor],
         parameters: Iterable[nn.Parameter],
         plain: Callable[..., Tensor] | None = None,
-        bound: float = BOUND,
+        captured: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+        left: Callable[[Any], None] = lambda _: None,
     ) -> None:
-        self.passes, self.plain, self.parameters, self.bound = passes, plain or passes, list(parameters), bound
+        self.passes, self.plain, self.parameters = passes, plain or passes, list(parameters)
+        self.captured, self.left = captured, left
         self.shapes: dict[Any, _Shape] = {}
         self.pool: Any = None
         self.idle_bytes = 0  # of the pool: what activations take while a graph runs, and nothing else can use
@@ -80,12 +84,13 @@ class Graphs:
             adds = True
         if adds not in shape.graphs and not self._capture(shape, adds, leaves, spec):
             return self._plainly(shape, *args)
-        graph, inputs, output = shape.graphs[adds]
-        for held, given in zip(inputs, leaves, strict=True):
+        graph, inputs, output, given = shape.graphs[adds]
+        for held, leaf in zip(inputs, leaves, strict=True):
             if isinstance(held, Tensor):
-                held.copy_(given, non_blocking=True)
+                held.copy_(leaf, non_blocking=True)
         graph.replay()
         self._put_back(self.gradients)
+        self.left(given)
         return output.clone()
 
     @property
@@ -135,7 +140,7 @@ class Graphs:
         launched_s = time.perf_counter() - began
         end.record()
         end.synchronize()
-        shape.is_bound = launched_s > self.bound * start.elapsed_time(end) / 1e3
+        shape.is_bound = launched_s > BOUND * start.elapsed_time(end) / 1e3
         return output
 
     def _capture(self, shape: _Shape, adds: bool, leaves: list[Any], spec: Any) -> bool:
@@ -154,7 +159,10 @@ class Graphs:
         graph, output, failure = torch.cuda.CUDAGraph(), None, None
         try:
             # Other threads may take page-locked memory meanwhile: the loader, a checkpoint.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with (
+                self.captured() as given,
+                torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 try:
                     output = self.passes(*args)
                 except RuntimeError as error:
@@ -185,7 +193,7 @@ class Graphs:
         self.pool = graph.pool()
         self.idle_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle_bytes
         self.gradients = after
-        shape.graphs[adds] = graph, inputs, output
+        shape.graphs[adds] = graph, inputs, output, given
         return True
 
     def _put_back(self, gradients: list[Tensor | None]) -> None:

@@ -1,8 +1,9 @@
-"""Gradients summed over ranks while the backward pass goes on, for strategies that split masters over ranks.
+"""Gradients summed over ranks while the backward pass goes on.
 
-DeepSpeed's hooks take a tenth of a millisecond of the host for each parameter. A U-Net has 700 of them and a step
-of a third of a second, which the host spends half of on launching kernels: with those hooks the GPU waits for it.
-Here a hook counts, and a bucket of many gradients is copied, reduced and added to float32 sums by a few kernels.
+DeepSpeed's hooks take a tenth of a millisecond of the host for each parameter, and torch's DDP runs in backward
+passes, where no CUDA graph can follow. A U-Net has 700 parameters and a step of a third of a second, which the host
+spends half of on launching kernels: with DeepSpeed's hooks the GPU waits for it. Here a hook counts, and a bucket
+of many gradients is copied and reduced by a few kernels.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import contextlib
 import functools
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +24,8 @@ from finetune.distributed.world import World
 
 # torch 2.13 gave it a new name.
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+BUCKET_ELEMENTS = 50_000_000  # reduced at a time: a U-Net has 10 to 50 such buckets
 
 # (first element in what a rank gets of a bucket, elements, sum that they are added to, first element in that)
 _Run = tuple[int, int, Tensor, int]
@@ -46,25 +50,196 @@ class Piece:
         return math.prod(self.shape)
 
 
-@dataclass
-class _Bucket:
-    """Parameters, by number, whose gradients are reduced as one; `missing`: those that this pass hasn't come to."""
-
-    numbers: list[int]
-    runs: list[_Run]
-    missing: int = 0
-
-
-class Reduction:
-    """Sums of gradients over ranks and micro-batches, of which each rank keeps its pieces.
+class Reduction(ABC):
+    """Sums of gradients over ranks, bucket by bucket, while the backward pass goes on.
 
     Buckets are made of gradients in the order in which rank 0's first backward pass comes to them, and are reduced
     in that order on all ranks. A parameter without a gradient counts as zeros.
 
+    A CUDA graph leaves gradients without Python's doing. Within `captured` they leave marks in it, by which
+    `reduce_left` reduces each bucket while the graph's later kernels run.
+
+    Args:
+        sizes: elements of each of `parameters`, which themselves may be in pieces.
+        bucket_elements: of a bucket, unless one parameter has more.
+        they_come: gradients are whole as soon as autograd has made them; else after the pass.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        parameters: Sequence[nn.Parameter],
+        sizes: Sequence[int],
+        bucket_elements: int,
+        they_come: bool = True,
+    ) -> None:
+        self.world, self.bucket_elements = world, bucket_elements
+        self.parameters, self.sizes = list(parameters), list(sizes)
+        self.buckets: list[list[int]] = []  # numbers of parameters
+        self._bucket_of: list[int] = []  # by number of the parameter
+        self._missing: list[int] = []  # by number of the bucket: gradients that this pass hasn't come to
+        self._order: dict[int, None] = {}  # numbers of parameters, as the first pass comes to them
+        self._gradients: dict[int, Tensor] = {}  # by number of the parameter: to be reduced
+        self._taken: set[int] = set()  # numbers of parameters whose gradients were among those in this pass
+        self._is_on = False
+        self._next = 0  # the first bucket that is not reduced yet
+        self._marks: list[torch.cuda.Event | None] | None = None  # of a capture
+        on_gpu = world.device.type == "cuda" and world.size > 1
+        # Peers wait for a rank's collectives: they go before the pass's kernels.
+        self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
+        if they_come:
+            for number, parameter in enumerate(self.parameters):
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._comes, number=number))
+
+    @abstractmethod
+    def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
+        """Sum a bucket's gradients, which stand in the order of its numbers, over ranks. Collective."""
+
+    @contextlib.contextmanager
+    def of_a_pass(self, *, reduces: bool = True) -> Iterator[None]:
+        """Around a forward and backward pass, whose gradients are reduced, or stay where they are. Collective."""
+        self._missing = [len(bucket) for bucket in self.buckets]
+        self._gradients.clear()  # of a pass that failed
+        self._taken.clear()
+        self._is_on, self._next = reduces, 0
+        try:
+            yield
+            if not self.buckets:
+                self._make_buckets()
+            if reduces:
+                self._reduce_rest()
+        finally:
+            self._is_on = False
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[list[torch.cuda.Event | None]]:
+        """Around a pass that a CUDA graph is made of: by bucket, what tells in each replay that it is complete."""
+        self._missing = [len(bucket) for bucket in self.buckets]
+        self._marks = [None] * len(self.buckets)
+        try:
+            yield self._marks
+        finally:
+            self._marks = None
+
+    def reduce_left(self, marks: Sequence[torch.cuda.Event | None]) -> None:
+        """Reduce what a graph, whose replay has been started, leaves as gradients. Collective."""
+        if self._stream is None or not marks:
+            with self.of_a_pass():
+                return
+        for bucket, mark in enumerate(marks):
+            if mark is None:
+                self._stream.wait_stream(torch.cuda.current_stream())
+            else:
+                self._stream.wait_event(mark)
+            gradients = []
+            for number in self.buckets[bucket]:
+                gradients.append(self.parameters[number].grad)
+                self.parameters[number].grad = None
+            with torch.cuda.stream(self._stream):
+                self._reduce(bucket, gradients)
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def _comes(self, parameter: Tensor, *, number: int) -> None:
+        if not self.buckets:
+            self._order[number] = None
+        elif self._marks is not None and self._stream is not None:
+            bucket = self._bucket_of[number]
+            self._missing[bucket] -= 1
+            if not self._missing[bucket]:
+                mark = torch.cuda.Event(external=True)  # type: ignore[call-arg]
+                mark.record()
+                self._marks[bucket] = mark
+        if self._is_on:  # else the gradient stays, and the next is added to it
+            self._take(parameter, number)
+
+    def _take(self, parameter: Tensor, number: int) -> None:
+        assert parameter.grad is not None and number not in self._taken
+        self._gradients[number], parameter.grad = parameter.grad, None
+        self._taken.add(number)
+        if self.buckets:
+            self._missing[self._bucket_of[number]] -= 1
+            while self._next < len(self.buckets) and not self._missing[self._next]:
+                self._reduce_next()
+
+    def _reduce_rest(self) -> None:
+        for number, parameter in enumerate(self.parameters):
+            if parameter.grad is not None and number not in self._taken:  # of an earlier micro-batch alone
+                self._take(parameter, number)
+        while self._next < len(self.buckets):
+            self._reduce_next()
+
+    def _reduce_next(self) -> None:
+        numbers = self.buckets[self._next]
+        self._next += 1
+        self._reduce(self._next - 1, [self._gradients.pop(number, None) for number in numbers])
+
+    def _make_buckets(self) -> None:
+        every = range(len(self.parameters))
+        order = self.world.broadcast([*self._order, *(n for n in every if n not in self._order)])
+        groups: list[list[int]] = []
+        elements = self.bucket_elements
+        for number in order:
+            size = self.sizes[number]
+            if elements + size > self.bucket_elements:
+                groups.append([])
+                elements = 0
+            groups[-1].append(number)
+            elements += size
+        # Neighbours in the model are neighbours in the sums: few runs.
+        self.buckets = [sorted(group) for group in groups]
+        of_numbers = {number: index for index, bucket in enumerate(self.buckets) for number in bucket}
+        self._bucket_of = [of_numbers[number] for number in every]
+        self._missing = [len(bucket) for bucket in self.buckets]
+        for number in self._gradients:  # those that came before there were any
+            self._missing[self._bucket_of[number]] -= 1
+
+    @contextlib.contextmanager
+    def _beside(self, flat: Tensor) -> Iterator[None]:
+        """On the stream of collectives, once `flat` is filled."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        flat.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def _empty(self, elements: int) -> Tensor:
+        return torch.empty(elements, dtype=self.parameters[0].dtype, device=self.world.device)
+
+
+class WholeReduction(Reduction):
+    """Each rank gets all sums, as its parameters' gradients: data parallelism."""
+
+    def __init__(
+        self, world: World, parameters: Sequence[nn.Parameter], bucket_elements: int, they_come: bool = True
+    ) -> None:
+        super().__init__(world, parameters, [p.numel() for p in parameters], bucket_elements, they_come)
+
+    @torch.no_grad()
+    def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
+        numbers = self.buckets[bucket]
+        sizes = [self.sizes[number] for number in numbers]
+        flat = self._empty(sum(sizes))
+        # A gradient lies in memory as its parameter does: channels-last, say.
+        parameters = [self.parameters[number] for number in numbers]
+        pairs = zip(flat.split(sizes), parameters, strict=True)
+        parts = [part.as_strided(p.size(), p.stride()) for part, p in pairs]
+        _fill(parts, gradients)
+        with self._beside(flat):
+            self.world.sum_(flat)
+        for parameter, part in zip(parameters, parts, strict=True):
+            parameter.grad = part
+
+
+class SplitReduction(Reduction):
+    """Each rank keeps its pieces of the sums over ranks and micro-batches: ZeRO 1 and 2.
+
     Args:
         pieces: for each of `parameters`, which stand in the order in which pieces lie in their keys.
         keys: flat tensors; a sum is shaped like each.
-        bucket_elements: of a bucket, unless one parameter has more.
     """
 
     def __init__(
@@ -75,38 +250,10 @@ class Reduction:
         keys: Sequence[Tensor],
         bucket_elements: int,
     ) -> None:
-        self.world, self.bucket_elements = world, bucket_elements
-        self.parameters, self.pieces, self.keys = list(parameters), list(pieces), list(keys)
+        super().__init__(world, parameters, [piece.numel for piece in pieces], bucket_elements)
+        self.pieces, self.keys = list(pieces), list(keys)
         self.sums: dict[int, Tensor] | None = None  # by id of the key; none between a step and the next pass
-        self.buckets: list[_Bucket] = []
-        self._bucket_of: list[_Bucket] = []  # of each parameter
-        self._gradients: dict[int, Tensor] = {}  # by number of the parameter, in order of arrival
-        self._is_on = False
-        self._next = 0  # the first bucket that is not reduced yet
-        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" and world.size > 1 else None
-        for number, parameter in enumerate(self.parameters):
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._came, number=number))
-
-    @contextlib.contextmanager
-    def of_a_pass(self) -> Iterator[None]:
-        """Within it gradients of a backward pass are reduced and added to the sums. Collective."""
-        for bucket in self.buckets:
-            bucket.missing = len(bucket.numbers)
-        self._gradients.clear()  # of a pass that failed
-        self._is_on, self._next = True, 0
-        try:
-            yield
-            for number, parameter in enumerate(self.parameters):
-                if parameter.grad is not None:  # of an earlier micro-batch alone
-                    self._came(parameter, number=number)
-            if not self.buckets:
-                self._make_buckets()
-            while self._next < len(self.buckets):
-                self._reduce_next()
-        finally:
-            self._is_on = False
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+        self.runs: list[list[_Run]] = []  # of each bucket
 
     def take(self) -> list[Tensor]:
         """The sums, one for each key, which are given up."""
@@ -115,32 +262,9 @@ class Reduction:
         self.sums = None
         return [sums[id(key)] for key in self.keys]
 
-    def _came(self, parameter: Tensor, *, number: int) -> None:
-        if not self._is_on:
-            return  # the gradient stays, and the next is added to it
-        assert parameter.grad is not None and number not in self._gradients
-        self._gradients[number], parameter.grad = parameter.grad, None
-        if self.buckets:
-            self._bucket_of[number].missing -= 1
-            while self._next < len(self.buckets) and not self.buckets[self._next].missing:
-                self._reduce_next()
-
     def _make_buckets(self) -> None:
-        came = list(self._gradients)
-        order = self.world.broadcast([*came, *(n for n in range(len(self.parameters)) if n not in self._gradients)])
-        groups: list[list[int]] = []
-        elements = self.bucket_elements
-        for number in order:
-            size = self.pieces[number].numel
-            if elements + size > self.bucket_elements:
-                groups.append([])
-                elements = 0
-            groups[-1].append(number)
-            elements += size
-        # Neighbours in the model are neighbours in the sums: few runs.
-        self.buckets = [_Bucket(sorted(group), self._runs(sorted(group))) for group in groups]
-        of_numbers = {number: bucket for bucket in self.buckets for number in bucket.numbers}
-        self._bucket_of = [of_numbers[number] for number in range(len(self.parameters))]
+        super()._make_buckets()
+        self.runs = [self._runs(bucket) for bucket in self.buckets]
 
     def _runs(self, numbers: Sequence[int]) -> list[_Run]:
         runs: list[_Run] = []
@@ -159,19 +283,13 @@ class Reduction:
         return runs
 
     @torch.no_grad()
-    def _reduce_next(self) -> None:
-        bucket = self.buckets[self._next]
-        self._next += 1
-        if self.sums is None:
-            self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
-        pieces = [self.pieces[number] for number in bucket.numbers]
-        flat = self._flat(pieces, [self._gradients.pop(number, None) for number in bucket.numbers])
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-            flat.record_stream(self._stream)
-        with torch.cuda.stream(self._stream) if self._stream is not None else contextlib.nullcontext():
+    def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
+        flat = self._flat([self.pieces[number] for number in self.buckets[bucket]], gradients)
+        with self._beside(flat):
             mine = self._summed(flat)
-            for first, count, key, offset in bucket.runs:
+            if self.sums is None:
+                self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
+            for first, count, key, offset in self.runs[bucket]:
                 self.sums[id(key)][offset : offset + count].add_(mine[first : first + count])
 
     def _place(self, piece: Piece) -> int:
@@ -193,12 +311,9 @@ class Reduction:
         """What this rank gets, summed over ranks."""
         return self.world.sum_(flat)
 
-    def _empty(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.parameters[0].dtype, device=self.world.device)
 
-
-class ScatteredReduction(Reduction):
-    """Where each rank keeps an equal piece of each parameter: it gets those alone."""
+class ScatteredReduction(SplitReduction):
+    """Each rank keeps an equal piece of each parameter, and gets those alone: ZeRO 3."""
 
     def _place(self, piece: Piece) -> int:
         return 0

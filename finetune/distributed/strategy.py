@@ -25,6 +25,7 @@ from finetune import UserError
 from finetune.distributed import optimizers
 from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer, matrix_of
+from finetune.distributed.reduction import BUCKET_ELEMENTS, WholeReduction
 from finetune.distributed.world import World
 
 if TYPE_CHECKING:
@@ -407,12 +408,21 @@ def _groups_of(pieces: Sequence[tuple[Shard, Tensor]], limit: int) -> Iterator[l
         yield group
 
 
+@torch.no_grad()
+def _make_equal(module: nn.Module) -> None:
+    """Give all ranks rank 0's weights and buffers. Collective."""
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        whole = tensor.detach().contiguous()
+        dist.broadcast(whole, src=0)
+        tensor.copy_(whole)
+
+
 class DataParallel(Strategy):
-    """Whole weights on every rank, in float32; gradients are averaged by torch's DDP, passes run in autocast.
+    """Whole weights on every rank, in float32, all as rank 0's at first; passes run in autocast.
 
     Args:
         graphs: on a GPU, let micro-batches that wait for the host run as CUDA graphs (see `Graphs`).
-        casts_once: with one rank, weights are cast once a step (see `Copies`): on a GPU by kernels of ours.
+        casts_once: weights are cast once a step (see `Copies`): on a GPU by kernels of ours.
     """
 
     def __init__(
@@ -431,24 +441,27 @@ class DataParallel(Strategy):
         module.to(world.device)
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision == "fp16")
-        self.wrapped: nn.Module = module
-        if world.size > 1:
-            self.wrapped = nn.parallel.DistributedDataParallel(
-                module,
-                device_ids=[world.device] if world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
-        # Over several ranks DDP's own hooks run in backward passes: a graph would leave them out, and they wait for
-        # gradients of the weights themselves.
         self.copies: Copies | None = None
-        if casts_once and self.dtype is not None and world.size == 1:
+        if casts_once and self.dtype is not None:
             from finetune.distributed.copies import Copies  # takes seconds
 
             self.copies = Copies(module, self.parameters.values(), self.dtype)
-        graphs = graphs and world.device.type == "cuda" and world.size == 1
-        self.graphs = Graphs(self._passes, self.parameters.values()) if graphs else None
+        self.reduction: WholeReduction | None = None
+        self._reduces = True  # whether this micro-batch's gradients are reduced after it
+        if world.size > 1:
+            _make_equal(module)
+            trained = list(self.parameters.values())
+            # Copies add to gradients by themselves.
+            self.reduction = WholeReduction(world, trained, BUCKET_ELEMENTS, they_come=self.copies is None)
+        if graphs and world.device.type == "cuda":
+            self.graphs = Graphs(
+                self._passes,
+                self.parameters.values(),
+                self._reduced_passes,
+                contextlib.nullcontext if self.reduction is None else self.reduction.captured,
+                self._reduce_left,
+            )
         self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
         if optimizer.kind == "adafactor":
             self.keys = {name: matrix_of(p) for name, p in self.parameters.items()}
@@ -466,19 +479,25 @@ class DataParallel(Strategy):
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
         if self.copies is not None:
             self.copies.renew()
-        if self.graphs is not None:
-            return self.graphs(args, global_batch)
-        synced = last or self.world.size == 1
-        with contextlib.nullcontext() if synced else self.wrapped.no_sync():  # type: ignore[operator]
+        self._reduces = last
+        return (self.graphs or self._reduced_passes)(args, global_batch)
+
+    def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
+        if self.reduction is None:
             return self._passes(args, global_batch)
+        with self.reduction.of_a_pass(reduces=self._reduces):
+            return self._passes(args, global_batch)
+
+    def _reduce_left(self, marks: Any) -> None:
+        if self.reduction is not None and self._reduces:
+            self.reduction.reduce_left(marks)
 
     def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         with contextlib.nullcontext() if self.copies is None else self.copies.in_use():
             with self._autocast():
-                loss_B = self.wrapped(*args)
+                loss_B = self.module(*args)
             total = loss_B.float().sum()
-            # DDP averages over ranks; what is wanted is the sum over all samples by their number.
-            self.scaler.scale(total * (self.world.size / global_batch)).backward()
+            self.scaler.scale(total * (1 / global_batch)).backward()
         return total.detach()
 
     def step(self, lr: float) -> StepStats:

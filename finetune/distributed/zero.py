@@ -18,9 +18,9 @@ from finetune import UserError, by_all
 from finetune.distributed import optimizers
 from finetune.distributed.files import in_file
 from finetune.distributed.gathering import Gathering
-from finetune.distributed.graphs import BOUND, Graphs
+from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
-from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
+from finetune.distributed.reduction import BUCKET_ELEMENTS, Piece, ScatteredReduction, SplitReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement
 from finetune.models.layout import stored_channels_last
@@ -36,7 +36,6 @@ GATHERED_WHOLE = (
     "CLIPEncoderLayer",
     "CLIPTextEmbeddings",  # looks at a weight's shape before the layer that holds it is called
 )
-_BUCKET_ELEMENTS = 50_000_000  # of gradients that are reduced at a time: a U-Net has 10 to 50 such buckets
 
 
 class ZeRO(Strategy):
@@ -55,7 +54,7 @@ class ZeRO(Strategy):
         stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
         offload: masters and moments (under stage 3 weights as well) stay in host memory, and the update runs there.
         graphs: on a GPU, under stages 1 and 2 without offload, let micro-batches that wait for the host run as CUDA
-            graphs (see `Graphs`). Gradients are then reduced after the backward pass, not beside it.
+            graphs (see `Graphs`).
         offload_folder: under stage 3, masters and moments lie in files there instead (see `in_file`).
 
     Raises:
@@ -89,10 +88,10 @@ class ZeRO(Strategy):
             "stage": stage,
             "overlap_comm": on_gpu,
             "contiguous_gradients": True,
-            "reduce_bucket_size": _BUCKET_ELEMENTS,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
             "memory_efficient_linear": False,
-            "sub_group_size": 4
-            * _BUCKET_ELEMENTS,  # stage 3 steps that many at a time, with copies of their gradients
+            # Stage 3 steps that many at a time, with copies of their gradients.
+            "sub_group_size": 4 * BUCKET_ELEMENTS,
         }
         if offload:
             zero["offload_optimizer"] = in_host_memory
@@ -145,16 +144,17 @@ class ZeRO(Strategy):
         ]
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
             shard.master.copy_(shard.piece_of(exact[shard.name]))
-        self.reduction: Reduction | None = None
+        self.reduction: SplitReduction | None = None
         self.gathering: Gathering | None = None
         self._reduces = True  # whether this micro-batch's gradients are reduced after it
         if not offload:
             self._take_over(parameters)
         # A graph would keep the loss scale of fp16, which changes.
         if graphs and on_gpu and stage < 3 and not offload and precision != "fp16":
-            # Over several ranks a graph also costs the time of reductions, which plain passes hide.
-            bound = BOUND if world.size == 1 else 0.9
-            self.graphs = Graphs(self._passes, parameters.values(), self._reduced_passes, bound)
+            assert self.reduction is not None
+            self.graphs = Graphs(
+                self._passes, parameters.values(), self._reduced_passes, self.reduction.captured, self._reduce_left
+            )
         optimizers.start(self.optimizer, self._keys, optimizer)
         if offload_folder is not None:
             self._to_files(offload_folder, "moments")
@@ -185,9 +185,9 @@ class ZeRO(Strategy):
         pieces = {shard.name: self._piece(shard, parameters[shard.name]) for shard in self.shards}
         groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
         ordered = [p for group in groups for p in group if id(p) in of_names]
-        kind = ScatteredReduction if self.stage == 3 else Reduction
+        kind = ScatteredReduction if self.stage == 3 else SplitReduction
         self.reduction = kind(
-            self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, _BUCKET_ELEMENTS
+            self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, BUCKET_ELEMENTS
         )
         if self.stage == 3:
             for hook in self.zero._leaf_module_hooks:
@@ -277,18 +277,17 @@ class ZeRO(Strategy):
                 self.engine.step()  # counts the micro-batch
             return total.detach()
         self._reduces = self.stage > 1 or last
-        if self.graphs is None:
-            return self._reduced_passes(args, global_batch)
-        total = self.graphs(args, global_batch)
-        if self._reduces and any(p.grad is not None for p in self.reduction.parameters):
-            with self.reduction.of_a_pass():  # a graph has left them
-                pass
-        return total
+        return (self.graphs or self._reduced_passes)(args, global_batch)
 
     def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         assert self.reduction is not None
-        with self.reduction.of_a_pass() if self._reduces else contextlib.nullcontext(), self._gathered():
+        with self.reduction.of_a_pass(reduces=self._reduces), self._gathered():
             return self._passes(args, global_batch)
+
+    def _reduce_left(self, marks: Any) -> None:
+        if self._reduces:
+            assert self.reduction is not None
+            self.reduction.reduce_left(marks)
 
     def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         total = self.module(*args).float().sum()

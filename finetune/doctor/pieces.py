@@ -129,11 +129,9 @@ def strategy_of(context: Context) -> tuple[str, int, int, int]:
         engine = strategy.engine
         return "zero", int(engine.zero_optimization_stage()), int(engine.global_rank), int(engine.dp_world_size)
     if isinstance(strategy, DataParallel):
-        wrapped: Any = strategy.wrapped
-        group = getattr(wrapped, "process_group", None)
-        if group is not None:
-            return "ddp", 0, dist.get_rank(group), dist.get_world_size(group)
-        return "ddp", 0, 0, 1  # not wrapped: gradients stay on this rank
+        if strategy.reduction is not None:
+            return "ddp", 0, dist.get_rank(), dist.get_world_size()
+        return "ddp", 0, 0, 1  # gradients stay on this rank
     raise UserError(f"{type(strategy).__name__} is no strategy that the doctor knows")
 
 

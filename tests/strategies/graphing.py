@@ -1,26 +1,30 @@
-"""ZeRO's micro-batches by CUDA graphs, on a device that is played on the CPU, beside plain ones.
+"""Micro-batches by CUDA graphs under each strategy that has them, beside plain ones, on a device played on the CPU.
 
     torchrun --nproc_per_node N tests/strategies/graphing.py
 
-Prints a JSON line for each stage, and for graphs on all ranks or on the first alone: whether losses and masters are
-those of plain passes, bit for bit, how many graphs each rank replayed, and how many nodes that gather gradients
-outlive a pass. A capture needs nodes of its own: those from before are of the default stream.
+Prints a JSON line for each strategy, and for graphs on all ranks or on the first alone: whether losses and masters
+are those of plain passes, bit for bit, how many graphs each rank replayed, and how many nodes that gather gradients
+outlive a pass. A capture needs nodes of its own: those from before are of the default stream. `ddp_once` casts its
+weights once a step, and trains what `ddp` does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import _get_grad_fn_or_grad_acc as get_node
 
 from finetune import distributed
-from finetune.distributed import World, ZeRO
+from finetune.distributed import Strategy, World
 from finetune.distributed.graphs import Graphs
 from tests.strategies.skipping import make
 from tests.strategies.test_graphs import Device, play
@@ -28,14 +32,20 @@ from tests.strategies.test_graphs import Device, play
 STEPS = 12
 
 
-def by_graphs(strategy: ZeRO, device: Device) -> None:
-    parameters = strategy.reduction.parameters
-    strategy.graphs = Graphs(device.watch(strategy._passes, parameters), parameters, strategy._reduced_passes)
+def by_graphs(strategy: Any, device: Device) -> None:
+    parameters = parameters_of(strategy)
+    captured = contextlib.nullcontext if strategy.reduction is None else strategy.reduction.captured
+    passes = device.watch(strategy._passes, parameters)
+    strategy.graphs = Graphs(passes, parameters, strategy._reduced_passes, captured, strategy._reduce_left)
 
 
-def surviving_nodes(strategy: ZeRO) -> int:
+def parameters_of(strategy: Any) -> list[nn.Parameter]:
+    return list(strategy.parameters.values()) if strategy.reduction is None else strategy.reduction.parameters
+
+
+def surviving_nodes(strategy: Strategy) -> int:
     """Autograd makes a parameter's node when a pass needs it, and again when nobody has kept it."""
-    forward, parameters = strategy.module.forward, strategy.reduction.parameters
+    forward, parameters = strategy.module.forward, parameters_of(strategy)
 
     def marked(*args: torch.Tensor) -> torch.Tensor:
         for parameter in parameters:
@@ -48,7 +58,7 @@ def surviving_nodes(strategy: ZeRO) -> int:
     return sum("was here" in get_node(parameter).metadata for parameter in parameters)
 
 
-def step(strategy: ZeRO, number: int) -> list[float]:
+def step(strategy: Strategy, number: int) -> list[float]:
     """Two micro-batches, in some steps of other shapes."""
     world, rows = strategy.world, 3 if number % 4 == 3 else 2
     losses = []
@@ -61,7 +71,7 @@ def step(strategy: ZeRO, number: int) -> list[float]:
 
 
 def examine(world: World, kind: str, who: str) -> dict[str, object]:
-    plain, _ = make(world, kind, "bf16")
+    plain, _ = make(world, kind.removesuffix("_once"), "bf16")
     ours, _ = make(world, kind, "bf16")
     with pytest.MonkeyPatch.context() as patch:
         device = play(patch)
@@ -80,7 +90,7 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
 
 def main() -> None:
     world = distributed.start("cpu", uses_deepspeed=True)
-    for kind in ("zero1", "zero2"):
+    for kind in ("ddp", "ddp_once", "zero1", "zero2"):
         for who in ("all", "first"):
             row = examine(world, kind, who)
             if world.is_main:

@@ -37,13 +37,13 @@ class Net(nn.Module):
 def make(world: World, kind: str, precision: str) -> tuple[Strategy, dict[str, Tensor]]:
     torch.manual_seed(0)
     net = Net()
-    if kind != "ddp":
+    if kind.startswith("zero"):
         store_channels_last(net)
     given = {name: p.detach().clone() for name, p in net.named_parameters()}
     groups = [ParamGroup("net", dict(net.named_parameters()))]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": 0.1, "precision": precision}
-    if kind == "ddp":
-        return DataParallel(world, net, groups, **common), given
+    if kind.startswith("ddp"):
+        return DataParallel(world, net, groups, **common, casts_once=kind == "ddp_once"), given
     offload = kind.endswith("_offload")
     zero = ZeRO(world, net, groups, **common, stage=int(kind[4]), offload=offload, micro_batch=2, accumulation=2)
     return zero, given

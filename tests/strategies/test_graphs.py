@@ -512,16 +512,16 @@ def test_a_training_is_the_same_bit_for_bit(overrides, tmp_path, device, setting
     assert all(torch.equal(one, other) for one, other in zip(others, weights, strict=True))
 
 
-# --- under ZeRO -------------------------------------------------------------------------------------
+# --- over ranks -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_zero_reduces_what_a_graph_has_left(processes):
+def test_what_a_graph_has_left_is_reduced(processes):
     """All ranks by graphs, or one of them alone: to the bits of plain passes, with as many collectives."""
     lines = spawn(processes, Path(__file__).parent / "graphing.py").splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(row["strategy"], row["who"]) for row in rows] == [
-        (kind, who) for kind in ("zero1", "zero2") for who in ("all", "first")
+        (kind, who) for kind in ("ddp", "ddp_once", "zero1", "zero2") for who in ("all", "first")
     ]
     for row in rows:
         assert row["same"] == [True] * processes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distributed import World, reduction
-from finetune.distributed.reduction import Piece, Reduction, ScatteredReduction
+from finetune.distributed.reduction import Piece, ScatteredReduction, SplitReduction
 
 SHAPES = [(5, 3), (7,), (4, 2, 3), (1,), (6, 6), (11,)]
 
@@ -93,7 +93,7 @@ def played(monkeypatch):
     return make
 
 
-KINDS = [(Reduction, split_as_one), (ScatteredReduction, split_each)]
+KINDS = [(SplitReduction, split_as_one), (ScatteredReduction, split_each)]
 
 
 @pytest.mark.parametrize(("kind", "split"), KINDS, ids=["as_one", "each"])
@@ -124,19 +124,19 @@ def test_a_parameter_without_a_gradient_counts_as_zeros(played, kind, split):
 
 
 def test_buckets_follow_the_first_pass_and_keep_its_order(played):
-    one = played(Reduction, split_as_one, 2, 0)
+    one = played(SplitReduction, split_as_one, 2, 0)
     gradients = [torch.ones(shape) for shape in SHAPES]
     first = [5, 4, 3, 2, 1, 0]
     one.run(first, gradients)
     sizes = list(one.collectives)
-    assert [bucket.numbers for bucket in one.reduction.buckets] == [[5], [3, 4], [1, 2], [0]]
+    assert one.reduction.buckets == [[5], [3, 4], [1, 2], [0]]
     one.collectives.clear()
     one.run([0, 1, 2, 3, 4, 5], gradients)  # a rank whose gradients come otherwise reduces as the others do
     assert one.collectives == sizes
 
 
 def test_buckets_are_reduced_while_gradients_still_come(played):
-    one = played(Reduction, split_as_one, 2, 0)
+    one = played(SplitReduction, split_as_one, 2, 0)
     gradients = [torch.ones(shape) for shape in SHAPES]
     order = [5, 4, 3, 2, 1, 0]
     one.run(order, gradients)
@@ -152,7 +152,7 @@ def test_buckets_are_reduced_while_gradients_still_come(played):
 
 def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
     """As those of stage 1 before a step's last micro-batch."""
-    one = played(Reduction, split_as_one, 2, 1)
+    one = played(SplitReduction, split_as_one, 2, 1)
     gradients = [torch.full(shape, 2.0) for shape in SHAPES]
     for number, gradient in enumerate(gradients):
         (one.parameters[number] * gradient).sum().backward()
@@ -162,7 +162,7 @@ def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
 
 
 def test_gradients_that_only_an_earlier_micro_batch_came_to_are_reduced_as_well(played):
-    one = played(Reduction, split_as_one, 2, 0)
+    one = played(SplitReduction, split_as_one, 2, 0)
     gradients = [torch.full(shape, 2.0) for shape in SHAPES]
     for _ in range(2):  # before buckets are known, and after
         (one.parameters[3] * gradients[3]).sum().backward()
@@ -172,6 +172,6 @@ def test_gradients_that_only_an_earlier_micro_batch_came_to_are_reduced_as_well(
 
 
 def test_neighbours_are_added_at_once(played):
-    one = played(Reduction, split_as_one, 1, 0, 10_000)
+    one = played(SplitReduction, split_as_one, 1, 0, 10_000)
     one.run([3, 0, 5, 1, 4, 2], [torch.ones(shape) for shape in SHAPES])
-    assert len(one.reduction.buckets) == 1 and len(one.reduction.buckets[0].runs) == 2  # one for each key
+    assert len(one.reduction.buckets) == 1 and len(one.reduction.runs[0]) == 2  # one for each key
