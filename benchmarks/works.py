@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -146,8 +147,10 @@ class WithAdded(nn.Module):
 
 def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False) -> UNet2DConditionModel:
     """The U-Net on the CPU; what is trained requires gradients."""
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # a GPU draws weights in no time
-        unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train().cpu()
+    on_gpu = torch.cuda.is_available()  # it draws weights in no time
+    with torch.device("cuda") if on_gpu else contextlib.nullcontext():
+        unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train()
+    unet = unet.cpu() if on_gpu else unet
     if adapter == "lora":
         unet.requires_grad_(False)
         add_lora(unet, RANK, float(RANK), seed=SEED)

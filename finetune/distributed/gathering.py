@@ -61,7 +61,7 @@ class Gathering:
                 block.register_full_backward_pre_hook(functools.partial(self._enter_backward, number=number))
                 self.blocks.append(found)
         gathered = {id(p) for block in self.blocks for p in block}
-        self.kept = [p for p in module.parameters() if id(p) not in gathered]
+        self.kept: list[Any] = [p for p in module.parameters() if id(p) not in gathered]
         for number in range(len(self.blocks)):
             self._release(number)
 
@@ -78,6 +78,8 @@ class Gathering:
         finally:
             for number in list(self._whole):
                 self._release(number)
+            if self._stream is not None:  # a block that came for nothing
+                torch.cuda.current_stream().wait_stream(self._stream)
 
     def _pack(self, saved: Tensor) -> Any:
         """In place of a weight, or a view of one, where it lies in the parameter: its memory is given back."""
@@ -86,8 +88,14 @@ class Gathering:
 
     @torch.no_grad()
     def renew(self) -> None:
-        """Gather what is kept anew: its pieces have changed. Collective."""
-        self._gather(self.kept)
+        """Gather what is kept anew, where it lies: its pieces have changed. Collective."""
+        whole = self._joined([p.ds_tensor.data for p in self.kept])
+        for p, data in zip(self.kept, whole, strict=True):
+            data = data[: p.ds_numel].view(p.ds_shape)
+            if self.world.size > 1 and p.data.numel() == p.ds_numel:
+                p.data.copy_(data)
+            else:
+                self._give(p, data)
 
     def _enter_backward(self, *_: Any, number: int) -> None:
         self._backward = True
@@ -126,12 +134,14 @@ class Gathering:
 
     def _gather(self, parameters: Sequence[Any]) -> None:
         """Give the parameters their whole data, on the current stream."""
+        for p, data in zip(parameters, self._joined([p.ds_tensor.data for p in parameters]), strict=True):
+            self._give(p, data[: p.ds_numel].view(p.ds_shape))
+
+    def _give(self, parameter: Any, data: Tensor) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        pieces = [p.ds_tensor.data for p in parameters]
-        for p, whole in zip(parameters, self._joined(pieces), strict=True):
-            p.data = whole[: p.ds_numel].view(p.ds_shape)
-            p.ds_status = ZeroParamStatus.AVAILABLE
+        parameter.data = data
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
 
     def _joined(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """All ranks' pieces of each parameter, one behind the other; of a single rank the pieces themselves."""

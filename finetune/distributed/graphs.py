@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from finetune import UserError, first_line
+from finetune.distributed.world import World, release_at_stop
 
 _WARM_UP = 3  # calls of one shape that compile and choose kernels
 # Launching takes this share of the kernels' time, or more. Kernels of a U-Net's deepest levels wait for the host
@@ -47,6 +48,7 @@ class Graphs:
         plain: called in its place where there is no graph; it may do more, such as take gradients away.
         captured: around a capture. What it gives is given to `left` with each replay, once that has been started:
             there gradients may be taken away.
+        world: passes hold collectives of these ranks, which must be captured, and replayed, by all of them or none.
     """
 
     def __init__(
@@ -56,9 +58,13 @@ class Graphs:
         plain: Callable[..., Tensor] | None = None,
         captured: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
         left: Callable[[Any], None] = lambda _: None,
+        world: World | None = None,
     ) -> None:
         self.passes, self.plain, self.parameters = passes, plain or passes, list(parameters)
         self.captured, self.left = captured, left
+        self.world = None if world is None or world.size == 1 else world
+        if self.world is not None:
+            release_at_stop(self)
         self.shapes: dict[Any, _Shape] = {}
         self.pool: Any = None
         self.idle_bytes = 0  # of the pool: what activations take while a graph runs, and nothing else can use
@@ -68,6 +74,8 @@ class Graphs:
     def __call__(self, *args: Any) -> Tensor:
         leaves, spec = pytree.tree_flatten(args)
         key = (spec, *((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves))
+        if self.world is not None and not self.world.is_same(repr(key)):
+            return self._plainly(_Shape(), *args)
         shape = self.shapes.setdefault(key, _Shape())
         shape.calls += 1
         if self.is_off or shape.calls <= _WARM_UP or shape.is_bound is False:
@@ -103,13 +111,13 @@ class Graphs:
 
         They are captured anew, which takes about as long as launching a micro-batch.
         """
-        if self.pool is not None and self._free_bytes() < torch.cuda.mem_get_info()[1] / 2:
-            self._release()
+        if self.pool is not None and self._any(self._free_bytes() < torch.cuda.mem_get_info()[1] / 2):
+            self.release()
 
     def _plainly(self, shape: _Shape, *args: Any) -> Tensor:
         # It takes about as much memory as a graph's activations, whose own it can't use.
-        if self.pool is not None and self._free_bytes() < self.idle_bytes:
-            self._release()
+        if self.pool is not None and self._any(self._free_bytes() < self.idle_bytes):
+            self.release()
             self.is_off = shape.is_bound is False  # both would make room for each other in turns
         return self.plain(*args)
 
@@ -118,7 +126,12 @@ class Graphs:
         unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - self.idle_bytes
         return torch.cuda.mem_get_info()[0] + unused
 
-    def _release(self) -> None:
+    def _any(self, here: bool) -> bool:
+        """Whether it is so on any rank that has to do the same."""
+        return here if self.world is None else any(self.world.gather(here))
+
+    def release(self) -> None:
+        """Give all graphs up."""
         for shape in self.shapes.values():
             shape.graphs.clear()
         self.pool, self.idle_bytes, self.gradients = None, 0, []
@@ -140,7 +153,7 @@ class Graphs:
         launched_s = time.perf_counter() - began
         end.record()
         end.synchronize()
-        shape.is_bound = launched_s > BOUND * start.elapsed_time(end) / 1e3
+        shape.is_bound = self._any(launched_s > BOUND * start.elapsed_time(end) / 1e3)
         return output
 
     def _capture(self, shape: _Shape, adds: bool, leaves: list[Any], spec: Any) -> bool:
@@ -180,16 +193,19 @@ class Graphs:
         if output is not None and self.gradients and not self._are_held():
             self._put_back(before)
             output, failure = None, "it has gradients of other parameters than the first shape"
-        if output is None:
+        if self._any(output is None):
+            self.is_off = self._any(self.is_off)
+            output, failure = None, failure or "another rank can make none"
             shape.is_bound = False
             told = "micro-batches get no CUDA graphs" if self.is_off else "this micro-batch gets no CUDA graph"
             warnings.warn(f"{told}: {failure}", stacklevel=3)
             del graph, after, inputs, args
             if self.is_off:
-                self._release()
+                self.release()
             else:
                 _give_back()
             return False
+        assert output is not None
         self.pool = graph.pool()
         self.idle_bytes += torch.cuda.memory_reserved() - torch.cuda.memory_allocated() - idle_bytes
         self.gradients = after

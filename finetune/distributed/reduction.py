@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,10 @@ from finetune.distributed.world import World
 reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 BUCKET_ELEMENTS = 50_000_000  # reduced at a time: a U-Net has 10 to 50 such buckets
+
+# As many buckets are on their way at a time: memory is bounded, also in a CUDA graph, where torch's own way to keep
+# a tensor for another stream (`record_stream`) keeps it to the end.
+_FLATS = 4
 
 # (first element in what a rank gets of a bucket, elements, sum that they are added to, first element in that)
 _Run = tuple[int, int, Tensor, int]
@@ -84,6 +89,7 @@ class Reduction(ABC):
         self._is_on = False
         self._next = 0  # the first bucket that is not reduced yet
         self._marks: list[torch.cuda.Event | None] | None = None  # of a capture
+        self._flats: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # being reduced, each with its end
         on_gpu = world.device.type == "cuda" and world.size > 1
         # Peers wait for a rank's collectives: they go before the pass's kernels.
         self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
@@ -95,9 +101,14 @@ class Reduction(ABC):
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
         """Sum a bucket's gradients, which stand in the order of its numbers, over ranks. Collective."""
 
+    def begin(self) -> None:  # noqa: B027
+        """Make ready for a step's first gradients, outside of CUDA graphs."""
+
     @contextlib.contextmanager
     def of_a_pass(self, *, reduces: bool = True) -> Iterator[None]:
         """Around a forward and backward pass, whose gradients are reduced, or stay where they are. Collective."""
+        if reduces:
+            self.begin()
         self._missing = [len(bucket) for bucket in self.buckets]
         self._gradients.clear()  # of a pass that failed
         self._taken.clear()
@@ -110,8 +121,7 @@ class Reduction(ABC):
                 self._reduce_rest()
         finally:
             self._is_on = False
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            self._join()
 
     @contextlib.contextmanager
     def captured(self) -> Iterator[list[torch.cuda.Event | None]]:
@@ -139,7 +149,7 @@ class Reduction(ABC):
                 self.parameters[number].grad = None
             with torch.cuda.stream(self._stream):
                 self._reduce(bucket, gradients)
-        torch.cuda.current_stream().wait_stream(self._stream)
+        self._join()
 
     def _comes(self, parameter: Tensor, *, number: int) -> None:
         if not self.buckets:
@@ -201,10 +211,18 @@ class Reduction(ABC):
         if self._stream is None:
             yield
             return
-        self._stream.wait_stream(torch.cuda.current_stream())
-        flat.record_stream(self._stream)
+        current = torch.cuda.current_stream()
+        if len(self._flats) == _FLATS:
+            current.wait_event(self._flats.popleft()[0])
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
+            self._flats.append((self._stream.record_event(), flat))
+
+    def _join(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        self._flats.clear()
 
     def _empty(self, elements: int) -> Tensor:
         return torch.empty(elements, dtype=self.parameters[0].dtype, device=self.world.device)
@@ -253,13 +271,24 @@ class SplitReduction(Reduction):
         super().__init__(world, parameters, [piece.numel for piece in pieces], bucket_elements)
         self.pieces, self.keys = list(pieces), list(keys)
         self.sums: dict[int, Tensor] | None = None  # by id of the key; none between a step and the next pass
+        self.keeps_sums = False  # they lie where they are for the next step: a CUDA graph adds to them there
+        self._kept: dict[int, Tensor] = {}
         self.runs: list[list[_Run]] = []  # of each bucket
+
+    def begin(self) -> None:
+        if self.sums is None and self._kept:
+            self.sums = self._kept
+            torch._foreach_zero_(list(self.sums.values()))
+        elif self.sums is None:
+            self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
 
     def take(self) -> list[Tensor]:
         """The sums, one for each key, which are given up."""
         sums = self.sums
         assert sums is not None
         self.sums = None
+        if self.keeps_sums:
+            self._kept = sums
         return [sums[id(key)] for key in self.keys]
 
     def _make_buckets(self) -> None:
@@ -287,8 +316,7 @@ class SplitReduction(Reduction):
         flat = self._flat([self.pieces[number] for number in self.buckets[bucket]], gradients)
         with self._beside(flat):
             mine = self._summed(flat)
-            if self.sums is None:
-                self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
+            assert self.sums is not None
             for first, count, key, offset in self.runs[bucket]:
                 self.sums[id(key)][offset : offset + count].add_(mine[first : first + count])
 

@@ -8,6 +8,8 @@ import datetime
 import os
 import socket
 import time
+import weakref
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -75,6 +77,15 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def is_same(self, text: str) -> bool:
+        """Whether all ranks give the same text."""
+        if self.size == 1:
+            return True
+        value = zlib.crc32(text.encode())
+        both = torch.tensor([value, -value])
+        dist.all_reduce(both, dist.ReduceOp.MAX)
+        return int(both[0]) == -int(both[1])
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
@@ -123,6 +134,8 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
                 "start one process a GPU"
             )
         torch.cuda.set_device(local_rank)
+        # Buffers in CUDA graphs are torch's to give back: NCCL shall not hold on to them.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     world = World(rank, size, local_rank, torch_device)
     if bounds is not None and not dist.is_initialized():
@@ -229,11 +242,20 @@ def _free_port() -> int:
 
 
 _LEFT: list[Any] = []  # process groups, kept to the end of the process
+_RELEASED: weakref.WeakSet[Any] = weakref.WeakSet()  # before the group is left
 _SET: set[str] = set()  # variables of the environment that a launcher would have set
+
+
+def release_at_stop(graphs: Any) -> None:
+    """Let `stop` call `graphs.release()`: NCCL waits there for CUDA graphs that hold a collective."""
+    _RELEASED.add(graphs)
 
 
 def stop() -> None:
     """Leave the process group."""
+    for graphs in list(_RELEASED):
+        graphs.release()
+    _RELEASED.clear()
     while _SET:  # another run of this process would take them for a launcher's
         os.environ.pop(_SET.pop(), None)
     if dist.is_initialized():

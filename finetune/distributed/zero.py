@@ -53,8 +53,8 @@ class ZeRO(Strategy):
     Args:
         stage: 1 splits moments and masters, 2 gradients too, 3 weights too.
         offload: masters and moments (under stage 3 weights as well) stay in host memory, and the update runs there.
-        graphs: on a GPU, under stages 1 and 2 without offload, let micro-batches that wait for the host run as CUDA
-            graphs (see `Graphs`).
+        graphs: on a GPU, without offload, let micro-batches that wait for the host run as CUDA graphs (see
+            `Graphs`).
         offload_folder: under stage 3, masters and moments lie in files there instead (see `in_file`).
 
     Raises:
@@ -150,11 +150,8 @@ class ZeRO(Strategy):
         if not offload:
             self._take_over(parameters)
         # A graph would keep the loss scale of fp16, which changes.
-        if graphs and on_gpu and stage < 3 and not offload and precision != "fp16":
-            assert self.reduction is not None
-            self.graphs = Graphs(
-                self._passes, parameters.values(), self._reduced_passes, self.reduction.captured, self._reduce_left
-            )
+        if graphs and on_gpu and not offload and precision != "fp16":
+            self.graphs = self._make_graphs(list(parameters.values()))
         optimizers.start(self.optimizer, self._keys, optimizer)
         if offload_folder is not None:
             self._to_files(offload_folder, "moments")
@@ -207,6 +204,16 @@ class ZeRO(Strategy):
             self.zero.scaled_global_norm = lambda: self._norm(
                 [group.flat_partition for group in self.zero.averaged_gradients.values()]
             )
+
+    def _make_graphs(self, parameters: Sequence[nn.Parameter]) -> Graphs:
+        reduction = self.reduction
+        assert reduction is not None
+        if self.stage < 3:
+            captured = reduction.captured
+            return Graphs(self._passes, parameters, self._reduced_passes, captured, self._reduce_left)
+        # Weights come and go within a pass: the graph holds the collectives as well, and leaves no gradients.
+        reduction.keeps_sums = True
+        return Graphs(self._reduced_passes, [], world=self.world)
 
     def _piece(self, shard: Shard, parameter: Any) -> Piece:
         each = parameter.partition_numel() if self.stage == 3 else 0
@@ -277,6 +284,8 @@ class ZeRO(Strategy):
                 self.engine.step()  # counts the micro-batch
             return total.detach()
         self._reduces = self.stage > 1 or last
+        if self._reduces:
+            self.reduction.begin()
         return (self.graphs or self._reduced_passes)(args, global_batch)
 
     def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:

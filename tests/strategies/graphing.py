@@ -5,7 +5,7 @@
 Prints a JSON line for each strategy, and for graphs on all ranks or on the first alone: whether losses and masters
 are those of plain passes, bit for bit, how many graphs each rank replayed, and how many nodes that gather gradients
 outlive a pass. A capture needs nodes of its own: those from before are of the default stream. `ddp_once` casts its
-weights once a step, and trains what `ddp` does.
+weights once a step, and trains what `ddp` does. Under `zero3` graphs hold collectives: all ranks have them or none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.graph import _get_grad_fn_or_grad_acc as get_node
 
 from finetune import distributed
-from finetune.distributed import Strategy, World
+from finetune.distributed import Strategy, World, ZeRO
 from finetune.distributed.graphs import Graphs
 from tests.strategies.skipping import make
 from tests.strategies.test_graphs import Device, play
@@ -33,6 +33,12 @@ STEPS = 12
 
 
 def by_graphs(strategy: Any, device: Device) -> None:
+    if isinstance(strategy, ZeRO) and strategy.stage == 3:
+        reduction = strategy.reduction
+        reduction.keeps_sums = True
+        device.changed = lambda: list(reduction.sums.values())
+        strategy.graphs = Graphs(device.watch(strategy._reduced_passes, []), [], world=strategy.world)
+        return
     parameters = parameters_of(strategy)
     captured = contextlib.nullcontext if strategy.reduction is None else strategy.reduction.captured
     passes = device.watch(strategy._passes, parameters)
@@ -59,8 +65,9 @@ def surviving_nodes(strategy: Strategy) -> int:
 
 
 def step(strategy: Strategy, number: int) -> list[float]:
-    """Two micro-batches, in some steps of other shapes."""
-    world, rows = strategy.world, 3 if number % 4 == 3 else 2
+    """Two micro-batches, in some steps of other shapes, which each rank has of its own."""
+    world = strategy.world
+    rows = 3 + world.rank if number % 4 == 3 else 2
     losses = []
     for micro in range(2):
         generator = torch.Generator().manual_seed(100 * number + 10 * micro + world.rank)
@@ -90,7 +97,7 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
 
 def main() -> None:
     world = distributed.start("cpu", uses_deepspeed=True)
-    for kind in ("ddp", "ddp_once", "zero1", "zero2"):
+    for kind in ("ddp", "ddp_once", "zero1", "zero2", "zero3"):
         for who in ("all", "first"):
             row = examine(world, kind, who)
             if world.is_main:
