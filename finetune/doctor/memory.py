@@ -42,18 +42,19 @@ def estimate(parts: Parts, world_size: int, *, offload: str = "none") -> Estimat
     """
     strategy = parts.strategy
     stage: int = getattr(strategy, "stage", 0)
-    weights = gradients = 0
+    owned = sum(shard.master.numel() for shard in strategy.shards)
+    # ZeRO's sums of what a rank owns, in float32. Under stage 1 gradients wait for the step's last micro-batch. (A
+    # CUDA graph keeps gradients as well, and is given up where memory is short.)
+    is_summed = stage > 0 and offload == "none"
+    weights, gradients = 0, 4 * owned if is_summed else 0
     for parameter in strategy.module.parameters():
         count = whole_numel(parameter)
         width = parameter.element_size()
         weights += width * (math.ceil(count / world_size) if stage == 3 else count)
-        if parameter.requires_grad:
-            # Stages 2 and 3 sum micro-batches in float32, after their reduction.
-            summed = 4 if stage >= 2 and parts.accumulation > 1 else width
-            gradients += summed * (math.ceil(count / world_size) if stage >= 2 else count)
+        if parameter.requires_grad and (not is_summed or (stage == 1 and parts.accumulation > 1)):
+            gradients += width * (math.ceil(count / world_size) if stage >= 2 else count)
     copies = getattr(strategy, "copies", None)
     weights += 0 if copies is None else copies.nbytes
-    owned = sum(shard.master.numel() for shard in strategy.shards)
     kinds = strategy.settings.of_a_weight
     own = sum(tensor.nbytes for of_shard in strategy.own_state() for tensor in of_shard.values())
     moments = 4 * owned * (len(kinds) - ("y" in kinds)) + own  # y is the master

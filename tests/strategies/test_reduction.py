@@ -5,6 +5,7 @@ Ranks are played one after the other here; real ones are compared with each othe
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distributed import World, reduction
-from finetune.distributed.reduction import Piece, ScatteredReduction, SplitReduction
+from finetune.distributed.reduction import Piece, ScatteredReduction, SplitReduction, WholeReduction
 
 SHAPES = [(5, 3), (7,), (4, 2, 3), (1,), (6, 6), (11,)]
 
@@ -175,3 +176,186 @@ def test_neighbours_are_added_at_once(played):
     one = played(SplitReduction, split_as_one, 1, 0, 10_000)
     one.run([3, 0, 5, 1, 4, 2], [torch.ones(shape) for shape in SHAPES])
     assert len(one.reduction.buckets) == 1 and len(one.reduction.runs[0]) == 2  # one for each key
+
+
+# --- whole sums -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """A reduction of two ranks with equal gradients, and the sizes of its collectives."""
+    monkeypatch.setattr(World, "broadcast", lambda self, value: value)
+    sizes: list[int] = []
+
+    def doubled(self: World, flat: Tensor) -> Tensor:
+        sizes.append(len(flat))
+        return flat.mul_(2)
+
+    monkeypatch.setattr(World, "sum_", doubled)
+    parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
+    parameters[2].data = torch.zeros(2, 3, 4).permute(2, 0, 1)  # stored otherwise than it is indexed
+
+    def make(they_come: bool = True) -> WholeReduction:
+        return WholeReduction(World(0, 2, 0, torch.device("cpu")), parameters, 40, they_come)
+
+    return make, parameters, sizes
+
+
+@pytest.mark.parametrize("they_come", [True, False])
+def test_every_rank_gets_whole_sums_as_gradients(whole, they_come):
+    make, parameters, sizes = whole
+    reduction, draws = make(they_come), torch.Generator().manual_seed(0)
+    for _ in range(3):
+        wanted = [torch.zeros(shape) for shape in SHAPES]
+        for last in (False, True):  # micro-batches, of which the last is reduced with those before it
+            gradients = [torch.randint(-9, 9, shape, generator=draws).float() for shape in SHAPES]
+            before = len(sizes)
+            with reduction.of_a_pass(reduces=last):
+                for number in torch.randperm(len(SHAPES), generator=draws).tolist():
+                    (parameters[number] * gradients[number]).sum().backward()
+            assert (len(sizes) > before) is last
+            wanted = [total + gradient for total, gradient in zip(wanted, gradients, strict=True)]
+        for parameter, total in zip(parameters, wanted, strict=True):
+            assert parameter.grad.stride() == parameter.stride()  # as autograd's own, and an optimizer's moments
+            assert torch.equal(parameter.grad, 2 * total)
+            parameter.grad = None
+    assert len(reduction.buckets) > 1 and len(sizes) == 3 * len(reduction.buckets)
+
+
+def test_a_pass_that_failed_is_forgotten(whole):
+    make, parameters, _ = whole
+    reduction = make()
+    for fails in (False, True, False):
+        try:
+            with reduction.of_a_pass():
+                for parameter in parameters[3:]:
+                    parameter.sum().backward()
+                if fails:
+                    raise RuntimeError
+                for parameter in parameters[:3]:
+                    parameter.sum().backward()
+        except RuntimeError:
+            pass
+        else:
+            assert all(bool((parameter.grad == 2).all()) for parameter in parameters)
+        for parameter in parameters:
+            parameter.grad = None
+
+
+# --- beside a CUDA graph ----------------------------------------------------------------------------
+
+
+class Streams:
+    """Plays `torch.cuda`'s streams and events, and writes down who waits for what."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+        self.now = Stream("passes", self)
+
+
+class Event:
+    def __init__(self, streams: Streams, external: bool = False) -> None:
+        self.streams, self.external, self.name = streams, external, ""
+
+    def record(self) -> None:
+        assert self.external and self.streams.now.name == "passes"
+        self.name = f"mark {sum(told.startswith('record') for told in self.streams.told)}"
+        self.streams.told.append(f"record {self.name}")
+
+
+class Stream:
+    def __init__(self, name: str, streams: Streams) -> None:
+        self.name, self.streams = name, streams
+
+    def wait_stream(self, other: Stream) -> None:
+        if other is not self:
+            self.streams.told.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: Event) -> None:
+        self.streams.told.append(f"{self.name} waits for {event.name}")
+
+    def record_event(self) -> Event:
+        return Event(self.streams)
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    made = Streams()
+
+    @contextlib.contextmanager
+    def on(stream: Stream):
+        before, made.now = made.now, stream
+        yield
+        made.now = before
+
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: made.now)
+    monkeypatch.setattr(torch.cuda, "Event", lambda external: Event(made, external))
+    return made
+
+
+def test_buckets_of_a_graph_are_reduced_as_they_become_complete(whole, streams):
+    """In each replay a bucket waits for its own mark; one without, for all of the graph."""
+    make, parameters, sizes = whole
+    reduction = make()
+    with reduction.of_a_pass():
+        for parameter in parameters:
+            parameter.sum().backward()
+    assert reduction.buckets == [[0, 1], [2, 3], [4], [5]]
+    reduction._stream = Stream("collectives", streams)
+    for parameter in parameters:
+        parameter.grad = None
+    missing = reduction.buckets[1][0]
+    with reduction.captured() as marks:
+        for number, parameter in enumerate(parameters):
+            if number != missing:
+                parameter.sum().backward()
+    assert [mark is None for mark in marks] == [False, True, False, False]
+    assert streams.told == ["record mark 0", "record mark 1", "record mark 2"]
+    sizes.clear()
+    for _ in range(2):
+        streams.told.clear()
+        held = [torch.ones_like(parameter) for parameter in parameters]  # the graph's own memory
+        for number, parameter in enumerate(parameters):
+            parameter.grad = None if number == missing else held[number]
+        reduction.reduce_left(marks)
+        assert streams.told == [
+            "collectives waits for mark 0",
+            "collectives waits for passes",
+            "collectives waits for mark 1",
+            "collectives waits for mark 2",
+            "passes waits for collectives",
+        ]
+        for number, parameter in enumerate(parameters):
+            assert bool((parameter.grad == (0 if number == missing else 2)).all())
+            assert bool((held[number] == 1).all())
+    assert len(sizes) == 8
+
+
+def test_what_is_on_its_way_is_bounded(whole, streams):
+    """Passes wait for the oldest bucket once four are being reduced."""
+    make, parameters, _ = whole
+    reduction = make()
+    reduction.bucket_elements = 1
+    reduction._stream = Stream("collectives", streams)
+    for _ in range(2):
+        streams.told.clear()
+        with reduction.of_a_pass():
+            for parameter in parameters:
+                parameter.sum().backward()
+        assert streams.told.count("collectives waits for passes") == len(parameters) == 6
+        assert streams.told.count("passes waits for ") == 2
+        assert streams.told[-1] == "passes waits for collectives" and not reduction._flats
+
+
+def test_sums_can_stay_where_they_are(played):
+    """A graph adds to them there."""
+    one = played(SplitReduction, split_as_one, 2, 0)
+    one.reduction.keeps_sums = True
+    order, places = [5, 4, 3, 2, 1, 0], set()
+    for factor in (1.0, 3.0):
+        gradients = [torch.full(shape, factor) for shape in SHAPES]
+        one.run(order, gradients)
+        places.add(tuple(total.data_ptr() for total in one.reduction.sums.values()))
+        one.check([2 * gradient for gradient in gradients])
+    assert len(places) == 1
