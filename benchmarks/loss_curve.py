@@ -73,16 +73,21 @@ def main() -> None:
     parser.add_argument("--work", choices=WORKS, default="sd21_full" if on_gpu else "tiny")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200 if on_gpu else 10)
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; the first is the reference")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     parser.add_argument("--plot", type=Path, help="a PNG")
     arguments = parser.parse_args()
     if arguments.batch < 1 or arguments.steps < 1:
         parser.error("--batch and --steps must be at least 1")
+    variants = arguments.variants.split(",")
+    if unknown := set(variants) - VARIANTS.keys():
+        parser.error(f"{min(unknown)} is not one of {', '.join(VARIANTS)}")
     device = torch.device("cuda" if on_gpu else "cpu")
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     work = replace(WORKS[arguments.work], batch=arguments.batch)
     rows: list[dict[str, Any]] = []
-    for variant, (is_fast, precision) in VARIANTS.items():
+    for variant in variants:
+        is_fast, precision = VARIANTS[variant]
         started = time.perf_counter()
         found = losses(work, device, arguments.steps, is_fast=is_fast, precision=precision)
         row = {"work": arguments.work, "variant": variant, "batch": work.batch, "steps": arguments.steps}
