@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--work", choices=WORKS, default="sd21_full" if on_gpu else "tiny")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=200 if on_gpu else 10)
-    parser.add_argument("--variants", default=",".join(VARIANTS), help="comma-separated; the first is the reference")
+    parser.add_argument("--variants", default=",".join(VARIANTS), help="the first is the reference")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     parser.add_argument("--plot", type=Path, help="a PNG")
     arguments = parser.parse_args()
