@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune import UserError, build
+from finetune import UserError, build, distributed
 from finetune.config import Config, compose
 from finetune.distributed import World
 from finetune.distributed.graphs import Graphs
@@ -458,6 +458,122 @@ def test_no_graph_where_the_device_is_what_is_waited_for(device):
         pair.call(rows=1)
         pair.step()
     assert len(device.captured) == 1 and device.replays == 2
+
+
+# --- passes with collectives: all ranks by a graph, or none -----------------------------------------
+
+
+class Peer:
+    """The world of two ranks, of which the other says what is wanted of it."""
+
+    size = 2
+
+    def __init__(self) -> None:
+        self.says = False  # that it has no memory, that its host is waited for, that it can't capture
+        self.has_other_shapes = False
+        self.asked = 0
+
+    def gather(self, here: bool) -> list[bool]:
+        self.asked += 1
+        return [here, self.says]
+
+    def is_same(self, key: str) -> bool:
+        assert "torch.Size" in key
+        return not self.has_other_shapes
+
+
+@pytest.fixture
+def peer(device):
+    """A pair whose graphs hold collectives: gradients are taken away within passes, as sums."""
+    pair = Pair(device)
+    sums = [torch.zeros_like(p) for p in pair.ours.parameters()]
+
+    def passes(*args: Any) -> Tensor:
+        output = pair.ours.passes(*args)
+        for total, parameter in zip(sums, pair.ours.parameters(), strict=True):
+            if parameter.grad is not None:
+                total += parameter.grad
+                parameter.grad = None
+        return output
+
+    def step() -> None:
+        for total, parameter in zip(sums, pair.ours.parameters(), strict=True):
+            parameter.grad = total.clone()
+            total.zero_()
+        for parameter in pair.plain.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        pair.compare = real
+        pair.compare()
+        pair.step()
+        pair.compare = lambda: None
+
+    real, pair.compare = pair.compare, lambda: None
+    pair.sum_step = step
+    device.changed = lambda: sums
+    pair.world = Peer()
+    pair.graphs = Graphs(device.watch(passes, []), [], world=pair.world)
+    return pair
+
+
+def test_one_rank_that_waits_for_its_host_gives_all_graphs(peer, device):
+    device.device_s = 1e3
+    peer.world.says = True
+    for _ in range(4):
+        peer.call()
+        peer.sum_step()
+    peer.world.says = False
+    for _ in range(4):
+        peer.call()
+        peer.call()
+        peer.sum_step()
+    peer.finish()
+    assert len(device.captured) == 1 and device.replays == 8
+
+
+def test_what_another_rank_cannot_capture_no_rank_does(peer, device):
+    for _ in range(4):
+        peer.call()
+        peer.sum_step()
+    peer.world.says = True
+    with pytest.warns(UserWarning, match="no CUDA graphs: another rank can make none"):
+        peer.call()
+    peer.sum_step()
+    asked = peer.world.asked
+    for _ in range(6):
+        peer.call()
+        peer.sum_step()
+    peer.finish()
+    assert device.replays == 0 and peer.graphs.count == 0 and peer.world.asked == asked
+
+
+def test_a_call_whose_shape_differs_between_ranks_is_plain(peer, device):
+    for number in range(16):
+        peer.world.has_other_shapes = number % 3 == 1
+        peer.call(rows=4)
+        peer.sum_step()
+    peer.finish()
+    assert len(device.captured) == 1 and device.replays == 11 - 4
+
+
+def test_graphs_step_aside_where_another_rank_has_no_memory(peer, device):
+    for _ in range(5):
+        peer.call()
+        peer.sum_step()
+    peer.graphs.step_aside()
+    assert peer.graphs.count == 1
+    peer.world.says = True
+    peer.graphs.step_aside()
+    assert peer.graphs.count == 0
+
+
+def test_graphs_with_collectives_are_given_up_before_the_group_is_left(peer):
+    """NCCL would wait for them."""
+    for _ in range(5):
+        peer.call()
+        peer.sum_step()
+    assert peer.graphs.count == 1
+    distributed.stop()
+    assert peer.graphs.count == 0
 
 
 # --- in a run ---------------------------------------------------------------------------------------
