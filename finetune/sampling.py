@@ -185,14 +185,13 @@ def generate(
     if not samples:
         raise UserError("there is nothing to sample")
     assert len(seeds) == len(samples)
-    bare = _unwrapped(unet)
-    device = next(bare.parameters()).device
+    device = next(unet.parameters()).device
     downsample = downsample_factor(vae)
     everyone = generators(seeds)
     images: list[Tensor] = []
     for rows in batches([sample.bucket for sample in samples], batch_size):
         height, width = samples[rows[0]].bucket
-        check_size(height, width, pixel_multiple(bare, downsample))
+        check_size(height, width, pixel_multiple(unet, downsample))
         sources = [everyone[row] for row in rows]
         batch = batch_of(conditioner, [replace(samples[row], clock=seeds[row]) for row in rows])
         condition, null = conditions(conditioner, batch, device, guidance, negative)
@@ -200,7 +199,7 @@ def generate(
             unet,
             condition,
             null,
-            draw_noise(sources, (bare.config.out_channels, height // downsample, width // downsample)).to(device),
+            draw_noise(sources, (unet.config.out_channels, height // downsample, width // downsample)).to(device),
             scheduler,
             steps,
             guidance,
@@ -273,10 +272,3 @@ def to_pil(images_B3HW: Tensor) -> list[Image.Image]:
     """Pictures in [-1, 1] to 8-bit RGB, rounded as diffusers does."""
     bytes_BHW3 = (images_B3HW.float() / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
     return [Image.fromarray(pixels.contiguous().cpu().numpy()) for pixels in bytes_BHW3]
-
-
-def _unwrapped(unet: Any) -> Any:
-    """The U-Net inside wrappers such as DistributedDataParallel."""
-    while not hasattr(unet, "config"):
-        unet = unet.module
-    return unet
