@@ -6,10 +6,10 @@
 
 Each variant runs in processes of its own, started by torchrun. Peers are a plain loop over a diffusers U-Net:
 torch's DDP with bf16 autocast and channels-last, and `deepspeed.initialize` with ZeRO 1 to 3 in bf16 and its
-defaults. Ours run `optimizer_step` as `finetune train` does; `one` and `peer_one` take one GPU. A variant may name
-its layout, as `zero2@nhwc` or `ddp@nchw`, and is then as with `model.fast=false`; without one it is as a run is by
-default. `--adapter lora`
-trains an adapter of rank 16 instead of all weights.
+defaults. Ours run `optimizer_step` as `finetune train` does; `one` and `peer_one` take one GPU, `ddp_bf16` sums its
+gradients in bf16 (`strategy.reduce_dtype`). A variant may name its layout, as `zero2@nhwc` or `ddp@nchw`, and is
+then as with `model.fast=false`; without one it is as a run is by default. `--adapter lora` trains an adapter of
+rank 16 instead of all weights.
 
 All see the same random moments, states of captions, noise and timesteps while their first losses are taken; `apart`
 is the largest relative distance of those from DDP's (`ddp`, else `peer_ddp`). Then steps are timed in blocks of
@@ -58,7 +58,7 @@ from finetune.objective import LatentDiffusion
 
 # Images of one rank, and whether activations are computed again in the backward pass.
 WORKS: dict[str, tuple[int, bool]] = {"sd21_512": (48, False), "sdxl_1024": (8, True), "tiny": (4, False)}
-OURS = ("one", "ddp", "zero1", "zero2", "zero3", "zero3_offload")
+OURS = ("one", "ddp", "ddp_bf16", "zero1", "zero2", "zero3", "zero3_offload")
 PEERS = ("peer_one", "peer_ddp", "peer_zero1", "peer_zero2", "peer_zero3")
 LAYOUTS = {"": None, "nchw": False, "nhwc": True}
 
@@ -99,9 +99,11 @@ def wrapped(
     model = make_model(unet, shape, world.device)
     groups = [ParamGroup("unet", {f"unet.{name}": p for name, p in trained.items()})]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": MAX_GRAD_NORM, "precision": "bf16"}
-    if kind in ("one", "ddp"):
+    if not kind.startswith("zero"):
         if layout or is_fast:
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if kind == "ddp_bf16":
+            common["reduce_dtype"] = torch.bfloat16
         return model, DataParallel(world, model, groups, **common, graphs=is_fast)
     if layout or is_fast:
         store_channels_last(unet)

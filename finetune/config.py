@@ -219,6 +219,8 @@ class StrategyConfig:
     offload: str = "none"  # none | cpu: of zero, moments and (stage 3) weights in host memory, where updates run
     # | nvme: of stage 3, the same, but masters and moments in files
     offload_path: str | None = None  # of nvme: a folder for these on a disk of each machine's own
+    # fp32 | bf16: what ddp's gradients are summed over ranks in, with half the traffic; zero's: train.precision
+    reduce_dtype: str = "fp32"
 
 
 @dataclass

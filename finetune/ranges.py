@@ -75,6 +75,7 @@ def require_shared(config: Shared, *, precisions: Sequence[str], offloads: Seque
             "optim.schedule": (optim.schedule, lr.SCHEDULES),
             "strategy.kind": (strategy.kind, ("ddp", "zero")),
             "strategy.offload": (strategy.offload, offloads),
+            "strategy.reduce_dtype": (strategy.reduce_dtype, ("fp32", "bf16")),
             "train.precision": (train.precision, precisions),
             "tracker.mode": (config.tracker.mode, tracking.MODES),
         }

@@ -180,6 +180,11 @@ def _check_values(config: Config) -> None:
             f"strategy.offload_path={config.strategy.offload_path}: a first stage is not offloaded to files; leave "
             "it out, or choose strategy=zero3_offload"
         )
+    if config.strategy.reduce_dtype != "fp32":
+        raise UserError(
+            f"strategy.reduce_dtype={config.strategy.reduce_dtype}: gradients of a first stage are summed in fp32; "
+            "leave it out"
+        )
     for channels in model.block_out_channels:
         if channels < 1 or channels % model.norm_num_groups:
             raise UserError(

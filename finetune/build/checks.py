@@ -122,6 +122,11 @@ def check(config: Config) -> None:
             f"strategy.offload={offload} with strategy.offload_path={path}: nvme needs a folder on a local disk "
             "for its files, and only nvme does"
         )
+    if config.strategy.kind == "zero" and config.strategy.reduce_dtype != "fp32":
+        raise UserError(
+            f"strategy.reduce_dtype={config.strategy.reduce_dtype} is ddp's, ZeRO sums gradients in "
+            "train.precision: leave it out"
+        )
     ratios = flat(config.optim.lr_ratios, "optim.lr_ratios.")
     require(ratios, lambda value: value >= 0, "must not be negative")
     _check_adapter(config.adapter)

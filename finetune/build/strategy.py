@@ -62,7 +62,10 @@ def make_strategy(
     graphs = is_fast and config.model.graphs
     if config.strategy.kind == "ddp":
         casts_once = is_fast and accumulation > 1 and config.adapter.kind == "full"  # an adapter's weights are few
-        return DataParallel(world, model, groups, **common, graphs=graphs, casts_once=casts_once)
+        reduce_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.strategy.reduce_dtype]
+        return DataParallel(
+            world, model, groups, **common, graphs=graphs, casts_once=casts_once, reduce_dtype=reduce_dtype
+        )
     return ZeRO(
         world,
         model,

@@ -224,32 +224,44 @@ class Reduction(ABC):
             torch.cuda.current_stream().wait_stream(self._stream)
         self._flats.clear()
 
-    def _empty(self, elements: int) -> Tensor:
-        return torch.empty(elements, dtype=self.parameters[0].dtype, device=self.world.device)
+    def _empty(self, elements: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.empty(elements, dtype=dtype or self.parameters[0].dtype, device=self.world.device)
 
 
 class WholeReduction(Reduction):
-    """Each rank gets all sums, as its parameters' gradients: data parallelism."""
+    """Each rank gets all sums, as its parameters' gradients: data parallelism.
+
+    Args:
+        dtype: gradients are rounded to it, summed over ranks in it, and then of their parameters' type again.
+    """
 
     def __init__(
-        self, world: World, parameters: Sequence[nn.Parameter], bucket_elements: int, they_come: bool = True
+        self,
+        world: World,
+        parameters: Sequence[nn.Parameter],
+        bucket_elements: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        they_come: bool = True,
     ) -> None:
         super().__init__(world, parameters, [p.numel() for p in parameters], bucket_elements, they_come)
+        self.dtype = dtype
 
     @torch.no_grad()
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
-        numbers = self.buckets[bucket]
-        sizes = [self.sizes[number] for number in numbers]
-        flat = self._empty(sum(sizes))
-        # A gradient lies in memory as its parameter does: channels-last, say.
-        parameters = [self.parameters[number] for number in numbers]
-        pairs = zip(flat.split(sizes), parameters, strict=True)
-        parts = [part.as_strided(p.size(), p.stride()) for part, p in pairs]
-        _fill(parts, gradients)
+        parameters = [self.parameters[number] for number in self.buckets[bucket]]
+        flat = self._empty(sum(p.numel() for p in parameters), self.dtype)
+        _fill(_split(flat, parameters), gradients)
         with self._beside(flat):
-            self.world.sum_(flat)
-        for parameter, part in zip(parameters, parts, strict=True):
+            whole = self.world.sum_(flat).to(parameters[0].dtype)
+        for parameter, part in zip(parameters, _split(whole, parameters), strict=True):
             parameter.grad = part
+
+
+def _split(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A part for each, which lies in memory as the parameter does: channels-last, say."""
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.as_strided(p.size(), p.stride()) for part, p in zip(parts, parameters, strict=True)]
 
 
 class SplitReduction(Reduction):

@@ -423,6 +423,7 @@ class DataParallel(Strategy):
     Args:
         graphs: on a GPU, let micro-batches that wait for the host run as CUDA graphs (see `Graphs`).
         casts_once: weights are cast once a step (see `Copies`): on a GPU by kernels of ours.
+        reduce_dtype: gradients are summed over ranks in it, and are float32 again.
     """
 
     def __init__(
@@ -436,6 +437,7 @@ class DataParallel(Strategy):
         precision: str,
         graphs: bool = False,
         casts_once: bool = False,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.world, self.module, self.settings, self.max_grad_norm = world, module, optimizer, max_grad_norm
         module.to(world.device)
@@ -453,7 +455,9 @@ class DataParallel(Strategy):
             _make_equal(module)
             trained = list(self.parameters.values())
             # Copies add to gradients by themselves.
-            self.reduction = WholeReduction(world, trained, BUCKET_ELEMENTS, they_come=self.copies is None)
+            self.reduction = WholeReduction(
+                world, trained, BUCKET_ELEMENTS, dtype=reduce_dtype, they_come=self.copies is None
+            )
         if graphs and world.device.type == "cuda":
             self.graphs = Graphs(
                 self._passes,

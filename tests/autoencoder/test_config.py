@@ -84,6 +84,10 @@ def test_every_choice_composes(choice: str) -> None:
         (["--steps", "3"], "unknown option --steps"),
         (["data.shards=x", "strategy=zero4"], "strategy=zero4 is not known: did you mean zero3?"),
         (
+            ["data.shards=x", "strategy.reduce_dtype=bf16"],
+            "strategy.reduce_dtype=bf16: gradients of a first stage",
+        ),
+        (
             ["data.shards=x", "strategy=zero3", "strategy.offload_path=/tmp"],
             "strategy.offload_path=/tmp: a first stage is not",
         ),

@@ -97,7 +97,7 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
 
 def main() -> None:
     world = distributed.start("cpu", uses_deepspeed=True)
-    for kind in ("ddp", "ddp_once", "zero1", "zero2", "zero3"):
+    for kind in ("ddp", "ddp_once", "ddp_bf16", "zero1", "zero2", "zero3"):
         for who in ("all", "first"):
             row = examine(world, kind, who)
             if world.is_main:

@@ -46,7 +46,9 @@ def make(world: World, kind: str, precision: str) -> tuple[Strategy, dict[str, T
     groups = [ParamGroup("net", dict(net.named_parameters()))]
     common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": 0.1, "precision": precision}
     if kind.startswith("ddp"):
-        return DataParallel(world, net, groups, **common, casts_once=kind == "ddp_once"), given
+        reduce_dtype = torch.bfloat16 if kind == "ddp_bf16" else torch.float32
+        common |= {"casts_once": kind == "ddp_once", "reduce_dtype": reduce_dtype}
+        return DataParallel(world, net, groups, **common), given
     offload = kind.endswith("_offload")
     zero = ZeRO(world, net, groups, **common, stage=int(kind[4]), offload=offload, micro_batch=2, accumulation=2)
     return zero, given

@@ -641,7 +641,9 @@ def test_what_a_graph_has_left_is_reduced(processes):
     lines = spawn(processes, Path(__file__).parent / "graphing.py").splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     assert [(row["strategy"], row["who"]) for row in rows] == [
-        (kind, who) for kind in ("ddp", "ddp_once", "zero1", "zero2", "zero3") for who in ("all", "first")
+        (kind, who)
+        for kind in ("ddp", "ddp_once", "ddp_bf16", "zero1", "zero2", "zero3")
+        for who in ("all", "first")
     ]
     for row in rows:
         assert row["same"] == [True] * processes

@@ -92,6 +92,14 @@ def test_a_global_batch_that_the_processes_cannot_share_is_refused(overrides, tm
             "strategy.offload=nvme with strategy.offload_path=None: nvme",
         ),
         (
+            ["strategy=zero2", "strategy.reduce_dtype=bf16"],
+            "strategy.reduce_dtype=bf16 is ddp's, ",
+        ),
+        (
+            ["strategy.reduce_dtype=fp16"],
+            "strategy.reduce_dtype=fp16",
+        ),
+        (
             ["strategy=zero3", "strategy.offload_path=/tmp"],
             "strategy.offload=none with strategy.offload_path=/tmp: ",
         ),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -195,8 +196,8 @@ def whole(monkeypatch):
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     parameters[2].data = torch.zeros(2, 3, 4).permute(2, 0, 1)  # stored otherwise than it is indexed
 
-    def make(they_come: bool = True) -> WholeReduction:
-        return WholeReduction(World(0, 2, 0, torch.device("cpu")), parameters, 40, they_come)
+    def make(**settings: Any) -> WholeReduction:
+        return WholeReduction(World(0, 2, 0, torch.device("cpu")), parameters, 40, **settings)
 
     return make, parameters, sizes
 
@@ -204,7 +205,7 @@ def whole(monkeypatch):
 @pytest.mark.parametrize("they_come", [True, False])
 def test_every_rank_gets_whole_sums_as_gradients(whole, they_come):
     make, parameters, sizes = whole
-    reduction, draws = make(they_come), torch.Generator().manual_seed(0)
+    reduction, draws = make(they_come=they_come), torch.Generator().manual_seed(0)
     for _ in range(3):
         wanted = [torch.zeros(shape) for shape in SHAPES]
         for last in (False, True):  # micro-batches, of which the last is reduced with those before it
@@ -220,6 +221,22 @@ def test_every_rank_gets_whole_sums_as_gradients(whole, they_come):
             assert torch.equal(parameter.grad, 2 * total)
             parameter.grad = None
     assert len(reduction.buckets) > 1 and len(sizes) == 3 * len(reduction.buckets)
+
+
+def test_sums_can_travel_as_bf16(whole, monkeypatch):
+    make, parameters, _ = whole
+    reduction, types = make(dtype=torch.bfloat16), set()
+    real = World.sum_
+    monkeypatch.setattr(World, "sum_", lambda self, flat: types.add(flat.dtype) or real(self, flat))
+    draws = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=draws) for shape in SHAPES]
+    with reduction.of_a_pass():
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            (parameter * gradient).sum().backward()
+    assert types == {torch.bfloat16}
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        assert parameter.grad.dtype == torch.float32 and parameter.grad.stride() == parameter.stride()
+        assert torch.equal(parameter.grad, 2 * gradient.bfloat16().float())
 
 
 def test_a_pass_that_failed_is_forgotten(whole):
