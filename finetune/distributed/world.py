@@ -77,6 +77,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place, which has to be contiguous."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
     def is_same(self, text: str) -> bool:
         """Whether all ranks give the same text."""
         if self.size == 1:

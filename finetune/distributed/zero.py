@@ -143,7 +143,8 @@ class ZeRO(Strategy):
             for name, p in parameters.items()
         ]
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
-            shard.master.copy_(shard.piece_of(exact[shard.name]))
+            whole = world.broadcast_(exact[shard.name].to(world.device).contiguous())
+            shard.master.copy_(shard.piece_of(whole))
         self.reduction: SplitReduction | None = None
         self.gathering: Gathering | None = None
         self._reduces = True  # whether this micro-batch's gradients are reduced after it

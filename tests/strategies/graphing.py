@@ -4,8 +4,9 @@
 
 Prints a JSON line for each strategy, and for graphs on all ranks or on the first alone: whether losses and masters
 are those of plain passes, bit for bit, how many graphs each rank replayed, and how many nodes that gather gradients
-outlive a pass. A capture needs nodes of its own: those from before are of the default stream. `ddp_once` casts its
-weights once a step, and trains what `ddp` does. Under `zero3` graphs hold collectives: all ranks have them or none.
+outlive a pass; also whether ranks that were given other weights begin with the first one's. A capture needs nodes
+of its own: those from before are of the default stream. `ddp_once` casts its weights once a step, and trains what
+`ddp` does. Under `zero3` graphs hold collectives: all ranks have them or none.
 """
 
 from __future__ import annotations
@@ -84,12 +85,15 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
         device = play(patch)
         device.device_s = 0.0 if who == "all" or world.is_main else 1e9  # what is waited for
         by_graphs(ours, device)
-        same = all(step(ours, number) == step(plain, number) for number in range(STEPS))
+        losses = [step(plain, number) for number in range(STEPS)]
+        same = [step(ours, number) for number in range(STEPS)] == losses
     same &= all(torch.equal(a.master, b.master) for a, b in zip(ours.shards, plain.shards, strict=True))
+    begun_otherwise, _ = make(world, kind, "bf16", seed=world.rank)
     return {
         "strategy": kind,
         "who": who,
         "same": world.gather(same),
+        "begin alike": world.gather([step(begun_otherwise, number) for number in range(2)] == losses[:2]),
         "replays": world.gather(device.replays),
         "nodes": world.gather(surviving_nodes(plain)),
     }

@@ -35,10 +35,10 @@ class Net(nn.Module):
         return self.out(self.conv(x_BCHW.to(self.conv.weight.dtype)).flatten(1)).float().square().mean(1)
 
 
-def make(world: World, kind: str, precision: str) -> tuple[Strategy, dict[str, Tensor]]:
+def make(world: World, kind: str, precision: str, seed: int = 0) -> tuple[Strategy, dict[str, Tensor]]:
     # The end of DeepSpeed's last engine imports something: within an import CPython 3.11 can't do that (gh-91351).
     gc.collect()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = Net()
     if kind.startswith("zero"):
         store_channels_last(net)

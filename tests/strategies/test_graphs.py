@@ -648,6 +648,7 @@ def test_what_a_graph_has_left_is_reduced(processes):
     for row in rows:
         assert row["same"] == [True] * processes
         assert row["nodes"] == [0] * processes
+        assert row["begin alike"] == [True] * processes
         are_alike = row["who"] == "all" or row["strategy"] == "zero3"
         wanted = [True] * processes if are_alike else [True] + [False] * (processes - 1)
         assert [replays > 0 for replays in row["replays"]] == wanted
