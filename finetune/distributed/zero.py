@@ -191,6 +191,11 @@ class ZeRO(Strategy):
             for hook in self.zero._leaf_module_hooks:
                 hook.remove()
             self.zero.parameter_offload._remove_module_hooks()
+            # Its own sums of gradients, 4 bytes a weight over all ranks, and a bucket.
+            self.zero.grad_partitions_flat_buffer = None
+            self.zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
+            for bucket in self.zero.ipg_buckets.values():
+                bucket.buffer = None
             self.gathering = Gathering(self.world, self.module, is_gathered_whole)
             self.gathering.renew()
         else:

@@ -58,3 +58,12 @@ def test_every_strategy_and_rank_has_the_gradient_norm_of_ddp(examined):
 def test_nothing_is_compiled_at_the_first_start_on_a_cpu(kernels):
     """It would take a minute, and a kill meanwhile would leave a lock that later runs wait for."""
     assert not kernels.exists()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_between_steps_a_strategy_holds_weights_masters_and_moments_alone(processes):
+    """bf16: bytes a weight on each rank, as the README's table says, without the average."""
+    line = spawn(processes, Path(__file__).parent / "holding.py").splitlines()[-1]
+    wanted = {"ddp": 12, "zero1": 2 + 12 / processes, "zero2": 2 + 12 / processes, "zero3": 14 / processes}
+    for kind, of_ranks in json.loads(line).items():
+        assert of_ranks == pytest.approx([wanted[kind]] * processes, rel=0.01), kind
