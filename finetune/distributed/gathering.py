@@ -61,6 +61,7 @@ class Gathering:
                 block.register_full_backward_pre_hook(functools.partial(self._enter_backward, number=number))
                 self.blocks.append(found)
         gathered = {id(p) for block in self.blocks for p in block}
+        self._are_kept = False
         self.kept: list[Any] = [p for p in module.parameters() if id(p) not in gathered]
         for number in range(len(self.blocks)):
             self._release(number)
@@ -90,12 +91,13 @@ class Gathering:
     def renew(self) -> None:
         """Gather what is kept anew, where it lies: its pieces have changed. Collective."""
         whole = self._joined([p.ds_tensor.data for p in self.kept])
-        for p, data in zip(self.kept, whole, strict=True):
-            data = data[: p.ds_numel].view(p.ds_shape)
-            if self.world.size > 1 and p.data.numel() == p.ds_numel:
-                p.data.copy_(data)
-            else:
-                self._give(p, data)
+        parts = [data[: p.ds_numel].view(p.ds_shape) for p, data in zip(self.kept, whole, strict=True)]
+        if self.kept and self.world.size > 1 and self._are_kept:
+            torch._foreach_copy_([p.data for p in self.kept], parts)
+            return
+        for p, part in zip(self.kept, parts, strict=True):
+            self._give(p, part)
+        self._are_kept = True
 
     def _enter_backward(self, *_: Any, number: int) -> None:
         self._backward = True
