@@ -106,10 +106,12 @@ def test_passes_are_those_of_whole_weights(monkeypatch, ranks, checkpointing):
 def test_pieces_that_change_are_seen_by_the_next_pass(monkeypatch):
     one = Played(monkeypatch, 2)
     one.compare(torch.ones(2, WIDTH))
+    places = [parameter.data_ptr() for parameter in one.gathering.kept]
     for parameter, plain in zip(one.net.parameters(), one.plain.parameters(), strict=True):
         parameter.ds_tensor.mul_(1.5)
         plain.data.mul_(1.5)
     one.gathering.renew()
+    assert places == [parameter.data_ptr() for parameter in one.gathering.kept]  # where a CUDA graph reads them
     one.compare(torch.ones(2, WIDTH))
 
 
