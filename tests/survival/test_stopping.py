@@ -97,7 +97,9 @@ def test_signals_while_starting_validating_and_sampling(settings, tmp_path, slow
     took = time.monotonic() - began
     for share in (0.1, 0.3, 0.5):  # imports, the processes' meeting, the model
         with Run(folder, busy, processes=processes) as run:
-            time.sleep(share * took)
+            # At its first step at the latest: the machine may have more time for this one.
+            later = time.monotonic() + share * took
+            run.until(lambda run=run, later=later: time.monotonic() > later or run.lines() > 0, "its time")
             # Until the interpreter has come to our first line a signal ends it in the system's own way.
             run.until(lambda run=run: run.catches(signal.SIGUSR1), "a handler")
             run.kill(signal.SIGUSR1)
