@@ -60,7 +60,7 @@ def train(world: World, kind: str, micro_batches: int, *, by_graphs: bool) -> Tr
     if strategy.graphs is not None:
         count = strategy.graphs.count
         strategy.graphs.release()
-    return Trained(numbers, masters.clone(), count)
+    return Trained(numbers, masters, count)
 
 
 def worker(out: str, share: bool) -> None:

@@ -150,7 +150,8 @@ def make_unet(shape: str, *, adapter: str = "full", checkpointing: bool = False)
     on_gpu = torch.cuda.is_available()  # it draws weights in no time
     with torch.device("cuda") if on_gpu else contextlib.nullcontext():
         unet = build_unet(SHAPES[shape]["unet"], seed=SEED).train()
-    unet = unet.cpu() if on_gpu else unet
+    if on_gpu:
+        unet = unet.cpu()
     if adapter == "lora":
         unet.requires_grad_(False)
         add_lora(unet, RANK, float(RANK), seed=SEED)

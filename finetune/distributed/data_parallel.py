@@ -57,7 +57,6 @@ class DataParallel(Strategy):
 
             self.copies = Copies(module, self.parameters.values(), self.dtype)
         self.reduction: WholeReduction | None = None
-        self._reduces = True  # whether this micro-batch's gradients are reduced after it
         if world.size > 1:
             trained = list(self.parameters.values())
             # Copies add to gradients by themselves.
@@ -65,13 +64,8 @@ class DataParallel(Strategy):
                 world, trained, BUCKET_ELEMENTS, dtype=reduce_dtype, they_come=self.copies is None
             )
         if graphs and world.device.type == "cuda":
-            self.graphs = Graphs(
-                self._passes,
-                self.parameters.values(),
-                self._reduced_passes,
-                contextlib.nullcontext if self.reduction is None else self.reduction.captured,
-                self._reduce_left,
-            )
+            beside = () if self.reduction is None else (self.reduction.captured, self.reduction.reduce_left)
+            self.graphs = Graphs(self._passes, self.parameters.values(), self._reduced_passes, *beside)
         self.keys = dict(self.parameters)  # what the optimizer is given: the same memory
         if optimizer.kind == "adafactor":
             self.keys = {name: matrix_of(p) for name, p in self.parameters.items()}
@@ -89,18 +83,13 @@ class DataParallel(Strategy):
     def backward(self, args: tuple[Any, ...], *, global_batch: int, last: bool) -> Tensor:
         if self.copies is not None:
             self.copies.renew()
-        self._reduces = last
+        if self.reduction is not None:
+            self.reduction.begin(reduces=last)
         return (self.graphs or self._reduced_passes)(args, global_batch)
 
     def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
-        if self.reduction is None:
+        with contextlib.nullcontext() if self.reduction is None else self.reduction.of_a_pass():
             return self._passes(args, global_batch)
-        with self.reduction.of_a_pass(reduces=self._reduces):
-            return self._passes(args, global_batch)
-
-    def _reduce_left(self, marks: Any) -> None:
-        if self.reduction is not None and self._reduces:
-            self.reduction.reduce_left(marks)
 
     def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         with contextlib.nullcontext() if self.copies is None else self.copies.in_use():

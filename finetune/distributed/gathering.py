@@ -90,13 +90,10 @@ class Gathering:
     @torch.no_grad()
     def renew(self) -> None:
         """Gather what is kept anew, where it lies: its pieces have changed. Collective."""
-        whole = self._joined([p.ds_tensor.data for p in self.kept])
-        parts = [data[: p.ds_numel].view(p.ds_shape) for p, data in zip(self.kept, whole, strict=True)]
-        if self.kept and self.world.size > 1 and self._are_kept:
-            torch._foreach_copy_([p.data for p in self.kept], parts)
-            return
-        for p, part in zip(self.kept, parts, strict=True):
-            self._give(p, part)
+        if self._are_kept and self.kept and self.world.size > 1:
+            torch._foreach_copy_([p.data for p in self.kept], self._whole_of(self.kept))
+        else:
+            self._gather(self.kept)
         self._are_kept = True
 
     def _enter_backward(self, *_: Any, number: int) -> None:
@@ -136,14 +133,15 @@ class Gathering:
 
     def _gather(self, parameters: Sequence[Any]) -> None:
         """Give the parameters their whole data, on the current stream."""
-        for p, data in zip(parameters, self._joined([p.ds_tensor.data for p in parameters]), strict=True):
-            self._give(p, data[: p.ds_numel].view(p.ds_shape))
-
-    def _give(self, parameter: Any, data: Tensor) -> None:
         from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-        parameter.data = data
-        parameter.ds_status = ZeroParamStatus.AVAILABLE
+        for p, data in zip(parameters, self._whole_of(parameters), strict=True):
+            p.data = data
+            p.ds_status = ZeroParamStatus.AVAILABLE
+
+    def _whole_of(self, parameters: Sequence[Any]) -> list[Tensor]:
+        whole = self._joined([p.ds_tensor.data for p in parameters])
+        return [data[: p.ds_numel].view(p.ds_shape) for p, data in zip(parameters, whole, strict=True)]
 
     def _joined(self, pieces: Sequence[Tensor]) -> list[Tensor]:
         """All ranks' pieces of each parameter, one behind the other; of a single rank the pieces themselves."""

@@ -86,6 +86,7 @@ class Reduction(ABC):
         self._order: dict[int, None] = {}  # numbers of parameters, as the first pass comes to them
         self._gradients: dict[int, Tensor] = {}  # by number of the parameter: to be reduced
         self._taken: set[int] = set()  # numbers of parameters whose gradients were among those in this pass
+        self.reduces = True  # this micro-batch's gradients; else they stay where they are, and the next are added
         self._is_on = False
         self._next = 0  # the first bucket that is not reduced yet
         self._marks: list[torch.cuda.Event | None] | None = None  # of a capture
@@ -101,23 +102,22 @@ class Reduction(ABC):
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
         """Sum a bucket's gradients, which stand in the order of its numbers, over ranks. Collective."""
 
-    def begin(self) -> None:  # noqa: B027
-        """Make ready for a step's first gradients, outside of CUDA graphs."""
+    def begin(self, *, reduces: bool) -> None:
+        """Before each micro-batch, outside of CUDA graphs: whether its gradients are reduced, with those before."""
+        self.reduces = reduces
 
     @contextlib.contextmanager
-    def of_a_pass(self, *, reduces: bool = True) -> Iterator[None]:
-        """Around a forward and backward pass, whose gradients are reduced, or stay where they are. Collective."""
-        if reduces:
-            self.begin()
+    def of_a_pass(self) -> Iterator[None]:
+        """Around a forward and backward pass, whose gradients are reduced if they are to be. Collective."""
         self._missing = [len(bucket) for bucket in self.buckets]
         self._gradients.clear()  # of a pass that failed
         self._taken.clear()
-        self._is_on, self._next = reduces, 0
+        self._is_on, self._next = self.reduces, 0
         try:
             yield
             if not self.buckets:
                 self._make_buckets()
-            if reduces:
+            if self.reduces:
                 self._reduce_rest()
         finally:
             self._is_on = False
@@ -134,7 +134,9 @@ class Reduction(ABC):
             self._marks = None
 
     def reduce_left(self, marks: Sequence[torch.cuda.Event | None]) -> None:
-        """Reduce what a graph, whose replay has been started, leaves as gradients. Collective."""
+        """Reduce what a graph, whose replay has been started, leaves as gradients, if it is to be. Collective."""
+        if not self.reduces:
+            return
         if self._stream is None or not marks:
             with self.of_a_pass():
                 return
@@ -161,7 +163,7 @@ class Reduction(ABC):
                 mark = torch.cuda.Event(external=True)  # type: ignore[call-arg]
                 mark.record()
                 self._marks[bucket] = mark
-        if self._is_on:  # else the gradient stays, and the next is added to it
+        if self._is_on:
             self._take(parameter, number)
 
     def _take(self, parameter: Tensor, number: int) -> None:
@@ -181,9 +183,8 @@ class Reduction(ABC):
             self._reduce_next()
 
     def _reduce_next(self) -> None:
-        numbers = self.buckets[self._next]
-        self._next += 1
-        self._reduce(self._next - 1, [self._gradients.pop(number, None) for number in numbers])
+        bucket, self._next = self._next, self._next + 1
+        self._reduce(bucket, [self._gradients.pop(number, None) for number in self.buckets[bucket]])
 
     def _make_buckets(self) -> None:
         every = range(len(self.parameters))
@@ -287,11 +288,14 @@ class SplitReduction(Reduction):
         self._kept: dict[int, Tensor] = {}
         self.runs: list[list[_Run]] = []  # of each bucket
 
-    def begin(self) -> None:
-        if self.sums is None and self._kept:
+    def begin(self, *, reduces: bool) -> None:
+        super().begin(reduces=reduces)
+        if not reduces or self.sums is not None:
+            return
+        if self._kept:
             self.sums = self._kept
             torch._foreach_zero_(list(self.sums.values()))
-        elif self.sums is None:
+        else:
             self.sums = {id(key): torch.zeros_like(key, dtype=torch.float32) for key in self.keys}
 
     def take(self) -> list[Tensor]:

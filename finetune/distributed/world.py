@@ -265,9 +265,9 @@ def stop() -> None:
     while _SET:  # another run of this process would take them for a launcher's
         os.environ.pop(_SET.pop(), None)
     if dist.is_initialized():
-        # Were DDP's reducer the group's last owner, it would wait for gloo's thread with the GIL held, which that
-        # thread may want for the last broadcast's tensors: seen once, after a whole run. Python's own reference
-        # lets go of the GIL.
+        # Were a reducer of torch's DDP the group's last owner, it would wait for gloo's thread with the GIL held,
+        # which that thread may want for the last broadcast's tensors: seen once, after a whole run. Python's own
+        # reference lets go of the GIL.
         _LEFT.append(dist.group.WORLD)
         dist.destroy_process_group()
 

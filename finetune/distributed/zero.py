@@ -147,7 +147,6 @@ class ZeRO(Strategy):
             shard.master.copy_(shard.piece_of(whole))
         self.reduction: SplitReduction | None = None
         self.gathering: Gathering | None = None
-        self._reduces = True  # whether this micro-batch's gradients are reduced after it
         if not offload:
             self._take_over(parameters)
         # A graph would keep the loss scale of fp16, which changes.
@@ -215,8 +214,8 @@ class ZeRO(Strategy):
         reduction = self.reduction
         assert reduction is not None
         if self.stage < 3:
-            captured = reduction.captured
-            return Graphs(self._passes, parameters, self._reduced_passes, captured, self._reduce_left)
+            beside = reduction.captured, reduction.reduce_left
+            return Graphs(self._passes, parameters, self._reduced_passes, *beside)
         # Weights come and go within a pass: the graph holds the collectives as well, and leaves no gradients.
         reduction.keeps_sums = True
         return Graphs(self._reduced_passes, [], world=self.world)
@@ -289,20 +288,13 @@ class ZeRO(Strategy):
             if not last:
                 self.engine.step()  # counts the micro-batch
             return total.detach()
-        self._reduces = self.stage > 1 or last
-        if self._reduces:
-            self.reduction.begin()
+        self.reduction.begin(reduces=self.stage > 1 or last)
         return (self.graphs or self._reduced_passes)(args, global_batch)
 
     def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         assert self.reduction is not None
-        with self.reduction.of_a_pass(reduces=self._reduces), self._gathered():
+        with self.reduction.of_a_pass(), self._gathered():
             return self._passes(args, global_batch)
-
-    def _reduce_left(self, marks: Any) -> None:
-        if self._reduces:
-            assert self.reduction is not None
-            self.reduction.reduce_left(marks)
 
     def _passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         total = self.module(*args).float().sum()

@@ -11,7 +11,6 @@ of its own: those from before are of the default stream. `ddp_once` casts its we
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -41,9 +40,9 @@ def by_graphs(strategy: Any, device: Device) -> None:
         strategy.graphs = Graphs(device.watch(strategy._reduced_passes, []), [], world=strategy.world)
         return
     parameters = parameters_of(strategy)
-    captured = contextlib.nullcontext if strategy.reduction is None else strategy.reduction.captured
+    beside = () if strategy.reduction is None else (strategy.reduction.captured, strategy.reduction.reduce_left)
     passes = device.watch(strategy._passes, parameters)
-    strategy.graphs = Graphs(passes, parameters, strategy._reduced_passes, captured, strategy._reduce_left)
+    strategy.graphs = Graphs(passes, parameters, strategy._reduced_passes, *beside)
 
 
 def parameters_of(strategy: Any) -> list[nn.Parameter]:

@@ -63,6 +63,7 @@ class Played:
 
     def run(self, order: list[int], gradients: list[Tensor]) -> None:
         """A backward pass that comes to these parameters in this order."""
+        self.reduction.begin(reduces=True)
         with self.reduction.of_a_pass():
             for number in order:
                 (self.parameters[number] * gradients[number]).sum().backward()
@@ -144,6 +145,7 @@ def test_buckets_are_reduced_while_gradients_still_come(played):
     one.run(order, gradients)
     one.reduction.take()
     one.collectives.clear()
+    one.reduction.begin(reduces=True)
     with one.reduction.of_a_pass():
         done = []
         for number in order:
@@ -211,7 +213,8 @@ def test_every_rank_gets_whole_sums_as_gradients(whole, they_come):
         for last in (False, True):  # micro-batches, of which the last is reduced with those before it
             gradients = [torch.randint(-9, 9, shape, generator=draws).float() for shape in SHAPES]
             before = len(sizes)
-            with reduction.of_a_pass(reduces=last):
+            reduction.begin(reduces=last)
+            with reduction.of_a_pass():
                 for number in torch.randperm(len(SHAPES), generator=draws).tolist():
                     (parameters[number] * gradients[number]).sum().backward()
             assert (len(sizes) > before) is last
