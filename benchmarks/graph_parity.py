@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import context, record
-from benchmarks.ranks import launch
+from benchmarks.ranks import launch, require_gpus
 from benchmarks.strategies import wrapped
 from benchmarks.works import batches, make_unet, stepping
 from finetune import distributed
@@ -97,6 +97,9 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which it is ended")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     arguments = parser.parse_args()
+    require_gpus(parser, [arguments.gpus])
+    if arguments.share is not None and arguments.share < 1:
+        parser.error(f"--share {arguments.share}: take at least 1")
     processes = arguments.share or arguments.gpus
     told = {"share": arguments.share is not None}
     result = launch("benchmarks.graph_parity", told, processes, arguments.limit)

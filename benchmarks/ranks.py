@@ -7,6 +7,7 @@ what it is told as JSON, and rank 0 leaves its result in the file named there. N
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import signal
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def launch(
         return {"error": f"took longer than {limit_s:g} s"}
     lines = [line.strip() for line in text.splitlines() if "Error" in line and "ChildFailedError" not in line]
     return {"error": (lines[-1] if lines else f"exit code {code}")[-300:]}
+
+
+def require_gpus(parser: argparse.ArgumentParser, counts: Sequence[int]) -> None:
+    """Refuse `--gpus` of none, or of more than there are; without any they are processes of the CPU's."""
+    there = torch.cuda.device_count()
+    if min(counts) < 1 or (there and max(counts) > there):
+        said = f"there are {there}" if there else "take at least 1"
+        parser.error(f"--gpus {','.join(map(str, counts))}: {said}")
 
 
 def _places(processes: int, nodes: int) -> list[tuple[list[str], dict[str, str]]]:

@@ -49,7 +49,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkpoint import progress, timed, while_saving
 from benchmarks.common import context, record, rounded, save_plot
-from benchmarks.ranks import BLOCK, launch, peak_gib, timed_blocks, waiter
+from benchmarks.ranks import BLOCK, launch, peak_gib, require_gpus, timed_blocks, waiter
 from benchmarks.strategies import wrapped
 from benchmarks.train_speed import Work
 from benchmarks.works import SEED, SHAPES, SPACE, make_unet, stepping, with_added
@@ -462,8 +462,7 @@ def main() -> None:
     for known, given in ((WORKS, arguments.works), (STRATEGIES, arguments.strategies or [])):
         if unknown := set(given) - set(known):
             parser.error(f"{min(unknown)} is not one of {', '.join(known)}")
-    if min(arguments.gpus) < 1 or (on_gpu and max(arguments.gpus) > there):
-        parser.error(f"--gpus {','.join(map(str, arguments.gpus))}: there are {there}")
+    require_gpus(parser, arguments.gpus)
     if arguments.nodes < 1 or max(arguments.gpus) % arguments.nodes:
         parser.error(f"--nodes {arguments.nodes} cannot share {max(arguments.gpus)} GPUs evenly")
     out = arguments.draw or arguments.out

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import context, record, rounded
-from benchmarks.ranks import BLOCK, launch, peak_gib, timed_blocks
+from benchmarks.ranks import BLOCK, launch, peak_gib, require_gpus, timed_blocks
 from benchmarks.works import (
     LR,
     MAX_GRAD_NORM,
@@ -244,8 +244,7 @@ def main() -> None:
         name, _, layout = variant.partition("@")
         if name not in (*PEERS, *OURS) or layout not in LAYOUTS:
             parser.error(f"{variant} is no variant: {', '.join([*PEERS, *OURS])}, with @nchw or @nhwc behind it")
-    if on_gpu and arguments.gpus > torch.cuda.device_count():
-        parser.error(f"--gpus {arguments.gpus}: there are {torch.cuda.device_count()}")
+    require_gpus(parser, [arguments.gpus])
     batch = arguments.batch or WORKS[arguments.work][0]
     # DDP before what is compared with it; one GPU and the peers first.
     order = [name for name in (*PEERS, *OURS) for _ in range(variants.count(name))]

@@ -17,7 +17,17 @@ import torch
 from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import cost_curve, cost_quality, encode, loss_curve, profile_step, scaling, train_speed
+from benchmarks import (
+    cost_curve,
+    cost_quality,
+    encode,
+    graph_parity,
+    loss_curve,
+    profile_step,
+    scaling,
+    strategies,
+    train_speed,
+)
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
 from finetune.data.shards import ShardWriter, json_bytes
@@ -254,6 +264,14 @@ def test_what_scaling_cannot_measure_is_refused(monkeypatch, capsys, given, said
         scaling.main()
     assert ended.value.code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", [graph_parity, scaling, strategies], ids=lambda module: module.__name__)
+def test_no_gpus_are_refused(monkeypatch, capsys, module):
+    monkeypatch.setattr(sys, "argv", [module.__name__, "--gpus", "0"])
+    with pytest.raises(SystemExit) as ended:
+        module.main()
+    assert ended.value.code == 2 and "--gpus 0: " in capsys.readouterr().err
 
 
 def test_u_nets_of_the_cost_curve_have_the_papers_sizes():
