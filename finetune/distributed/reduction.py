@@ -207,18 +207,19 @@ class Reduction(ABC):
             self._missing[self._bucket_of[number]] -= 1
 
     @contextlib.contextmanager
-    def _beside(self, flat: Tensor) -> Iterator[None]:
-        """On the stream of collectives, once `flat` is filled."""
+    def _beside(self, flat: Tensor | None = None) -> Iterator[None]:
+        """On the stream of collectives, after what this one was given; `flat` is held meanwhile."""
         if self._stream is None:
             yield
             return
         current = torch.cuda.current_stream()
-        if len(self._flats) == _FLATS:
+        if flat is not None and len(self._flats) == _FLATS:
             current.wait_event(self._flats.popleft()[0])
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-            self._flats.append((self._stream.record_event(), flat))
+            if flat is not None:
+                self._flats.append((self._stream.record_event(), flat))
 
     def _join(self) -> None:
         if self._stream is not None:
@@ -230,7 +231,7 @@ class Reduction(ABC):
 
 
 class WholeReduction(Reduction):
-    """Each rank gets all sums, as its parameters' gradients: data parallelism.
+    """Each rank gets all sums, as its parameters' gradients, where those lie: data parallelism.
 
     Args:
         dtype: gradients are rounded to it, summed over ranks in it, and then of their parameters' type again.
@@ -251,18 +252,30 @@ class WholeReduction(Reduction):
     @torch.no_grad()
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
         parameters = [self.parameters[number] for number in self.buckets[bucket]]
-        flat = self._empty(sum(p.numel() for p in parameters), self.dtype)
-        _fill(_split(flat, parameters), gradients)
-        with self._beside(flat):
-            whole = self.world.sum_(flat).to(parameters[0].dtype)
-        for parameter, part in zip(parameters, _split(whole, parameters), strict=True):
-            parameter.grad = part
+        whole = [_lying_as(p, gradient) for p, gradient in zip(parameters, gradients, strict=True)]
+        rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in whole]
+        if self.dtype == rows[0].dtype:
+            with self._beside():  # gradients are held by their parameters
+                self.world.sum_all_(rows)
+        else:
+            flat = self._empty(sum(map(len, rows)), self.dtype)
+            parts = flat.split([len(row) for row in rows])
+            torch._foreach_copy_(parts, rows)
+            with self._beside(flat):
+                self.world.sum_(flat)
+                torch._foreach_copy_(rows, parts)
+        for parameter, gradient in zip(parameters, whole, strict=True):
+            parameter.grad = gradient
 
 
-def _split(flat: Tensor, parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """A part for each, which lies in memory as the parameter does: channels-last, say."""
-    parts = flat.split([p.numel() for p in parameters])
-    return [part.as_strided(p.size(), p.stride()) for part, p in zip(parts, parameters, strict=True)]
+def _lying_as(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    """A gradient in the order of the parameter in memory, which all ranks share: channels-last, say."""
+    if gradient is None:
+        return torch.zeros_like(parameter)
+    places = zip(parameter.size(), parameter.stride(), gradient.stride(), strict=True)
+    if all(size == 1 or one == other for size, one, other in places):  # as autograd leaves them
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 class SplitReduction(Reduction):

@@ -10,7 +10,7 @@ import socket
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,6 +97,13 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def sum_all_(self, tensors: Sequence[Tensor]) -> None:
+        """Sum each over ranks, in place, as one collective: flat tensors of one type."""
+        if self.size > 1:
+            group = dist.group.WORLD
+            assert group is not None
+            group.allreduce_coalesced(list(tensors)).wait()  # `dist.all_reduce_coalesced` warns of its end
 
 
 def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) -> World:
