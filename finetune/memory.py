@@ -25,6 +25,14 @@ class _Group:
     cache: str
 
 
+def size_text(count: float) -> str:
+    """Bytes as "1.5 GiB" or "12 MiB"."""
+    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
+        if count >= unit:
+            return f"{count / unit:.{1 if count < 100 * unit else 0}f} {name}"
+    return f"{count / 1024:.0f} KiB"
+
+
 @contextlib.contextmanager
 def shortage_told() -> Iterator[None]:
     """Inside, what torch and Python have other words for when memory is short is `torch.OutOfMemoryError` as well.

@@ -5,6 +5,7 @@ checks          what makes no sense, before anything is loaded
 data            shards and mixtures, held-out samples, cached states of captions
 identity        what a run must keep to go on
 model           U-Net and conditioner, adapters, layout and kernels, the decoder of sample grids
+needs           what a rank's memory has to hold, refused where there is less
 strategy        batches over ranks, weights and moments by a strategy
 """
 
@@ -27,6 +28,7 @@ from finetune.build.model import (
     noise_schedule,
     trained_otherwise,
 )
+from finetune.build.needs import require_memory
 from finetune.build.strategy import batch_sizes, make_strategy, precision
 from finetune.checkpoint import Checkpoints, Layout
 from finetune.conditioning.text import Text
@@ -103,6 +105,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
         global_batch=config.train.global_batch,
     )
     model.train()
+    require_memory(config, world, model, accumulation)
     strategy = make_strategy(config, world, model, micro_batch, accumulation, is_fast=is_fast)
     weights = [shard.master for shard in strategy.shards]
     averages = [Average.starting_at(weights, profile, name) for name, profile in profiles(config.ema).items()]

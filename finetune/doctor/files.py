@@ -15,7 +15,8 @@ from pathlib import Path
 from finetune import UserError
 from finetune.checkpoint import RunFolder
 from finetune.doctor.context import Context, skipped
-from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.doctor.table import FAIL, OK, WARN, Row
+from finetune.memory import size_text
 
 SCRATCH = ".doctor"
 _SEEN_WITHIN_S = 10.0  # NFS clients keep a folder's list for seconds

@@ -24,7 +24,8 @@ from finetune import UserError, distributed, first_line
 from finetune.config import Config
 from finetune.distributed import World
 from finetune.doctor.context import LIMITS_S, Context, odd_ones
-from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.doctor.table import FAIL, OK, WARN, Row
+from finetune.memory import size_text
 from finetune.terminal import ranks_text
 
 _CLOCKS_APART_S = 2.0

@@ -2,73 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from finetune import memory
 from finetune.build import OUT_OF_MEMORY
+from finetune.build.needs import Needs, Weight, needs_of
 from finetune.doctor.context import Context
-from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.doctor.table import FAIL, OK, WARN, Row
 from finetune.loop import Parts
+from finetune.memory import size_text
 
 _TIGHT = 0.9
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """Bytes of one rank, by what they are for, in the device's memory and in the host's.
-
-    Activations are not in it: they depend on the batch, and the two steps measure them.
-    """
-
-    device: dict[str, int]
-    host: dict[str, int]
-
-    def text(self) -> str:
-        return ", ".join(f"{name} {size_text(count)}" for name, count in self.device.items() if count)
-
-
-def estimate(parts: Parts, world_size: int, *, offload: str = "none") -> Estimate:
-    """Weights, gradients, masters, moments and averages of this rank, from the tensors themselves.
-
-    ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054, section 3): stage 1 spreads masters and moments over the ranks,
-    stage 2 gradients too, stage 3 weights too. `offload`: with `cpu` what the optimizer has, and under stage 3 the
-    weights, are in host memory; with `nvme` masters and moments are in files.
-    """
+def estimate(parts: Parts, world_size: int, *, offload: str = "none") -> Needs:
+    """Of this rank, from what was built."""
     strategy = parts.strategy
-    stage: int = getattr(strategy, "stage", 0)
-    owned = sum(shard.master.numel() for shard in strategy.shards)
-    # ZeRO's sums of what a rank owns, in float32. Under stage 1 gradients wait for the step's last micro-batch. (A
-    # CUDA graph keeps gradients as well, and is given up where memory is short.)
-    is_summed = stage > 0 and offload == "none"
-    weights, gradients = 0, 4 * owned if is_summed else 0
-    for parameter in strategy.module.parameters():
-        count = whole_numel(parameter)
-        width = parameter.element_size()
-        weights += width * (math.ceil(count / world_size) if stage == 3 else count)
-        if parameter.requires_grad and (not is_summed or (stage == 1 and parts.accumulation > 1)):
-            gradients += width * (math.ceil(count / world_size) if stage >= 2 else count)
+    modules = strategy.module.parameters()
+    needs = needs_of(
+        [Weight(whole_numel(p), p.element_size(), p.requires_grad) for p in modules],
+        strategy.settings,
+        world_size=world_size,
+        stage=getattr(strategy, "stage", 0),
+        offload=offload,
+        accumulation=parts.accumulation,
+        averages=len(parts.averages),
+        owned=sum(shard.master.numel() for shard in strategy.shards),
+        own=sum(tensor.nbytes for of_shard in strategy.own_state() for tensor in of_shard.values()),
+    )
     copies = getattr(strategy, "copies", None)
-    weights += 0 if copies is None else copies.nbytes
-    kinds = strategy.settings.of_a_weight
-    own = sum(tensor.nbytes for of_shard in strategy.own_state() for tensor in of_shard.values())
-    moments = 4 * owned * (len(kinds) - ("y" in kinds)) + own  # y is the master
-    optimizer = {"masters": 4 * owned if stage else 0, "moments": moments}
-    average = {"average": 4 * owned * len(parts.averages)}
-    device: dict[str, int] = {"gradients": gradients}
-    host: dict[str, int] = {}
-    is_offloaded = offload != "none"
-    (host if is_offloaded and stage == 3 else device).update({"weights": weights})
-    (host if is_offloaded else device).update(average if offload == "nvme" else optimizer | average)
-    # A checkpoint is written from a copy in host memory: masters, averages and moments.
-    saved = 4 * (1 + len(kinds) + len(parts.averages))
-    host["checkpoint copy"] = saved * math.ceil(trained_numel(parts) / world_size) + math.ceil(own / world_size)
-    return Estimate(device, host)
+    if copies is not None:
+        needs.device["weights"] += copies.nbytes
+    return needs
 
 
 def whole_numel(parameter: Any) -> int:
@@ -76,17 +45,13 @@ def whole_numel(parameter: Any) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def trained_numel(parts: Parts) -> int:
-    return sum(math.prod(shard.shape) for shard in parts.strategy.shards)
-
-
-def expected_of(context: Context) -> Estimate:
+def expected_of(context: Context) -> Needs:
     """The estimate of what was built."""
     assert context.parts is not None
     return estimate(context.parts, context.size, offload=context.config.strategy.offload)
 
 
-def memory_rows(context: Context, expected: Estimate) -> list[Row]:
+def memory_rows(context: Context, expected: Needs) -> list[Row]:
     """The estimate, and the peak of the steps made so far, against what each machine has."""
     outcomes = context.exchange("hosts", "memory", lambda: _measure(context, expected))
     if rows := context.failures("memory", outcomes, "see the rows above"):
@@ -95,7 +60,7 @@ def memory_rows(context: Context, expected: Estimate) -> list[Row]:
     return [_device_row(context, seen), _host_row(context, seen)]
 
 
-def _measure(context: Context, expected: Estimate) -> dict[str, Any]:
+def _measure(context: Context, expected: Needs) -> dict[str, Any]:
     world = context.joined()
     host_now, host_peak, host_capacity = host_memory()
     found: dict[str, Any] = {

@@ -16,9 +16,10 @@ from finetune.distributed import Strategy
 from finetune.doctor.context import Context, settle
 from finetune.doctor.files import space_row
 from finetune.doctor.steps import STEPS, at_start, loop_config, make_steps
-from finetune.doctor.table import FAIL, OK, WARN, Row, size_text
+from finetune.doctor.table import FAIL, OK, WARN, Row
 from finetune.doctor.weights import checksum, weights_of
 from finetune.loop import Parts
+from finetune.memory import size_text
 from finetune.posthoc import complete_snapshots
 from finetune.runs import complete_checkpoints, latest_checkpoint
 

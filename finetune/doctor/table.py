@@ -75,11 +75,3 @@ def _show_table(rows: Sequence[Row]) -> None:
         # As `Text`: brackets of a config key are no markup.
         table.add_row(Text(row.name), Text(row.result, _COLOURS[row.result]), Text(row.seen), Text(row.remedy))
     Console().print(table)
-
-
-def size_text(count: float) -> str:
-    """Bytes as "1.5 GiB" or "12 MiB"."""
-    for unit, name in ((1 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB")):
-        if count >= unit:
-            return f"{count / unit:.{1 if count < 100 * unit else 0}f} {name}"
-    return f"{count / 1024:.0f} KiB"
