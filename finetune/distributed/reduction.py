@@ -28,6 +28,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 BUCKET_ELEMENTS = 50_000_000  # reduced at a time: a U-Net has 10 to 50 such buckets
 
+IN_PLACE_ELEMENTS = 1 << 18  # gradients with fewer travel as one: NCCL would take some microseconds for each
+
 # As many buckets are on their way at a time: memory is bounded, also in a CUDA graph, where torch's own way to keep
 # a tensor for another stream (`record_stream`) keeps it to the end.
 _FLATS = 4
@@ -207,19 +209,18 @@ class Reduction(ABC):
             self._missing[self._bucket_of[number]] -= 1
 
     @contextlib.contextmanager
-    def _beside(self, flat: Tensor | None = None) -> Iterator[None]:
-        """On the stream of collectives, after what this one was given; `flat` is held meanwhile."""
+    def _beside(self, flat: Tensor, *, is_large: bool = True) -> Iterator[None]:
+        """On the stream of collectives, once `flat` is filled, which is held meanwhile; of large ones so many."""
         if self._stream is None:
             yield
             return
         current = torch.cuda.current_stream()
-        if flat is not None and len(self._flats) == _FLATS:
+        if is_large and len(self._flats) == _FLATS:
             current.wait_event(self._flats.popleft()[0])
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-            if flat is not None:
-                self._flats.append((self._stream.record_event(), flat))
+            self._flats.append((self._stream.record_event(), flat))
 
     def _join(self) -> None:
         if self._stream is not None:
@@ -232,6 +233,8 @@ class Reduction(ABC):
 
 class WholeReduction(Reduction):
     """Each rank gets all sums, as its parameters' gradients, where those lie: data parallelism.
+
+    Large gradients are reduced in place; small ones, and those that travel in another type, in one row of copies.
 
     Args:
         dtype: gradients are rounded to it, summed over ranks in it, and then of their parameters' type again.
@@ -254,16 +257,18 @@ class WholeReduction(Reduction):
         parameters = [self.parameters[number] for number in self.buckets[bucket]]
         whole = [_lying_as(p, gradient) for p, gradient in zip(parameters, gradients, strict=True)]
         rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in whole]
-        if self.dtype == rows[0].dtype:
-            with self._beside():  # gradients are held by their parameters
-                self.world.sum_all_(rows)
-        else:
-            flat = self._empty(sum(map(len, rows)), self.dtype)
-            parts = flat.split([len(row) for row in rows])
-            torch._foreach_copy_(parts, rows)
-            with self._beside(flat):
-                self.world.sum_(flat)
-                torch._foreach_copy_(rows, parts)
+        copied = [row for row in rows if row.dtype != self.dtype or len(row) < IN_PLACE_ELEMENTS]
+        in_place = [row for row in rows if row.dtype == self.dtype and len(row) >= IN_PLACE_ELEMENTS]
+        flat = self._empty(sum(map(len, copied)), self.dtype)
+        parts = flat.split([len(row) for row in copied])
+        if copied:
+            torch._foreach_copy_(parts, copied)
+        with self._beside(
+            flat, is_large=self.dtype != rows[0].dtype
+        ):  # gradients in place are held by their parameters
+            self.world.sum_all_([*in_place, flat] if copied else in_place)
+            if copied:
+                torch._foreach_copy_(copied, parts)
         for parameter, gradient in zip(parameters, whole, strict=True):
             parameter.grad = gradient
 

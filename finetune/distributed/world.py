@@ -101,9 +101,12 @@ class World:
     def sum_all_(self, tensors: Sequence[Tensor]) -> None:
         """Sum each over ranks, in place, as one collective: flat tensors of one type."""
         if self.size > 1:
-            group = dist.group.WORLD
+            group, options = dist.group.WORLD, dist.AllreduceCoalescedOptions()
             assert group is not None
-            group.allreduce_coalesced(list(tensors)).wait()  # `dist.all_reduce_coalesced` warns of its end
+            options.asyncOp = False  # on the current stream, as `dist.all_reduce`
+            work = group.allreduce_coalesced(list(tensors), options)  # `dist.all_reduce_coalesced` warns of its end
+            if work is not None:
+                work.wait()
 
 
 def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) -> World:

@@ -196,7 +196,7 @@ def whole(monkeypatch):
             flat.mul_(2)
 
     monkeypatch.setattr(World, "sum_all_", doubled)
-    monkeypatch.setattr(World, "sum_", lambda self, flat: flat.mul_(2))
+    monkeypatch.setattr(reduction, "IN_PLACE_ELEMENTS", 12)
     parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
     parameters[2].data = torch.zeros(2, 3, 4).permute(2, 0, 1)  # stored otherwise than it is indexed
 
@@ -231,8 +231,10 @@ def test_every_rank_gets_whole_sums_as_gradients(whole, they_come):
 def test_sums_can_travel_as_bf16(whole, monkeypatch):
     make, parameters, _ = whole
     reduction, types = make(dtype=torch.bfloat16), set()
-    real = World.sum_
-    monkeypatch.setattr(World, "sum_", lambda self, flat: types.add(flat.dtype) or real(self, flat))
+    real = World.sum_all_
+    monkeypatch.setattr(
+        World, "sum_all_", lambda self, flats: types.update(flat.dtype for flat in flats) or real(self, flats)
+    )
     draws = torch.Generator().manual_seed(0)
     gradients = [torch.randn(shape, generator=draws) for shape in SHAPES]
     with reduction.of_a_pass():
@@ -242,6 +244,21 @@ def test_sums_can_travel_as_bf16(whole, monkeypatch):
     for parameter, gradient in zip(parameters, gradients, strict=True):
         assert parameter.grad.dtype == torch.float32 and parameter.grad.stride() == parameter.stride()
         assert torch.equal(parameter.grad, 2 * gradient.bfloat16().float())
+
+
+def test_small_gradients_travel_as_one(whole, monkeypatch):
+    make, parameters, _ = whole
+    reduction, travelled = make(), []
+    real = World.sum_all_
+    monkeypatch.setattr(
+        World, "sum_all_", lambda self, flats: travelled.append([len(flat) for flat in flats]) or real(self, flats)
+    )
+    with reduction.of_a_pass():
+        for parameter in parameters:
+            parameter.sum().backward()
+    assert reduction.buckets == [[0, 1], [2, 3], [4], [5]]
+    assert travelled == [[15, 7], [24, 1], [36], [11]]  # in place, then those of fewer than 12 in one row
+    assert all(bool((parameter.grad == 2).all()) for parameter in parameters)
 
 
 def test_gradients_travel_in_the_order_of_their_parameters(whole):
