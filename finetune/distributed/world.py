@@ -197,6 +197,7 @@ def _store(rank: int, timeout: datetime.timedelta) -> dist.Store:
 
     Raises:
         UserError: rank 0 can't open it.
+        PeerLostError: the others don't reach it, or it ends while they do.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     opens_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
@@ -217,6 +218,8 @@ def _store(rank: int, timeout: datetime.timedelta) -> dist.Store:
             host, port, None, opens_it, timeout=timeout, wait_for_workers=False, multi_tenant=opens_it
         )
     except RuntimeError as error:
+        if not opens_it:
+            raise PeerLostError(f"rank 0's store at {host}:{port} ended ({first_line(error)})") from None
         raise UserError(
             f"rank {rank} has no store at {host}:{port} ({first_line(error)}); choose another port"
         ) from None

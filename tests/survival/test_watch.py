@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import socket
 import threading
 import time
 
 import pytest
 import torch.distributed as dist
 
-from finetune import UserError
+from finetune import PeerLostError, UserError
 from finetune.distributed import watch as module
+from finetune.distributed import world
 from finetune.distributed.watch import LONG, Bounds, Mark, Watch
 
 
@@ -184,3 +186,19 @@ def test_marks_cost_nothing_and_need_no_threads():
         watch.judge(RuntimeError("gloo"))
     watch.leave()
     assert Bounds(60, 600, 600).collective == datetime.timedelta(seconds=3720)
+
+
+def test_a_store_that_ends_while_a_rank_joins_is_no_mistake_of_the_user(monkeypatch):
+    """Its machine died in that moment, say: the launcher shall try again."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def refuse() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    server.accept()[0].close()
+
+        threading.Thread(target=refuse, daemon=True).start()
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+        with pytest.raises(PeerLostError, match="rank 0's store at 127.0.0.1:"):
+            world._store(3, datetime.timedelta(seconds=2))
