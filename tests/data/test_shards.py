@@ -256,19 +256,58 @@ for shards in sets:
         shards.read_samples([sample_id], out)
 print(*[len(shards._tars) for shards in sets])
 """
+_CROWDED = """
+import os, resource, sys
+import numpy as np
+resource.setrlimit(resource.RLIMIT_NOFILE, (400, 400))
+from finetune.data.shards import ShardSet
+shards = ShardSet.open(sys.argv[1])
+out = np.empty((1, 4, 2, 2), np.float16)
+shards.read_samples([0], out)
+others = []
+try:
+    while True:
+        others.append(os.open("/dev/null", os.O_RDONLY))
+except OSError:
+    for fd in others[-int(sys.argv[2]):]:
+        os.close(fd)
+for sample_id in range(len(shards)):
+    shards.read_samples([sample_id], out)
+print(shards.max_open)
+"""
 
 
-@pytest.mark.parametrize(("soft", "hard", "kept"), [(300, 0, 60), (300, 330, 18)])
-def test_open_shards_keep_within_the_limit_of_files(tmp_path: Path, soft: int, hard: int, kept: int) -> None:
-    """Two sets of 60 shards each: all stay open where the system's limit can be raised, else as many as fit."""
+@pytest.fixture
+def many_shards(tmp_path: Path) -> Path:
+    """60 of them, a sample each."""
     with ShardWriter(tmp_path / "set", "latents", members=["latent.npy", "json"], max_samples=1) as writer:
         for index in range(60):
             members = {"latent.npy": latent_bytes(np.zeros((4, 2, 2))), "json": b"{}"}
             writer.write(f"{index}", members, bucket=(16, 16))
         writer.finish(encoder=ENCODER)
-    command = [sys.executable, "-c", _MANY, str(tmp_path / "set"), str(soft), str(hard)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.stdout.split() == [str(kept)] * 2, done.stderr
+    return tmp_path / "set"
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "ranks", "least", "most"), [(300, 0, 1, 60, 60), (300, 350, 1, 12, 22), (300, 350, 8, 5, 15)]
+)
+def test_open_shards_keep_within_the_limit_of_files(
+    many_shards: Path, soft: int, hard: int, ranks: int, least: int, most: int
+) -> None:
+    """Two sets of 60 shards each: all stay open where the system's limit can be raised, else as many as fit."""
+    command = [sys.executable, "-c", _MANY, str(many_shards), str(soft), str(hard)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": str(ranks)})
+    one, other = map(int, done.stdout.split() or (done.stderr, 0))
+    assert one == other and least <= one <= most
+
+
+def test_shards_make_way_for_what_others_open(many_shards: Path) -> None:
+    """A run's connections come after its data: with 20 descriptors left 10 shards are open, not 60."""
+    command = [sys.executable, "-c", _CROWDED, str(many_shards)]
+    done = subprocess.run([*command, "20"], capture_output=True, text=True)
+    assert 0 < int(done.stdout or 0) <= 10, done.stderr
+    none_left = subprocess.run([*command, "1"], capture_output=True, text=True)
+    assert "raise the limit with `ulimit -n`" in none_left.stderr
 
 
 def test_pickled_copies_and_threads_with_one_open_shard(root: Path) -> None:

@@ -46,14 +46,31 @@ def most_open(sets: int = 1) -> int:
 
     A batch draws from hundreds of shards, and opening one costs as much as reading a dozen samples. So the usual
     limit of 1,024 files is raised to what the system lets any process have (as Go's runtime does), 16,384 at most;
-    a shard takes two of them, and a few hundred are left to others.
+    a shard takes two of them. What is open already is left to others, a few hundred more, and four for each rank of
+    the run: gloo has a connection to each in each of its groups.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 1 << 14 if hard == resource.RLIM_INFINITY else min(hard, 1 << 14)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     files = wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
-    return max(1, min(4096, (files - 256) // 2) // sets)
+    others = 256 + _open_now() + 4 * int(os.environ.get("WORLD_SIZE", 1))
+    return max(1, min(4096, (files - others) // 2) // sets)
+
+
+def _open_now() -> int:
+    with contextlib.suppress(OSError):
+        return len(os.listdir("/proc/self/fd"))
+    return 0
+
+
+def _lacks_descriptors(error: BaseException | None) -> bool:
+    """Whether an error came of a process, or a machine, that has no more files to open."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Tar:
@@ -77,7 +94,7 @@ class _Tar:
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except NPY_ERRORS as error:
-            crowded = isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+            crowded = _lacks_descriptors(error)
             remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
             raise ShardError(f"cannot open {path} and its index: {first_line(error)}; {remedy}") from None
         if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
@@ -502,7 +519,13 @@ class ShardSet:
                 return tar
             if self.cache is not None:
                 self._let_go(shard, self.cache)
-        tar = self._open_tar(shard)  # may take long: other threads go on with other shards
+        while True:
+            try:
+                tar = self._open_tar(shard)  # may take long: other threads go on with other shards
+                break
+            except ShardError as error:
+                if not _lacks_descriptors(error) or not self._make_way():
+                    raise
         with self._lock:
             tar = self._tars.setdefault(shard, tar)
             self._tars.move_to_end(shard)
@@ -518,6 +541,15 @@ class ShardSet:
         if (prefetcher := self._prefetcher) is not None:
             prefetcher.taken(shard)
         return tar
+
+    def _make_way(self) -> bool:
+        """Close half of what is open, from here on: others have taken more descriptors than were left to them."""
+        with self._lock:
+            self.max_open = max(1, len(self._tars) // 2)
+            had = len(self._tars)
+            while len(self._tars) > had // 2:
+                self._tars.popitem(last=False)
+            return had > 0
 
     def _let_go(self, coming: int, cache: Cache) -> None:
         """Close what would keep the disk full: more than our share, and files that the cache has removed."""
