@@ -11,7 +11,8 @@ from types import FrameType, TracebackType
 from finetune import STOPPED
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-_ONE_REQUEST_SECONDS = 1.0  # a launcher and the scheduler may both pass on one signal
+# A launcher, the job's script and the scheduler may all pass on one signal; the script asks Slurm first.
+_ONE_REQUEST_SECONDS = {signal.SIGUSR1: 5.0, signal.SIGTERM: 5.0, signal.SIGINT: 1.0}
 
 
 class StopRequest:
@@ -64,7 +65,7 @@ class StopRequest:
                     if self.can_save:
                         self._say(f"{name}: stopping after this step with a checkpoint; once more stops at once")
                         continue
-                elif time.monotonic() - first < _ONE_REQUEST_SECONDS:
+                elif time.monotonic() - first < _ONE_REQUEST_SECONDS[signal.Signals(number)]:
                     continue
                 else:
                     self._say(f"{name} once more: stopping at once; the last whole checkpoint stays")

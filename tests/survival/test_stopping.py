@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -132,3 +134,22 @@ def test_every_process_told_at_once_stops_once(settings, calm, tmp_path):
     with Run(folder, settings) as run:
         assert run.end() == 0
     same_end(folder, calm)
+
+
+TOLD_TWICE = """
+import os, signal, time
+from finetune.distributed import StopRequest
+with StopRequest(0) as request:
+    request.can_save = True
+    os.kill(os.getpid(), signal.SIGUSR1)
+    time.sleep(1.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    print("saved", request.number == signal.SIGUSR1)
+"""
+
+
+def test_a_copy_of_a_request_that_comes_late_does_not_cost_the_checkpoint():
+    """The job's script passes a signal on after it has asked Slurm for the job's state."""
+    done = subprocess.run([sys.executable, "-c", TOLD_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "saved True\n"), done.stderr
