@@ -13,6 +13,10 @@ from pathlib import Path
 from finetune import UserError, by_all
 from finetune.distributed import World
 
+LOCKS_REMEDY = (
+    "mount the file system with locks (Lustre: -o flock; NFS: no nolock, no local_lock): they keep two jobs from "
+    "writing one run"
+)
 _LOOK_SECONDS = 10.0  # a network file system may show a new file late
 
 
@@ -22,7 +26,7 @@ class RunFolder:
     The lock is the kernel's: it goes with the process, however that ends.
 
     Raises:
-        UserError: another process holds it, or no folder can be made there.
+        UserError: another process holds it, no folder can be made there, or files can't be locked there.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,11 +40,15 @@ class RunFolder:
             ) from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             self._lock.seek(0)
             holder = self._lock.read().strip() or "another process"
             raise UserError(
                 f"run.dir={self.path} is in use by {holder}; stop that run or choose another run.dir"
+            ) from None
+        except OSError as error:
+            raise UserError(
+                f"run.dir={self.path}: files can't be locked there ({error.strerror}); {LOCKS_REMEDY}"
             ) from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from finetune import UserError
 from finetune.checkpoint import RunFolder
+from finetune.checkpoint.folder import LOCKS_REMEDY
 from finetune.doctor.context import Context, skipped
 from finetune.doctor.table import FAIL, OK, WARN, Row
 from finetune.memory import size_text
@@ -57,7 +58,7 @@ def _require_unused(run: Path) -> None:
         with (run / ".lock").open("r") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 holder = file.read().strip() or "another process"
                 raise UserError(
                     f"run.dir={run} is in use by {holder}, which the doctor must not disturb: wait for it, or give "
@@ -129,10 +130,7 @@ def _unseen(path: Path, expected: dict[int, str]) -> list[int]:
 def _lock_row(context: Context, path: Path) -> Row:
     """Rank 0 holds a lock and renames a file: no other rank may get the lock, all must see the new file."""
     held = path / "lock"
-    remedy = (
-        "mount the file system with locks (Lustre: -o flock; NFS: no nolock, no local_lock): they keep two jobs "
-        "from writing one run"
-    )
+    remedy = LOCKS_REMEDY
     main = context.rank == 0
     # One rank a machine asks, and always another than rank 0 where there is one.
     asks = main or context.rank == 1 or context.board.hosts.index(context.board.hosts[context.rank]) == context.rank
