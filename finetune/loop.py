@@ -76,28 +76,32 @@ def at_start(parts: Parts, depends_on: dict[str, Any]) -> Progress:
 def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any]) -> Progress:
     """Restore the newest whole checkpoint, or the one that `checkpoint.resume` names, or start anew.
 
+    Where that was named before, what came of it goes on (see `followed`).
+
     `depends_on`: what must be as it was (see `Progress`).
 
     Raises:
         UserError: the run has checkpoints but was told not to resume; what it depends on has changed.
     """
     fresh = at_start(parts, depends_on)
-    wanted = config.checkpoint.resume
+    wanted, begun_from = config.checkpoint.resume, None
     if wanted == "auto" or wanted == "never":
         path = world.on_main(parts.checkpoints.latest)
         if wanted == "never" and path is not None:
             raise UserError(
-                f"checkpoint.resume=never, but {path} is there: choose another run.dir or remove that folder"
+                f"checkpoint.resume=never, but {path} is there: choose another run.dir or remove that folder; "
+                "without checkpoint.resume the run goes on from it"
             )
     else:
-        path = world.on_main(lambda: parts.checkpoints.named(wanted))
+        path, begun_from = world.on_main(lambda: parts.checkpoints.followed(wanted))
     if path is None:
         return fresh
     saved = parts.checkpoints.read(path)
     require_same(saved.depends_on, depends_on, path)
     parts.checkpoints.restore(path, parts.strategy, parts.averages)
     parts.notices.append(f"going on from {path}")
-    return replace(saved, depends_on=depends_on, latents=fresh.latents)
+    begun_from = begun_from or saved.begun_from
+    return replace(saved, depends_on=depends_on, latents=fresh.latents, begun_from=begun_from)
 
 
 @memory.shortage_told()

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from finetune import UserError, first_line
+from finetune import UserError, by_all, first_line
 from finetune.data.shards import write_atomic
 from finetune.distributed import World
 from finetune.pictures import save_png
@@ -221,9 +221,11 @@ class Tracker:
         self.write(line)
         self.show(line["loss"], line["images_per_s"])
         if self.steps_not_finite >= PATIENCE_STEPS:
-            raise UserError(
-                f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: lower "
-                "optim.lr or use train.precision=fp32; the last checkpoint is from before"
+            raise by_all(
+                UserError(
+                    f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: "
+                    "lower optim.lr or use train.precision=fp32; the last checkpoint is from before"
+                )
             )
 
     def write(self, values: dict[str, Any]) -> None:

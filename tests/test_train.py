@@ -458,6 +458,27 @@ def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command
     assert "choose another run.dir" in line
 
 
+@pytest.mark.parametrize("is_own", [False, True], ids=["of another run", "of this run"])
+def test_the_same_command_goes_on_from_what_came_of_a_named_checkpoint(
+    overrides, tmp_path, command: Command, monkeypatch, is_own
+):
+    """Else a job that is requeued would begin at the named one each time, and remove what it had done."""
+    assert command("train", *overrides, "train.steps=4", "checkpoint.every=2")[0] == 0
+    named = tmp_path / "run/checkpoints/step-00000002"
+    again = [*overrides, f"checkpoint.resume={named}", "checkpoint.keep=1"]
+    restored: list[Path] = []
+    real = Checkpoints.restore
+    monkeypatch.setattr(
+        Checkpoints, "restore", lambda self, path, *more: restored.append(path) or real(self, path, *more)
+    )
+    run = tmp_path / "run" if is_own else tmp_path / "new"
+    for steps, begins in (5, named), (7, run / "checkpoints/step-00000005"):
+        assert command("train", *again, f"run.dir={run}", f"train.steps={steps}")[0] == 0
+        assert restored.pop() == begins
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 7
+
+
 def test_a_full_device_ends_in_one_line(overrides, command: Command, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -25,7 +25,7 @@ from torch import Tensor
 from finetune import UserError
 from finetune.autoencoder.discriminator import Adversary
 from finetune.autoencoder.zero import Moments, ShardedAdamW
-from finetune.checkpoint import newest_whole, prune, publish, require_whole, write_record
+from finetune.checkpoint import followed, newest_whole, prune, publish, write_record
 from finetune.distributed import MOMENTS
 from finetune.models.autoencoder import FirstStage
 from finetune.models.weight_files import write_weights
@@ -61,12 +61,14 @@ def save(
     step: int,
     images_seen: int,
     depends_on: Mapping[str, Any],
+    begun_from: str | None = None,
     keep: int,
 ) -> Path:
     """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
 
     Args:
         average: of all weights, where there is one; judge: the discriminator, when it has made a step.
+        begun_from: the checkpoint that `checkpoint.resume` named, where one did.
 
     Raises:
         UserError: the disk is full or refuses; the checkpoints before this one stay.
@@ -82,7 +84,8 @@ def save(
         if judge is not None:
             _save_moments(temporary / "discriminator", judge.moments)
             _save_tensors(temporary / "discriminator" / "weights.safetensors", judge.weights)
-        write_record(temporary, {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)})
+        record = {"step": step, "images_seen": images_seen, "depends_on": dict(depends_on)}
+        write_record(temporary, record | {"begun_from": begun_from})
         publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -105,19 +108,19 @@ def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
     return None if folder is None else (folder, json.loads((folder / "trainer.json").read_text()))
 
 
-def named(path: str) -> tuple[Path, dict[str, Any]]:
-    """The checkpoint folder `path`, and its record.
+def named(run: Path, path: str) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint folder `path`, or what came of it in this run (see `followed`), and its record.
 
     Raises:
         UserError: it is not whole, or of another command.
     """
-    folder = require_whole(path)
+    folder, begun_from = followed(run, path)
     if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
         raise UserError(
             f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "
             "another folder"
         )
-    return folder, json.loads((folder / "trainer.json").read_text())
+    return folder, json.loads((folder / "trainer.json").read_text()) | {"begun_from": begun_from}
 
 
 @torch.no_grad()

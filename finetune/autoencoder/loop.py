@@ -43,7 +43,7 @@ from finetune.tracking import Tracker
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop runs. `average`: of the weights, by name."""
+    """What the loop runs. `average`: of the weights, by name; `begun_from`: as in `Progress`."""
 
     pictures: Pictures
     order: Order
@@ -52,6 +52,7 @@ class Parts:
     optimizer: torch.optim.Optimizer
     lpips: Lpips | None
     adversary: Adversary | None
+    begun_from: str | None = None
 
 
 def train(
@@ -217,6 +218,7 @@ def _save(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on:
             step=step,
             images_seen=step * config.train.global_batch,
             depends_on=depends_on,
+            begun_from=parts.begun_from,
             keep=config.checkpoint.keep,
         )
     )

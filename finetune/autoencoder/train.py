@@ -212,11 +212,12 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             case "never":
                 found = None
             case path:
-                found = world.on_main(lambda: checkpoint.named(path))
+                found = world.on_main(lambda: checkpoint.named(run, path))
+        begun_from = None
         if found is not None:
             folder, record = found
             require_same(record["depends_on"], depends_on, folder)
-            step = int(record["step"])
+            step, begun_from = int(record["step"]), record.get("begun_from")
             judged = step - config.loss.discriminator_start
             checkpoint.restore(folder, step, vae, average, optimizer, adversary, judged)
             say(f"resuming from {folder}")
@@ -254,7 +255,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
-        parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary)
+        parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary, begun_from)
         failed, stop = True, 0
         try:
             stop = loop.train(config, parts, tracker, request, step=step, depends_on=depends_on)

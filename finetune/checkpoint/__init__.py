@@ -32,11 +32,11 @@ from finetune.checkpoint.folder import RunFolder, require_shared
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.record import (
     find_fault,
+    followed,
     newest_whole,
     prune,
     publish,
     require_same,
-    require_whole,
     write_record,
 )
 
@@ -46,11 +46,11 @@ __all__ = [
     "Progress",
     "RunFolder",
     "find_fault",
+    "followed",
     "newest_whole",
     "prune",
     "publish",
     "require_same",
     "require_shared",
-    "require_whole",
     "write_record",
 ]

@@ -24,10 +24,10 @@ from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import (
     TEMPORARY,
+    followed,
     newest_whole,
     prune,
     publish,
-    require_whole,
     sum_files,
     write_record,
 )
@@ -51,7 +51,8 @@ class Progress:
     `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
     and `encoder_sha256` of the latent space that it is trained in. `open_losses`: mean losses of the steps
     since the last line of metrics, so that lines are the same wherever a run was stopped. `optimizer`: what it
-    counts beside steps, for each group of parameters (see `Strategy.counts`).
+    counts beside steps, for each group of parameters (see `Strategy.counts`). `begun_from`: the checkpoint that
+    `checkpoint.resume` named, where one did.
     """
 
     step: int
@@ -62,6 +63,7 @@ class Progress:
     depends_on: dict[str, Any] = field(default_factory=dict)
     latents: dict[str, Any] = field(default_factory=dict)
     open_losses: list[float] = field(default_factory=list)
+    begun_from: str | None = None
 
 
 @dataclass
@@ -127,6 +129,7 @@ class Checkpoints:
         self._plan: Plan | None = None
         self._last_saved: int | None = None
         self._began_at = 0  # the step of the checkpoint that the run went on from
+        self._passed_over: set[Path] = set()  # broken checkpoints
         self._snapshots: set[int] = set()  # steps of those that this process made
         self._failures = 0  # in a row
         self._is_patient = True
@@ -401,7 +404,7 @@ class Checkpoints:
                 publish(save.temporary, save.final)
                 moved()
                 try:
-                    prune(self.run, self.keep, save.progress.step)
+                    prune(self.run, self.keep, save.progress.step, self._passed_over)
                     prune_snapshots(self.run, self.keep_snapshots, self._began_at, self._snapshots)
                 except OSError as error:
                     note = f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
@@ -484,11 +487,11 @@ class Checkpoints:
 
     def latest(self) -> Path | None:
         """The run's newest whole checkpoint, see `newest_whole`."""
-        return newest_whole(self.run)
+        return newest_whole(self.run, passed_over=self._passed_over)
 
-    def named(self, path: str) -> Path:
-        """The checkpoint that `checkpoint.resume` names, see `require_whole`."""
-        return require_whole(path)
+    def followed(self, named: str) -> tuple[Path, str]:
+        """Where `checkpoint.resume=named` goes on, and `Progress.begun_from` of what follows, see `followed`."""
+        return followed(self.run, named, self._passed_over)
 
     def read(self, path: Path) -> Progress:
         """What a checkpoint says of its run."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +61,16 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(run: Path, keep: int, step: int) -> None:
+def prune(run: Path, keep: int, step: int, passed_over: Container[Path] = ()) -> None:
     """Remove all but the last `keep` of a run's checkpoints up to `step`, the one just saved.
+
+    Those `passed_over`, which are broken, don't count: a whole one is never removed for them.
 
     Later ones go as well: the run went on from before them, because they were broken or by the user's wish, and is
     on its way to make them anew.
     """
     complete = complete_checkpoints(run)
-    kept = [at for at in complete if at <= step][-keep:]
+    kept = [at for at, path in complete.items() if at <= step and path not in passed_over][-keep:]
     remove(path for at, path in complete.items() if at not in kept)
 
 
@@ -79,10 +82,14 @@ def remove(folders: Iterable[Path]) -> None:
         shutil.rmtree(doomed)
 
 
-def newest_whole(run: Path) -> Path | None:
+def newest_whole(run: Path, *, begun_from: str | None = None, passed_over: set[Path] | None = None) -> Path | None:
     """A run's newest checkpoint whose files are whole; damaged ones are named in a warning and passed over.
 
     None where there is none at all. A run that began anew because all are damaged would remove them.
+
+    Args:
+        begun_from: only of those whose record says so; None where none of them is whole.
+        passed_over: gets the damaged ones.
 
     Raises:
         UserError: there are some, and none is whole.
@@ -90,16 +97,42 @@ def newest_whole(run: Path) -> Path | None:
     """
     path, fault = None, None
     for path in reversed(complete_checkpoints(run).values()):
+        if begun_from is not None and _begun_from(path) != begun_from:
+            continue
         fault = find_fault(path)
         if fault is None:
             return path
         warnings.warn(f"passing over the broken checkpoint {path}: {fault}", stacklevel=2)
-    if path is not None:
+        if passed_over is not None:
+            passed_over.add(path)
+    if path is not None and begun_from is None:
         raise UserError(
             f"no checkpoint in {path.parent} is whole ({path.name}: {fault}): to begin anew, remove them or choose "
             "another run.dir"
         )
     return None
+
+
+def _begun_from(path: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        begun_from = json.loads((path / "trainer.json").read_text()).get("begun_from")
+        return None if begun_from is None else str(begun_from)
+    return None
+
+
+def followed(run: Path, named: str, passed_over: set[Path] | None = None) -> tuple[Path, str]:
+    """(where to go on, what its checkpoints shall have as `begun_from`) for `checkpoint.resume=named`.
+
+    The first start goes on from `named` itself. A start of the same command after a stop, or a Slurm job that was
+    requeued, goes on from the newest checkpoint that came of it: else a job that is stopped more often than it gets
+    done would never end, and would remove at its first save what it had done.
+
+    Raises:
+        UserError, OSError: as `require_whole`.
+    """
+    begun_from = str(Path(named).resolve())
+    path = newest_whole(run, begun_from=begun_from, passed_over=passed_over)
+    return path or require_whole(named), begun_from
 
 
 def require_whole(path: str) -> Path:

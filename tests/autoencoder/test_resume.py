@@ -156,6 +156,15 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def test_the_same_command_goes_on_from_what_came_of_a_named_checkpoint(
+    shards: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, named = tmp_path / "run", finished / "checkpoints/step-00000003"
+    for steps, begins in (4, named), (5, run / "checkpoints/step-00000004"):
+        main(arguments(shards, run, f"train.steps={steps}", "checkpoint.every=3", f"checkpoint.resume={named}"))
+        assert f"resuming from {begins}" in capsys.readouterr().out
+
+
 def test_a_broken_checkpoint_is_passed_over(
     shards: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

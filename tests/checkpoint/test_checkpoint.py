@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel
 
 from finetune import UserError, build
-from finetune.checkpoint import Checkpoints, Layout, RunFolder, find_fault, record, require_same
+from finetune.checkpoint import Checkpoints, Layout, RunFolder, find_fault, followed, record, require_same
 from finetune.config import Config, compose
 from finetune.loop import Parts
 from finetune.models.adapters import LORA_FILE
@@ -180,6 +181,37 @@ def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[P
     assert find_fault(path.with_name("step-00000006")) is None
 
 
+def test_a_broken_checkpoint_does_not_push_out_a_whole_one(saved: tuple[Parts, Path]) -> None:
+    parts, path = saved
+    broken = path.with_name("step-00000009")
+    shutil.copytree(path, broken)
+    flip(broken / "optimizer/exp_avg.safetensors")
+    checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=2)
+    with pytest.warns(UserWarning, match="passing over"):
+        assert checkpoints.latest() == path
+    checkpoints.save(progress_at(12), parts.strategy, parts.averages)
+    assert sorted(os.listdir(path.parent)) == [path.name, "step-00000012"]
+
+
+def test_what_came_of_a_named_checkpoint_is_gone_on_from(saved: tuple[Parts, Path], tmp_path: Path) -> None:
+    parts, here = saved
+    named = shutil.copytree(here, tmp_path / "elsewhere" / here.name)
+    run = parts.checkpoints.run
+    assert followed(run, str(named)) == (named, str(named))  # `here` is another line of the run's
+    first, second = (here.with_name(f"step-{step:08d}") for step in (6, 8))
+    for path in (first, second):
+        shutil.copytree(here, path)
+        rewrite(path / "trainer.json", lambda record: record.update(begun_from=str(named)))
+    assert followed(run, str(named)) == (second, str(named))
+    assert followed(run, str(here))[0] == here
+    flip(second / "optimizer/exp_avg.safetensors")
+    with pytest.warns(UserWarning, match="passing over"):
+        assert followed(run, str(named)) == (first, str(named))
+    flip(first / "optimizer/exp_avg.safetensors")
+    with pytest.warns(UserWarning, match="passing over"):
+        assert followed(run, str(named)) == (named, str(named))
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 
@@ -222,10 +254,10 @@ def test_damage_is_found(intact: Path, tmp_path: Path, damage: Callable[[Path], 
     assert (fault is None) if says is None else (fault is not None and says in fault)
     checkpoints = Checkpoints(tmp_path, Layout({}), keep=1)
     if says is None:
-        assert checkpoints.named(str(path)) == checkpoints.latest() == path
+        assert checkpoints.followed(str(path))[0] == checkpoints.latest() == path
     else:
         with pytest.raises(UserError, match=f"checkpoint.resume=.*{path.name} is no whole checkpoint"):
-            checkpoints.named(str(path))
+            checkpoints.followed(str(path))
 
 
 @pytest.mark.filterwarnings("ignore:passing over")
@@ -253,7 +285,7 @@ def test_what_is_no_damage_is_not_passed_over(saved: tuple[Parts, Path], monkeyp
     newer = path.with_name("step-00000009")
     shutil.copytree(path, newer)
     rewrite(newer / "trainer.json", lambda record: record.update(format=99))
-    for read in (parts.checkpoints.latest, lambda: parts.checkpoints.named(str(newer))):
+    for read in (parts.checkpoints.latest, lambda: parts.checkpoints.followed(str(newer))):
         with pytest.raises(UserError, match=f"{newer} has format 99 and this version reads 1: go on with the"):
             read()
     shutil.rmtree(newer)
@@ -378,6 +410,15 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
         RunFolder(tmp_path / "a" / "run")
     held.close()
     RunFolder(tmp_path / "a" / "run").close()
+
+
+def test_a_folder_without_locks_is_not_called_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(UserError, match=r"can't be locked there \(Function not implemented\); mount .* with locks"):
+        RunFolder(tmp_path / "run")
 
 
 def test_a_folder_that_cannot_be_made_gets_one_line(tmp_path: Path) -> None:
