@@ -6,6 +6,7 @@ The `data-tools` command, also `python -m data_tools`.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -88,5 +89,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def entry() -> NoReturn:
     """The console script: `main` with its mistakes as one line and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # names that no locale can spell
+        if isinstance(stream, io.TextIOWrapper):  # none where it was closed
+            stream.reconfigure(errors="backslashreplace")  # names that no locale can spell
     run_cli(main)

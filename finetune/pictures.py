@@ -31,7 +31,12 @@ def grid(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Ima
 
 
 def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = None) -> None:
-    """Save a picture, whole or not at all, with `texts` in its text chunks."""
+    """Save a picture, whole or not at all, with `texts` in its text chunks.
+
+    Raises:
+        UserError: its folder is not there any more.
+        OSError: naming `path`, not the temporary file.
+    """
     info = PngInfo()
     for key, value in (texts or {}).items():
         info.add_text(key, value)
@@ -39,5 +44,10 @@ def save_png(image: Image.Image, path: Path, texts: Mapping[str, str] | None = N
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         os.replace(temporary, path)
+    except FileNotFoundError:
+        raise UserError(f"{path} cannot be written: its folder is not there; give another place") from None
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -239,6 +239,8 @@ def _out(text: str) -> Path:
         (out if folder else out.parent).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {text} cannot be made: {error.strerror}") from error
+    if not os.access(out if folder else out.parent, os.W_OK):  # said before an hour of drawing
+        raise UserError(f"--out {text} cannot be written: its folder is read-only; give another place")
     return out
 
 

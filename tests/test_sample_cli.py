@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from finetune import UserError, cli, sample
+from finetune.pictures import save_png
 from tests import fakes
 
 
@@ -195,3 +198,32 @@ def test_a_subcommand_gets_its_arguments_and_gives_its_exit_code(monkeypatch):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("finetune ")
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+@pytest.mark.parametrize("module", ["finetune", "data_tools"])
+def test_a_closed_stream_is_no_defect(module, stream):
+    """Some service managers start programs so."""
+    closes = f"exec {sys.executable} -m {module} --version {1 if stream == 'stdout' else 2}>&-"
+    done = subprocess.run(["sh", "-c", closes], capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+def test_a_folder_that_takes_no_picture_is_named_as_it_was_given(tmp_path, monkeypatch):
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(UserError, match=r"gone/x.png cannot be written: its folder is not there"):
+        save_png(image, tmp_path / "gone" / "x.png")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError) as caught:
+        save_png(image, tmp_path / "x.png")
+    assert caught.value.filename == str(tmp_path / "x.png")
+
+
+def test_a_read_only_place_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root is told of a read-only file system
+    with pytest.raises(UserError, match=r"^--out .*x.png cannot be written: its folder is read-only"):
+        sample.main(["emoji-base", "--prompt", "a", "--out", str(tmp_path / "x.png")])
