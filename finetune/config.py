@@ -570,8 +570,23 @@ def _missing_choice(error: MissingConfigException, known: Mapping[str, list[str]
     return _first_lines(error)
 
 
+# What OmegaConf says of a value of the wrong type: what it may be.
+_TYPES = {
+    r"could not be converted to Integer": "must be a whole number",
+    r"could not be converted to Float": "must be a number",
+    r"is not a valid bool": "must be true or false",
+    r"is not Optional": "must have a value: leave it out for its default",
+}
+
+
 def _first_lines(error: Exception) -> str:
     """The message of a Hydra or OmegaConf error without its dump of types and environment hints."""
+    told, text = error.__cause__ or error, str(error.__cause__ or error)
+    key = getattr(told, "full_key", None)
+    may_be = next((words for pattern, words in _TYPES.items() if pattern in text), None)
+    if key and may_be:
+        value = re.search(r"Value '(.*?)'", text)
+        return f"{key}={value[1] if value else 'null'} {may_be}"
     cause = error.__cause__ if error.__cause__ and str(error.__cause__) != "None" else error
     noise = ("object_type", "reference_type", "Set the environment", "See https")
     lines = [line.strip() for line in str(cause).splitlines()]

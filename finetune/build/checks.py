@@ -130,6 +130,7 @@ def check(config: Config) -> None:
     ratios = flat(config.optim.lr_ratios, "optim.lr_ratios.")
     require(ratios, lambda value: value >= 0, "must not be negative")
     _check_adapter(config.adapter)
+    _check_use(config)
     if config.adapter.dora and config.adapter.kind != "lora":
         raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
     if config.adapter.dora and config.model.channels_last:
@@ -183,6 +184,25 @@ def _check_adapter(adapter: AdapterConfig) -> None:
         raise UserError(
             "adapter.targets is empty, so that no module is adapted: name some, or leave it out for attention"
         )
+
+
+def _check_use(config: Config) -> None:
+    """Refuse settings of what is not chosen: who sets them believes that it is."""
+    objective, is_prodigy = config.objective, config.optim.kind == "prodigy"
+    is_p2 = objective.weighting == "p2"
+    has_gamma = objective.weighting in ("min_snr", "soft_min_snr", "p2")
+    usual = Config()
+    for section, names, is_used, chooses in (
+        ("adapter", ("rank", "alpha", "dropout", "rank_stabilized"), config.adapter.kind == "lora", "adapter=lora"),
+        ("objective", ("gamma",), has_gamma, "objective.weighting=min_snr, soft_min_snr or p2"),
+        ("objective", ("p2_k",), is_p2, "objective.weighting=p2"),
+        ("objective", ("huber_delta",), objective.loss == "huber", "objective.loss=huber"),
+        ("optim", ("d0", "d_coef"), is_prodigy, "optim=prodigy"),
+    ):
+        for name in names:
+            given = getattr(getattr(config, section), name)
+            if not is_used and given != getattr(getattr(usual, section), name):
+                raise UserError(f"{section}.{name}={given} has no effect here: choose {chooses}, or leave it out")
 
 
 def _check_optimizer(config: Config) -> None:
