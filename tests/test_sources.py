@@ -130,6 +130,9 @@ def test_a_mixture_trains_and_goes_on_exactly(
 def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str]) -> None:
     parts = parts_of([*overrides, f"data.shards={with_states}", "train.global_batch=5", "validation.samples=0"])[1]
     assert any("each epoch leaves out 4 of 24 samples, others each time" in notice for notice in parts.notices)
+    more = ["train.global_batch=4", "validation.every=1", "validation.samples=9"]
+    parts = parts_of([*overrides, f"data.shards={with_states}", *more])[1]
+    assert "2 samples are held out, not 9: a tenth of each bucket at most" in parts.notices
 
 
 @pytest.fixture

@@ -425,6 +425,12 @@ def test_shards_are_mandatory(command: Command):
     assert (code, "give data.shards=" in line) == (2, True)
 
 
+def test_a_model_that_is_not_there_is_named_as_it_was_given(overrides, command: Command):
+    code, line = command("train", *overrides, "model.pretrained=/nope")
+    assert code == 2
+    assert "model.pretrained=/nope: no autoencoder there (no such folder: /nope): give a diffusers pipeline" in line
+
+
 def test_another_autoencoder_than_the_shards_is_refused(pipeline, overrides, tmp_path, command: Command):
     from diffusers import AutoencoderKL
 

@@ -21,6 +21,7 @@ is made with the package `pytorch-fid`:
 
 from __future__ import annotations
 
+import os
 import warnings
 
 import numpy as np
@@ -42,14 +43,15 @@ class FeatureNetwork:
     """
 
     def __init__(self, path: str, device: torch.device, size: tuple[int, int]) -> None:
+        if not os.path.isfile(path):
+            raise UserError(f"eval.features={path}: there is no such file")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)
                 self._network = torch.jit.load(path, map_location=device).eval()  # type: ignore[no-untyped-call]
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError):
             raise UserError(
-                f"eval.features={path} cannot be read as TorchScript: {first_line(error)}; "
-                "finetune/autoencoder/features.py says how to make it"
+                f"eval.features={path} is no TorchScript: finetune/autoencoder/features.py says how to make it"
             ) from None
         self._device = device
         try:

@@ -69,7 +69,8 @@ def build(config: Config, world: World, run: Path) -> Parts:
     data = open_data(config, micro_batch * world.size)
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
-    notices += left_out(data) + fetched_again(data, world.size)
+    notices += left_out(data, config.validation.samples if config.validation.every else 0)
+    notices += fetched_again(data, world.size)
     decoder: list[Autoencoder | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(load_decoder(config, data, notices)))
     if config.model.pretrained is not None:

@@ -231,8 +231,14 @@ def load_decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder 
         source = named or data.encoder.locate(shards.root)
         vae = load_autoencoder(source, revision=None if config.model.vae else config.model.revision)
     except UserError as error:
-        if named is not None:
+        if config.model.vae is not None:
             raise
+        if named is not None:
+            why = str(error).removeprefix(f"no autoencoder at {named}: ")
+            raise UserError(
+                f"model.pretrained={named}: no autoencoder there ({why}): give a diffusers pipeline, a hub id or a "
+                "single file, or name an autoencoder with model.vae=..."
+            ) from error
         remedy = "" if "model.vae" in str(error) else "; name the autoencoder with model.vae=..."
         notices.append(f"no sample grids: {error}{remedy}")
         return None

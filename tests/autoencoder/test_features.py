@@ -109,7 +109,7 @@ def test_a_run_ends_with_its_rfid(
 @pytest.mark.parametrize(
     ("make", "more", "line"),
     [
-        (None, [], "cannot be read as TorchScript"),
+        (None, [], "network.pt is no TorchScript: finetune/autoencoder/features.py says"),
         (Maps, [], r"should make features [2, D] of two pictures, not [2, 3, 8, 24]"),
         (Means, ["data.held_out=1"], "eval.features needs two held-out pictures or more, and there is 1"),
     ],

@@ -96,7 +96,8 @@ class _Tar:
         except NPY_ERRORS as error:
             crowded = _lacks_descriptors(error)
             remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
-            raise ShardError(f"cannot open {path} and its index: {first_line(error)}; {remedy}") from None
+            what = f"{index_path} is no index" if isinstance(error, ValueError) else first_line(error)
+            raise ShardError(f"cannot open {path} and its index: {what}; {remedy}") from None
         if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
             raise ShardError(
                 f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "
