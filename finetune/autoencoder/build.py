@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,10 +95,17 @@ def keep_latents(vae: FirstStage) -> None:
 def build_lpips(
     config: Config, device: torch.device, say: Callable[[str], None] = print
 ) -> tuple[Lpips | None, str | None]:
-    """LPIPS with the weights that `config.loss` names, and their sha256; without any a line says that it is off."""
+    """LPIPS with the weights that `config.loss` names, and their sha256; without any a line says that it is off.
+
+    Raises:
+        UserError: there are none, or they are of something else.
+    """
     if config.loss.lpips is None:
         say("LPIPS is off: with loss.lpips=FILE (VGG16 and LPIPS's heads) reconstructions get sharper")
         return None, None
+    for key, file in (("lpips", config.loss.lpips), ("lpips_heads", config.loss.lpips_heads)):
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"loss.{key}={file}: there is no such file")
     weights = read_lpips(config.loss.lpips, config.loss.lpips_heads)
     return Lpips(weights).to(device), weights_sha256(weights)
 

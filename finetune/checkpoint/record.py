@@ -155,6 +155,8 @@ def find_fault(path: Path) -> str | None:
         UserError: it is of another version, which is no damage.
         OSError: nor is it that the disk does not give it.
     """
+    if not path.is_dir():
+        return "there is no such folder"
     try:
         record = json.loads((path / "trainer.json").read_text())
         written = record["format"]
