@@ -257,15 +257,15 @@ class WholeReduction(Reduction):
         parameters = [self.parameters[number] for number in self.buckets[bucket]]
         whole = [_lying_as(p, gradient) for p, gradient in zip(parameters, gradients, strict=True)]
         rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in whole]
-        copied = [row for row in rows if row.dtype != self.dtype or len(row) < IN_PLACE_ELEMENTS]
-        in_place = [row for row in rows if row.dtype == self.dtype and len(row) >= IN_PLACE_ELEMENTS]
+        is_rounded = self.dtype != rows[0].dtype
+        copied = [row for row in rows if is_rounded or len(row) < IN_PLACE_ELEMENTS]
+        in_place = [] if is_rounded else [row for row in rows if len(row) >= IN_PLACE_ELEMENTS]
         flat = self._empty(sum(map(len, copied)), self.dtype)
         parts = flat.split([len(row) for row in copied])
         if copied:
             torch._foreach_copy_(parts, copied)
-        with self._beside(
-            flat, is_large=self.dtype != rows[0].dtype
-        ):  # gradients in place are held by their parameters
+        # Those in place are held by their parameters meanwhile.
+        with self._beside(flat, is_large=is_rounded):
             self.world.sum_all_([*in_place, flat] if copied else in_place)
             if copied:
                 torch._foreach_copy_(copied, parts)
