@@ -63,7 +63,10 @@ class StopRequest:
                 if not self.number:
                     self.number, first = number, time.monotonic()
                     if self.can_save:
-                        self._say(f"{name}: stopping after this step with a checkpoint; once more stops at once")
+                        later = (
+                            f"once more, {_ONE_REQUEST_SECONDS[signal.Signals(number)]:g} s from now, stops at once"
+                        )
+                        self._say(f"{name}: stopping after this step with a checkpoint; {later}")
                         continue
                 elif time.monotonic() - first < _ONE_REQUEST_SECONDS[signal.Signals(number)]:
                     continue
