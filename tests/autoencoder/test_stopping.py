@@ -75,7 +75,7 @@ def test_what_is_no_checkpoint_of_this_command_gets_one_line(shards: Path, calm:
     foreign.mkdir()
     (foreign / "trainer.json").write_text('{"format": 1, "files": {}}')
     for path, line in [
-        (tmp_path / "none", "is no whole checkpoint: trainer.json cannot be read"),
+        (tmp_path / "none", "is no whole checkpoint: there is no such folder"),
         (broken, "is no whole checkpoint: optimizer/exp_avg.safetensors is missing"),
         (foreign, "is no checkpoint of finetune autoencoder: it has no weights/vae; choose another folder"),
     ]:

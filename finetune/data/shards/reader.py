@@ -66,9 +66,11 @@ def _open_now() -> int:
 
 def _lacks_descriptors(error: BaseException | None) -> bool:
     """Whether an error came of a process, or a machine, that has no more files to open."""
-    while error is not None:
+    seen: set[int] = set()  # an error that is raised again while its consequence is handled closes a circle
+    while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             return True
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return False
 
