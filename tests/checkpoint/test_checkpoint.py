@@ -170,12 +170,16 @@ def test_saving_again_replaces(saved: tuple[Parts, Path]) -> None:
     assert os.listdir(path.parent) == [path.name]
 
 
+def broken_at(step: int, whole: Path) -> None:
+    """A damaged copy of a checkpoint, as one of another step."""
+    shutil.copytree(whole, whole.with_name(f"step-{step:08d}"))
+    flip(whole.with_name(f"step-{step:08d}") / "optimizer/exp_avg.safetensors")
+
+
 def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[Parts, Path]) -> None:
     """With keep=1 a broken checkpoint of a later step counts as the newest, and the new whole one is pruned."""
     parts, path = saved
-    broken = path.with_name("step-00000009")
-    shutil.copytree(path, broken)
-    flip(broken / "optimizer/exp_avg.safetensors")
+    broken_at(9, path)
     checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=1)
     checkpoints.save(progress_at(6), parts.strategy, parts.averages)
     assert find_fault(path.with_name("step-00000006")) is None
@@ -183,14 +187,24 @@ def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[P
 
 def test_a_broken_checkpoint_does_not_push_out_a_whole_one(saved: tuple[Parts, Path]) -> None:
     parts, path = saved
-    broken = path.with_name("step-00000009")
-    shutil.copytree(path, broken)
-    flip(broken / "optimizer/exp_avg.safetensors")
+    broken_at(9, path)
     checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=2)
     with pytest.warns(UserWarning, match="passing over"):
         assert checkpoints.latest() == path
     checkpoints.save(progress_at(12), parts.strategy, parts.averages)
     assert sorted(os.listdir(path.parent)) == [path.name, "step-00000012"]
+
+
+def test_a_checkpoint_saved_in_place_of_a_broken_one_stays(saved: tuple[Parts, Path]) -> None:
+    """A run that passed it over comes to the same step again."""
+    parts, path = saved
+    broken_at(9, path)
+    checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=2)
+    with pytest.warns(UserWarning, match="passing over"):
+        assert checkpoints.latest() == path
+    checkpoints.save(progress_at(9), parts.strategy, parts.averages)
+    assert sorted(os.listdir(path.parent)) == [path.name, "step-00000009"]
+    assert find_fault(path.with_name("step-00000009")) is None
 
 
 def test_what_came_of_a_named_checkpoint_is_gone_on_from(saved: tuple[Parts, Path], tmp_path: Path) -> None:
