@@ -130,7 +130,6 @@ def _unseen(path: Path, expected: dict[int, str]) -> list[int]:
 def _lock_row(context: Context, path: Path) -> Row:
     """Rank 0 holds a lock and renames a file: no other rank may get the lock, all must see the new file."""
     held = path / "lock"
-    remedy = LOCKS_REMEDY
     main = context.rank == 0
     # One rank a machine asks, and always another than rank 0 where there is one.
     asks = main or context.rank == 1 or context.board.hosts.index(context.board.hosts[context.rank]) == context.rank
@@ -160,10 +159,10 @@ def _lock_row(context: Context, path: Path) -> Row:
             time.sleep(0.2)
 
     try:
-        if rows := context.failures("locks", context.exchange("folder", "locking in run.dir", hold), remedy):
+        if rows := context.failures("locks", context.exchange("folder", "locking in run.dir", hold), LOCKS_REMEDY):
             return rows[0]
         outcomes = context.exchange("folder", "asking for the lock", ask)
-        if rows := context.failures("locks", outcomes, remedy):
+        if rows := context.failures("locks", outcomes, LOCKS_REMEDY):
             return rows[0]
         not_refused = [rank for rank, outcome in enumerate(outcomes) if outcome.value is False]
         seen = context.exchange("folder", "seeing a renamed file", see)
@@ -173,7 +172,7 @@ def _lock_row(context: Context, path: Path) -> Row:
             holder.close()
     if not_refused:
         said = f"rank 0 held a lock and {context.named(not_refused)} got it as well"
-        return Row("locks", FAIL, said, remedy)
+        return Row("locks", FAIL, said, LOCKS_REMEDY)
     if blind:
         said = f"{context.named(blind)} did not see a renamed file within {_SEEN_WITHIN_S:.0f} s"
         return Row("locks", FAIL, said, "the file system's caches are too slow for checkpoints: use another")

@@ -22,9 +22,8 @@ _TIGHT = 0.9
 def estimate(parts: Parts, world_size: int, *, offload: str = "none") -> Needs:
     """Of this rank, from what was built."""
     strategy = parts.strategy
-    modules = strategy.module.parameters()
     needs = needs_of(
-        [Weight(whole_numel(p), p.element_size(), p.requires_grad) for p in modules],
+        [Weight(whole_numel(p), p.element_size(), p.requires_grad) for p in strategy.module.parameters()],
         strategy.settings,
         world_size=world_size,
         stage=getattr(strategy, "stage", 0),
