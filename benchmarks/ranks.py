@@ -29,7 +29,13 @@ _ENDING_S = 60.0  # torchrun leaves its workers 30 s before it kills them
 
 
 def launch(
-    module: str, told: Mapping[str, Any], processes: int, limit_s: float, *, nodes: int = 1
+    module: str,
+    told: Mapping[str, Any],
+    processes: int,
+    limit_s: float,
+    *,
+    nodes: int = 1,
+    gpus: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Start a variant's processes and wait: its result with `host_gib`, or `error`, what went wrong.
 
@@ -37,6 +43,7 @@ def launch(
         module: called as `python -m MODULE --worker JSON` in each process.
         told: to each, with `out`, the file in which rank 0 leaves its result.
         processes: in all; with `nodes`, that many torchrun agents start equal shares, each with GPUs of its own.
+        gpus: those to take, as `visible_gpus` names them; all by default.
     """
     before = peak = used_gib()
     code: int | None = None
@@ -52,7 +59,7 @@ def launch(
                 stderr=log,
                 start_new_session=True,
             )
-            for place, environment in _places(processes, nodes)
+            for place, environment in _places(processes, nodes, gpus)
         ]
         try:
             deadline = time.monotonic() + limit_s
@@ -85,19 +92,25 @@ def require_gpus(parser: argparse.ArgumentParser, counts: Sequence[int]) -> None
         parser.error(f"--gpus {','.join(map(str, counts))}: {said}")
 
 
-def _places(processes: int, nodes: int) -> list[tuple[list[str], dict[str, str]]]:
+def visible_gpus() -> list[str]:
+    """The GPUs of this process, as `CUDA_VISIBLE_DEVICES` would name them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return list(map(str, range(torch.cuda.device_count()))) if visible is None else visible.split(",")
+
+
+def _places(processes: int, nodes: int, gpus: Sequence[str] | None) -> list[tuple[list[str], dict[str, str]]]:
     """(arguments, environment) of each node's torchrun."""
     each, rest = divmod(processes, nodes)
     assert rest == 0
     arguments = ["--nproc_per_node", str(each)]
     if nodes == 1:
-        return [(["--standalone", *arguments], {})]
+        environment = {} if gpus is None else {"CUDA_VISIBLE_DEVICES": ",".join(gpus)}
+        return [(["--standalone", *arguments], environment)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments += ["--nnodes", str(nodes), "--master_addr", "127.0.0.1", "--master_port", str(port)]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    gpus = list(map(str, range(torch.cuda.device_count()))) if visible is None else visible.split(",")
+    gpus = visible_gpus() if gpus is None else gpus
     return [
         (
             [*arguments, "--node_rank", str(node)],

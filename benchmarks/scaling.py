@@ -10,15 +10,19 @@ and `model.fast` on a GPU. Weights are random; latents and states of captions ar
 shards on local disk, dropped from the page cache before each variant and read by the real loader. (SDXL's states
 are read as well here, where `finetune train` computes them, and its added conditions are fixed tensors.)
 
+One GPU is each of those taken, all at the same time, without a word between them: `images_per_s_gpu` is their mean,
+`images_per_s_each` what each does, so that linear is what all of them do alone. It trains as `ddp`: without parts.
+
 images_per_s_gpu  of blocks of four steps, the median; `images_per_s` of all GPUs
-efficiency        images/s a GPU beside those of one GPU with the same strategy in the same call
+efficiency        images/s a GPU beside those of one GPU in the same call
 comm_share        share of a step in which collectives alone run: what they cost. Of three steps under
                   torch's profiler, the mean over ranks: NCCL's kernels that overlap with no other kernel or copy;
                   on a CPU gloo's operations that overlap with none of torch's. Waiting for a slower rank is in it
 comm_running      share of a step in which collectives run, overlapped or not
 data_wait         share of a step that the host waits for a batch, on the rank that waits longest. A GPU goes on
                   meanwhile with what it was given, so this is the most that data can cost
-stall_s, lost_s   of a checkpoint, on the most GPUs: as `benchmarks.checkpoint` measures them, `gib` on disk in all
+stall_s, lost_s   of a run's first checkpoint, on the most GPUs: as `benchmarks.checkpoint` measures them, `gib` on
+                  disk in all
 
 `--nodes 2` measures the most GPUs once more, as two torchrun agents with half of them each: what launching and
 meeting as two nodes costs. Their GPUs still reach each other as GPUs of one host do. A variant that fails is a row
@@ -38,6 +42,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,7 +54,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.checkpoint import progress, timed, while_saving
 from benchmarks.common import context, record, rounded, save_plot
-from benchmarks.ranks import BLOCK, launch, peak_gib, require_gpus, timed_blocks, waiter
+from benchmarks.ranks import BLOCK, launch, peak_gib, require_gpus, timed_blocks, visible_gpus, waiter
 from benchmarks.strategies import wrapped
 from benchmarks.train_speed import Work
 from benchmarks.works import SEED, SHAPES, SPACE, make_unet, stepping, with_added
@@ -275,16 +280,15 @@ def worker(job: Job) -> None:
 
 
 def with_efficiency(rows: Sequence[dict[str, Any]]) -> None:
-    """Add to each row how it stands to that of one GPU, where there is one before it."""
-    alone: dict[tuple[str, str], float] = {}
+    """Add to each row how it stands to one GPU of the same work, where that was measured before it."""
+    alone: dict[str, float] = {}
     for row in rows:
         if "error" in row:
             continue
-        key = row["work"], row["variant"]
         if row["processes"] == 1:
-            alone[key] = row["images_per_s_gpu"]
-        if key in alone:
-            row["efficiency"] = row["images_per_s_gpu"] / alone[key]
+            alone[row["work"]] = row["images_per_s_gpu"]
+        if row["work"] in alone:
+            row["efficiency"] = row["images_per_s_gpu"] / alone[row["work"]]
 
 
 @contextlib.contextmanager
@@ -298,6 +302,19 @@ def shards_of(shape: str, root: Path | None, mib: float) -> Iterator[Path]:
         yield folder
 
 
+def on_each(job: Job, gpus: int, limit_s: float) -> dict[str, Any]:
+    """One process on each of the first `gpus` GPUs, at once: the mean of what they measure, or one's `error`."""
+    names = visible_gpus()[:gpus] or [""]
+    with ThreadPoolExecutor(len(names)) as pool:
+        rows = list(pool.map(lambda gpu: launch("benchmarks.scaling", asdict(job), 1, limit_s, gpus=[gpu]), names))
+    failed = [row for row in rows if "error" in row]
+    if failed:
+        return failed[0]
+    mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+    mean["host_gib"] /= len(rows)  # each has seen all of them
+    return mean | {"images_per_s_each": [row["images_per_s_gpu"] for row in rows]}
+
+
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     measured_on = context()
@@ -305,29 +322,28 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         work, usual = WORKS[name]
         batch = arguments.batch or work.batch
         most = max(arguments.gpus)
-        places = [(count, 1) for count in sorted(arguments.gpus)]
+        places = [(count, 1) for count in arguments.gpus if count > 1]
         if arguments.nodes > 1:
             places.append((most, arguments.nodes))
+        variants = [(strategy, *place) for strategy in arguments.strategies or usual for place in places]
+        if 1 in arguments.gpus:
+            variants.insert(0, ("ddp", 1, 1))
         with shards_of(work.shape, arguments.shards, arguments.mib) as shards:
-            for strategy in arguments.strategies or usual:
-                for processes, nodes in places:
-                    row: dict[str, Any] = {
-                        "work": name,
-                        "variant": strategy,
-                        "processes": processes,
-                        "nodes": nodes,
-                    }
-                    row |= {"batch": batch, "precision": "bf16"}
-                    drop_from_cache(shards)
-                    with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=arguments.shards) as folder:
-                        is_saved = arguments.saves and (processes, nodes) == (most, 1)
-                        job = Job(
-                            name, strategy, batch, arguments.seconds, str(shards), folder if is_saved else None, ""
-                        )
+            for strategy, processes, nodes in variants:
+                row = {"work": name, "variant": strategy, "processes": processes, "nodes": nodes}
+                row |= {"batch": batch, "precision": "bf16"}
+                drop_from_cache(shards)
+                with tempfile.TemporaryDirectory(prefix="checkpoints-", dir=arguments.shards) as folder:
+                    is_saved = strategy in arguments.saves and (processes, nodes) == (most, 1)
+                    saves = folder if is_saved else None
+                    job = Job(name, strategy, batch, arguments.seconds, str(shards), saves, "")
+                    if processes == 1:
+                        row |= on_each(job, most, arguments.limit)
+                    else:
                         row |= launch("benchmarks.scaling", asdict(job), processes, arguments.limit, nodes=nodes)
-                    rows.append(row)
-                    with_efficiency(rows)
-                    record(arguments.out, {key: rounded(value) for key, value in row.items()} | measured_on)
+                rows.append(row)
+                with_efficiency(rows)
+                record(arguments.out, {key: rounded(value) for key, value in row.items()} | measured_on)
     return rows
 
 
@@ -391,6 +407,11 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, hardware: str) -> None:
     for column, work in enumerate(works):
         above, below = grid[0][column], grid[1][column]
         here = [row for row in rows if row["work"] == work]
+        one = [row for row in here if row["processes"] == 1]
+        counts = sorted({row["processes"] for row in here})
+        if one:
+            linear = [one[0]["images_per_s"] * count for count in counts]
+            above.plot(counts, linear, linestyle=":", color="gray", label="linear")
         for number, strategy in enumerate(dict.fromkeys(row["variant"] for row in here)):
             color = f"C{number}"
             for is_one, style, marker in ((True, "-", "o"), (False, "", "s")):
@@ -398,6 +419,8 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, hardware: str) -> None:
                     (row for row in here if row["variant"] == strategy and (row["nodes"] == 1) is is_one),
                     key=lambda row: row["processes"],
                 )
+                if is_one and strategy != "ddp":
+                    mine = one + mine  # all begin at one GPU
                 if not mine:
                     continue
                 gpus = [row["processes"] for row in mine]
@@ -409,13 +432,9 @@ def draw(rows: Sequence[dict[str, Any]], out: Path, hardware: str) -> None:
                     gpus, [100 * row["comm_share"] for row in mine], label=f"{label}: communication", **drawn
                 )
                 if is_one:
-                    if gpus[0] == 1:
-                        linear = [mine[0]["images_per_s"] * count for count in gpus]
-                        above.plot(gpus, linear, linestyle=":", color=color)
                     waits = [100 * row["data_wait"] for row in mine]
                     below.plot(gpus, waits, linestyle="--", color=color, label=f"{label}: waiting for data")
-        counts = sorted({row["processes"] for row in here})
-        above.set(title=f"{work}, {here[0]['batch']} a GPU", ylabel="images/s (dotted: linear)", ylim=(0, None))
+        above.set(title=f"{work}, {here[0]['batch']} a GPU", ylabel="images/s", ylim=(0, None))
         below.set(xlabel="GPUs", ylabel="% of a step", ylim=(0, None))
         for axes in (above, below):
             axes.set_xticks(counts)
@@ -451,7 +470,9 @@ def main() -> None:
         "--shards", type=Path, help="shards are kept here, on the disk to measure; default: temporary"
     )
     parser.add_argument("--mib", type=float, default=4096 if on_gpu else 2, help="of each work's shards")
-    parser.add_argument("--saves", type=int, choices=(0, 1), default=1, help="0: measure no checkpoint")
+    parser.add_argument(
+        "--saves", type=names, default=STRATEGIES, help="whose checkpoint is measured, or none (default: all's)"
+    )
     parser.add_argument("--seconds", type=float, default=15.0 if on_gpu else 0.2, help="timed, of each variant")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a variant is ended")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well, and plotted beside it")
@@ -459,7 +480,12 @@ def main() -> None:
         "--draw", type=Path, metavar="FILE", help="measure nothing: table and plot of its newest rows"
     )
     arguments = parser.parse_args()
-    for known, given in ((WORKS, arguments.works), (STRATEGIES, arguments.strategies or [])):
+    lists = (
+        (WORKS, arguments.works),
+        (STRATEGIES, arguments.strategies or []),
+        ((*STRATEGIES, "none"), arguments.saves),
+    )
+    for known, given in lists:
         if unknown := set(given) - set(known):
             parser.error(f"{min(unknown)} is not one of {', '.join(known)}")
     require_gpus(parser, arguments.gpus)
