@@ -176,6 +176,7 @@ class Checkpoints:
         self._plan = make_plan(tensors, metadata, holders, world.size, limit)
         self._memory = HostMemory(self._plan.bytes_of(world.rank), pinned=world.device.type == "cuda")
         self._rounds = [self._round(self._plan, number) for number in range(self._plan.rounds)]
+        strategy.prepare_collect()
         self._token, self._attempts = world.broadcast(secrets.token_hex(3)), 0
         world.on_main(self._remove_stale)
         if self._plan.rounds > 1:

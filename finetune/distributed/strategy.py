@@ -229,6 +229,15 @@ class Strategy(ABC):
         """By rank, for each shard: first flat element and number of elements. Collective at the first use."""
         return self.world.gather([(shard.start, shard.master.numel()) for shard in self.shards])
 
+    def prepare_collect(self) -> None:
+        """Let ranks connect as `collect` needs it. Collective.
+
+        NCCL connects each pair when they first send to each other: training would wait for it at the first save.
+        """
+        if self.world.size > 1 and not all(shard.is_whole for shard in self.shards):
+            one_each = torch.zeros(self.world.size, device=self.world.device)
+            dist.all_to_all_single(torch.empty_like(one_each), one_each)
+
     @torch.no_grad()
     def collect(self, wanted: Sequence[Wanted], put: Callable[[int, Tensor], None]) -> Callable[[], None]:
         """Bring tensors whole to their owners. Collective: every rank wants the same, in the same order.
