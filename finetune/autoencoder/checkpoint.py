@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +64,14 @@ def save(
     depends_on: Mapping[str, Any],
     begun_from: str | None = None,
     keep: int,
+    passed_over: set[Path],
 ) -> Path:
     """Save everything that the run is at `step`, then remove all but the last `keep` checkpoints.
 
     Args:
         average: of all weights, where there is one; judge: the discriminator, when it has made a step.
         begun_from: the checkpoint that `checkpoint.resume` named, where one did.
+        passed_over: broken ones, as `latest` and `named` found them.
 
     Raises:
         UserError: the disk is full or refuses; the checkpoints before this one stay.
@@ -93,28 +96,35 @@ def save(
             f"cannot save {final}: {error}; the checkpoints before it are untouched: "
             "make room and start the same command again"
         ) from None
-    prune(run, keep, step)
+    try:
+        prune(run, keep, step, passed_over)
+    except OSError as error:
+        warnings.warn(
+            f"old checkpoints in {final.parent} cannot be removed: {error.strerror or error}", stacklevel=2
+        )
     return final
 
 
-def latest(run: Path) -> tuple[Path, dict[str, Any]] | None:
-    """A run's newest whole checkpoint, see `newest_whole`, and its record.
+def latest(run: Path, passed_over: set[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """A run's newest whole checkpoint, see `newest_whole`, and its record; `passed_over` gets the broken ones.
 
     What a killed writer left under temporary names is removed.
     """
     for leftover in (run / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    folder = newest_whole(run)
+    folder = newest_whole(run, passed_over=passed_over)
     return None if folder is None else (folder, json.loads((folder / "trainer.json").read_text()))
 
 
-def named(run: Path, path: str) -> tuple[Path, dict[str, Any]]:
+def named(run: Path, path: str, passed_over: set[Path]) -> tuple[Path, dict[str, Any]]:
     """The checkpoint folder `path`, or what came of it in this run (see `followed`), and its record.
+
+    `passed_over` gets the broken ones.
 
     Raises:
         UserError: it is not whole, or of another command.
     """
-    folder, begun_from = followed(run, path)
+    folder, begun_from = followed(run, path, passed_over)
     if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
         raise UserError(
             f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "

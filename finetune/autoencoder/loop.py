@@ -8,7 +8,8 @@ import math
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,10 @@ from finetune.tracking import Tracker
 
 @dataclass(frozen=True)
 class Parts:
-    """What the loop runs. `average`: of the weights, by name; `begun_from`: as in `Progress`."""
+    """What the loop runs.
+
+    `average`: of the weights, by name. `begun_from`: as in `Progress`. `passed_over`: broken checkpoints (rank 0).
+    """
 
     pictures: Pictures
     order: Order
@@ -53,6 +57,7 @@ class Parts:
     lpips: Lpips | None
     adversary: Adversary | None
     begun_from: str | None = None
+    passed_over: set[Path] = field(default_factory=set)
 
 
 def train(
@@ -220,6 +225,7 @@ def _save(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on:
             depends_on=depends_on,
             begun_from=parts.begun_from,
             keep=config.checkpoint.keep,
+            passed_over=parts.passed_over,
         )
     )
 

@@ -205,14 +205,15 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             "model.pretrained (weights' sha256)": pretrained_sha256,
         }
         step = 0
+        passed_over: set[Path] = set()  # broken checkpoints; on rank 0
         watch.at("restoring the last checkpoint")
         match config.checkpoint.resume:
             case "auto":
-                found = world.on_main(lambda: checkpoint.latest(run))
+                found = world.on_main(lambda: checkpoint.latest(run, passed_over))
             case "never":
                 found = None
             case path:
-                found = world.on_main(lambda: checkpoint.named(run, path))
+                found = world.on_main(lambda: checkpoint.named(run, path, passed_over))
         begun_from = None
         if found is not None:
             folder, record = found
@@ -255,7 +256,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
-        parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary, begun_from)
+        parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary, begun_from, passed_over)
         failed, stop = True, 0
         try:
             stop = loop.train(config, parts, tracker, request, step=step, depends_on=depends_on)

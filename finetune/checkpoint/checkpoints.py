@@ -403,7 +403,6 @@ class Checkpoints:
                     keep_snapshot(save.temporary, self.run, save.final.name, record, sums)
                     self._snapshots.add(save.progress.step)
                 publish(save.temporary, save.final)
-                self._passed_over.discard(save.final)
                 moved()
                 try:
                     prune(self.run, self.keep, save.progress.step, self._passed_over)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,15 +61,17 @@ def publish(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(run: Path, keep: int, step: int, passed_over: Container[Path] = ()) -> None:
+def prune(run: Path, keep: int, step: int, passed_over: set[Path]) -> None:
     """Remove all but the last `keep` of a run's checkpoints up to `step`, the one just saved.
 
-    Those `passed_over`, which are broken, don't count: a whole one is never removed for them.
+    Those `passed_over`, which are broken, don't count: a whole one is never removed for them. The one just saved is
+    none of them any more.
 
     Later ones go as well: the run went on from before them, because they were broken or by the user's wish, and is
     on its way to make them anew.
     """
     complete = complete_checkpoints(run)
+    passed_over.discard(complete[step])
     kept = [at for at, path in complete.items() if at <= step and path not in passed_over][-keep:]
     remove(path for at, path in complete.items() if at not in kept)
 

@@ -167,19 +167,32 @@ def test_the_same_command_goes_on_from_what_came_of_a_named_checkpoint(
         assert f"resuming from {begins}" in capsys.readouterr().out
 
 
+def damage(checkpoint: Path) -> None:
+    weights = checkpoint / "weights/vae/diffusion_pytorch_model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(bytes(damaged))
+
+
 def test_a_broken_checkpoint_is_passed_over(
     shards: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
-    weights = run / "checkpoints/step-00000006/weights/vae/diffusion_pytorch_model.safetensors"
-    damaged = bytearray(weights.read_bytes())
-    damaged[-1] ^= 1
-    weights.write_bytes(bytes(damaged))
+    damage(run / "checkpoints/step-00000006")
     with pytest.warns(UserWarning, match="passing over the broken checkpoint .*step-00000006.*checksum"):
         main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
     assert "resuming from" in capsys.readouterr().out
     assert_same_run(run, finished, 6)
+
+
+@pytest.mark.filterwarnings("ignore:passing over")
+def test_a_broken_checkpoint_does_not_push_out_a_whole_one(shards: Path, finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    damage(run / "checkpoints/step-00000006")
+    main(arguments(shards, run, "train.steps=7", "checkpoint.every=7", "checkpoint.keep=2"))
+    kept = [path.name for path in sorted((run / "checkpoints").iterdir())]
+    assert kept == ["step-00000003", "step-00000007"]
 
 
 def test_the_saved_autoencoder_has_unit_latents(shards: Path, finished: Path) -> None:
