@@ -9,6 +9,7 @@ import os
 import secrets
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,6 +25,7 @@ from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
 from finetune.checkpoint.record import (
     TEMPORARY,
+    FileSum,
     followed,
     newest_whole,
     prune,
@@ -68,7 +70,10 @@ class Progress:
 
 @dataclass
 class _Save:
-    """A save under way. `task`: what this rank's thread does, None for nothing."""
+    """A save under way. `task`: what this rank's thread does, None for nothing.
+
+    `publishing`: held by rank 0's thread from when it begins to publish, unless the save `is_given_up`, to its end.
+    """
 
     progress: Progress
     averages: dict[str, dict[str, Any]]  # what each is, by name
@@ -79,6 +84,8 @@ class _Save:
     began_at: float
     task: Task[None] | Task[_Outcome] | None = None
     is_finishing: bool = False
+    publishing: threading.Lock = field(default_factory=threading.Lock)
+    is_given_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,10 +278,30 @@ class Checkpoints:
         )
 
     def finish(self) -> None:
-        """Wait for the save that is under way, if any; collective. Its failure is told, not raised."""
-        if not self._settle(math.inf):
-            self._say(f"warning: {self._lost()}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s")
-            self._save = None
+        """Wait for the save that is under way, if any; collective. Its failure is told, not raised.
+
+        Raises:
+            UserError, on every rank: it is just being published, and the disk no longer answers.
+        """
+        if self._settle(math.inf):
+            return
+        save = self._save
+        assert save is not None
+        if not self._world.broadcast(not self._world.is_main or self._give_up(save)):
+            raise self._stalled(save.final)
+        self._say(f"warning: {self._lost()}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s")
+        self._save = None
+
+    def _give_up(self, save: _Save) -> bool:
+        """Let a thread that waits for the disk publish nothing when it goes on: it would remove what is newer.
+
+        False where it is too late for that.
+        """
+        if not save.publishing.acquire(blocking=False):
+            return False
+        save.is_given_up = True
+        save.publishing.release()
+        return True
 
     # --- turns ------------------------------------------------------------------------------------
 
@@ -399,21 +426,32 @@ class Checkpoints:
             if not errors:
                 record = asdict(save.progress) | {"averages": save.averages}
                 write_record(save.temporary, record, sums)
-                if save.snapshot:
-                    keep_snapshot(save.temporary, self.run, save.final.name, record, sums)
-                    self._snapshots.add(save.progress.step)
-                publish(save.temporary, save.final)
-                moved()
-                try:
-                    prune(self.run, self.keep, save.progress.step, self._passed_over)
-                    prune_snapshots(self.run, self.keep_snapshots, self._began_at, self._snapshots)
-                except OSError as error:
-                    note = f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
+                with save.publishing:
+                    if save.is_given_up:
+                        errors.append("it was given up")
+                    else:
+                        note = self._publish(save, record, sums, moved)
         except OSError as error:
             errors.append(describe(error, 0, self._world.size))
         if errors:
             shutil.rmtree(save.temporary, ignore_errors=True)
         return _Outcome(errors[0] if errors else None, note)
+
+    def _publish(
+        self, save: _Save, record: dict[str, Any], sums: dict[str, FileSum], moved: Callable[[], None]
+    ) -> str | None:
+        """Give a whole checkpoint its name and remove old ones, or say why these stay."""
+        if save.snapshot:
+            keep_snapshot(save.temporary, self.run, save.final.name, record, sums)
+            self._snapshots.add(save.progress.step)
+        publish(save.temporary, save.final)
+        moved()
+        try:
+            prune(self.run, self.keep, save.progress.step, self._passed_over)
+            prune_snapshots(self.run, self.keep_snapshots, self._began_at, self._snapshots)
+        except OSError as error:
+            return f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
+        return None
 
     def _differences(self, save: _Save, reports: list[Report], found: dict[str, int]) -> list[str]:
         for file, size in save.writing.sizes.items():

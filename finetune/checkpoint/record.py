@@ -71,7 +71,7 @@ def prune(run: Path, keep: int, step: int, passed_over: set[Path]) -> None:
     on its way to make them anew.
     """
     complete = complete_checkpoints(run)
-    passed_over.discard(complete[step])
+    passed_over -= {path for at, path in complete.items() if at == step}
     kept = [at for at, path in complete.items() if at <= step and path not in passed_over][-keep:]
     remove(path for at, path in complete.items() if at not in kept)
 

@@ -166,6 +166,49 @@ def test_a_disk_that_takes_nothing_is_given_up_in_bounded_time(
         parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
 
 
+def test_a_save_that_was_given_up_removes_nothing_newer(
+    parts: Parts, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file's server does not answer, while others do: a later checkpoint is saved, and then it answers."""
+    hung, original = threading.Event(), checkpoints.write_record
+
+    def write_record(folder: Path, *rest: Any) -> None:
+        if "step-00000001" in folder.name:
+            assert hung.wait(100)
+        original(folder, *rest)
+
+    monkeypatch.setattr(checkpoints, "_STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(checkpoints, "write_record", write_record)
+    folder = parts.checkpoints.folder
+    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.averages)
+    parts.checkpoints.save(progress_at(2), parts.strategy, parts.averages)
+    assert "the checkpoint of step 1 cannot be saved" in said[0]
+    assert len(os.listdir(folder)) == 2
+    hung.set()
+    wait_until(lambda: len(os.listdir(folder)) == 1)
+    assert os.listdir(folder) == ["step-00000002"]
+    assert find_fault(folder / "step-00000002") is None
+
+
+def test_a_save_that_hangs_while_it_is_published_ends_the_run(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it removes when it goes on can't be known."""
+    hung, original = threading.Event(), checkpoints.publish
+
+    def publish(temporary: Path, final: Path) -> None:
+        assert hung.wait(100)
+        original(temporary, final)
+
+    monkeypatch.setattr(checkpoints, "_STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(checkpoints, "publish", publish)
+    parts.checkpoints.begin(progress_at(1), parts.strategy, parts.averages)
+    with pytest.raises(UserError, match=r"cannot save .*step-00000001: the disk has taken nothing"):
+        parts.checkpoints.save(progress_at(2), parts.strategy, parts.averages)
+    hung.set()
+    wait_until(lambda: os.listdir(parts.checkpoints.folder) == ["step-00000001"])
+
+
 def test_a_hung_write_keeps_no_process_from_leaving() -> None:
     hung = threading.Event()
     task = writing.Task(lambda moved: hung.wait(100), "hung")
