@@ -161,7 +161,8 @@ def train(
             facts = control.exchange(Facts(stop=request.number, saving=parts.checkpoints.state))
             stop = facts.stop
             snapshot = _due(config, config.ema.snapshot_every, step)
-            save = _due(config, config.checkpoint.every, step) or snapshot or stop > 0
+            is_last = stop > 0 or step == total_steps
+            save = _due(config, config.checkpoint.every, step) or snapshot or is_last
             if _due(config, config.tracker.every, step):
                 tracker.log(step, lr)
             elif save:
@@ -172,8 +173,7 @@ def train(
                 if not stop:
                     _look(config, world, parts, tracker, step)
                 world.watch.at("saving", LONG)
-                # What a step without a finite loss left behind is not worth keeping: the checkpoint before it is.
-                if save and tracker.steps_not_finite > 0:
+                if save and not _is_worth_saving(strategy, tracker.steps_not_finite, is_last):
                     tracker.say(f"note: nothing is saved at step {step}, whose loss is not a finite number")
                 elif save:
                     progress = replace(
@@ -185,7 +185,7 @@ def train(
                         optimizer=strategy.counts(),
                         open_losses=list(tracker.open_losses),  # the tracker's list grows while this is written
                     )
-                    if stop or step == total_steps:
+                    if is_last:
                         parts.checkpoints.save(progress, strategy, parts.averages, snapshot=snapshot)
                     else:
                         parts.checkpoints.begin(progress, strategy, parts.averages, snapshot=snapshot)
@@ -195,16 +195,44 @@ def train(
         parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
         if step == total_steps and tracker.steps_not_finite > 0:
-            raise by_all(
-                UserError(
-                    f"the run's end is not saved: the loss of step {step} is not a finite number; lower optim.lr "
-                    "or use train.precision=fp32, and go on from the last checkpoint, if there is one"
-                )
-            )
+            _judge_end(strategy, tracker, step)
         return stop if step < total_steps else 0
     finally:
         batches.close()
         loader.close()
+
+
+def _is_worth_saving(strategy: Strategy, steps_not_finite: int, is_last: bool) -> bool:
+    """Whether to save after so many steps in a row without a finite loss; collective.
+
+    Such a step moves no weights. One may be a broken sample's: all is as it was. After more the run may be lost,
+    and shall not push out what was saved before, unless it can't be saved later.
+    """
+    return steps_not_finite == 0 or ((steps_not_finite == 1 or is_last) and strategy.is_finite())
+
+
+def _judge_end(strategy: Strategy, tracker: Listener, step: int) -> None:
+    """Tell of a run that ends with steps that had no finite loss; collective.
+
+    Raises:
+        UserError: it is not saved, or not likely to be of use.
+    """
+    count, remedy = tracker.steps_not_finite, "lower optim.lr or use train.precision=fp32"
+    if not strategy.is_finite():
+        raise by_all(
+            UserError(
+                f"the run's end is not saved, its weights are not finite numbers at step {step}: {remedy}, and go "
+                "on from the last checkpoint, if there is one"
+            )
+        )
+    if count > 1:
+        raise by_all(
+            UserError(
+                f"the run has ended and is saved, but the loss of its last {count} steps is not a finite number: "
+                f"if it draws nothing of use, {remedy}, and go on from an earlier checkpoint"
+            )
+        )
+    tracker.say(f"note: the loss of the last step, {step}, is not a finite number; it changed nothing")
 
 
 def _due(config: Config, every: int, step: int) -> bool:

@@ -24,6 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finetune import build, loop, rng
 from finetune.checkpoint import Checkpoints
 from finetune.config import Config, compose
+from finetune.data import loader
 from finetune.data.loader import Data
 from finetune.distributed import World
 from finetune.loop import Parts
@@ -374,9 +375,47 @@ def test_a_run_outlives_who_reads_its_output(overrides, tmp_path, place):
     assert (tmp_path / "run/checkpoints/step-00000002/trainer.json").is_file()
 
 
-def test_an_end_that_cannot_be_saved_is_no_success(overrides, tmp_path, command: Command):
+def test_an_end_that_cannot_be_saved_is_no_success(overrides, tmp_path, command: Command, monkeypatch):
+    """Weights are not finite numbers after the first step."""
+
+    def step_and_spoil(strategy, *args, **named):
+        result = optimizer_step(strategy, *args, **named)
+        strategy.shards[0].master.data.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(loop, "optimizer_step", step_and_spoil)
+    code, line = command("train", *overrides, "train.steps=3", "checkpoint.every=2")
+    assert code == 2 and "the run's end is not saved, its weights are not finite numbers at step 3" in line, line
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_end_after_steps_without_a_loss_is_saved_and_no_success(overrides, tmp_path, command: Command):
+    """Weights are finite, and of no use after the first step."""
     code, line = command("train", *overrides, "train.steps=3", "checkpoint.every=1", "optim.lr=1e14")
-    assert code == 2 and "the run's end is not saved: the loss of step 3 is not a finite number" in line, line
+    assert code == 2 and "is saved, but the loss of its last 2 steps is not a finite number" in line, line
+    names = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert names == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+def test_a_broken_sample_in_the_last_step_costs_that_step_alone(overrides, tmp_path, command, monkeypatch):
+    """The same command would come to it again and again."""
+    original = loader.read_batch
+
+    def read_batch(*args, **named):
+        batch = original(*args, **named)
+        if int(batch.clock.max()) >= 3 * 8:  # of the fourth step
+            batch.moments[0] = float("inf")
+        return batch
+
+    settings = [*overrides, "train.global_batch=8", "train.steps=4", "validation.every=0", "sample.every=0"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    assert command("train", *settings, f"run.dir={calm}", "checkpoint.every=3")[0] == 0
+    monkeypatch.setattr(loader, "read_batch", read_batch)
+    assert command("train", *settings, f"run.dir={rough}", "checkpoint.every=4")[0] == 0
+    assert metrics(rough)[-1]["loss"] is None
+    ends = calm / "checkpoints/step-00000003", rough / "checkpoints/step-00000004"
+    one, other = (load_file(end / "optimizer/exp_avg.safetensors") for end in ends)
+    assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_a_finished_run_says_so_and_more_steps_go_on(overrides, tmp_path, command, capsys):

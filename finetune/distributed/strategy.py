@@ -185,6 +185,12 @@ class Strategy(ABC):
     def load_counts(self, saved: Sequence[Mapping[str, float]]) -> None:
         optimizers.load_counts(self.optimizer, self.settings, saved)
 
+    def is_finite(self) -> bool:
+        """Whether weights and moments are finite numbers on all ranks. Collective, and waits for the device."""
+        kinds = [[shard.master for shard in self.shards]]
+        kinds += [self.moments(kind) for kind in self.settings.of_a_weight]
+        return all(self.world.gather(all(bool(tensor.isfinite().all()) for kind in kinds for tensor in kind)))
+
     @contextlib.contextmanager
     def evaluating(self, average: Sequence[Tensor] | None) -> Iterator[None]:
         """Evaluation mode, with `average` (one tensor a shard) in place of the weights. Collective.
