@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -200,11 +201,8 @@ def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict
 
 
 def make_fast(config: Config, world: World, unet: UNet2DConditionModel, notices: list[str]) -> bool:
-    """Lay weights out as they are fastest here, and use our kernels where they run: whether they do."""
-    is_fast = config.model.fast and fast.available(world.device)
-    if is_fast and (missing := fast.missing()):
-        notices.append(f"model.fast needs {missing}, which is not here: the U-Net runs as diffusers wrote it")
-        is_fast = False
+    """Lay weights out as they are fastest, and use our kernels where all ranks can: whether they do. Collective."""
+    is_fast = config.model.fast and _can_be_fast(world, notices)
     channels_last = config.model.channels_last
     if channels_last is None:
         # On a GPU eager norms return NCHW, and the copies back cost more than the convolutions gain.
@@ -217,6 +215,21 @@ def make_fast(config: Config, world: World, unet: UNet2DConditionModel, notices:
     if is_fast:
         fast.make_fast(unet)
     return is_fast
+
+
+def _can_be_fast(world: World, notices: list[str]) -> bool:
+    """Whether our kernels run on all ranks, which have to do the same; what one lacks is noted. Collective."""
+    is_available = fast.available(world.device)
+    of_ranks = world.gather((is_available, fast.missing() if is_available else None, socket.gethostname()))
+    if not any(available for available, _, _ in of_ranks):
+        return False
+    for rank, (available, missing, host) in enumerate(of_ranks):
+        lacks = missing if available else "GPUs from NVIDIA's Ampere on"
+        if lacks is not None:
+            where = "here" if world.size == 1 else f"on {host} (rank {rank})"
+            notices.append(f"model.fast needs {lacks}, which is not {where}: the U-Net runs as diffusers wrote it")
+            return False
+    return True
 
 
 def load_decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder | None:

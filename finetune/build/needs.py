@@ -103,7 +103,7 @@ def require_memory(config: Config, world: World, module: nn.Module, accumulation
             averages takes; on all ranks.
     """
     is_zero, offload = config.strategy.kind == "zero", config.strategy.offload
-    rounds = is_zero and precision(config.train.precision, world.device) != "fp32"
+    rounds = is_zero and precision(config.train.precision, world) != "fp32"
     needs = needs_of(
         [Weight(p.numel(), 2 if rounds else p.element_size(), p.requires_grad) for p in module.parameters()],
         OptimizerSettings(kind=config.optim.kind),

@@ -15,11 +15,16 @@ from finetune.models.parts import flat, part_of, require_parts
 from finetune.objective import LatentDiffusion
 
 
-def precision(wanted: str, device: torch.device) -> str:
-    """`auto` becomes bf16 on a GPU that multiplies it, else fp32: on most CPUs bf16 is several times slower."""
+def precision(wanted: str, world: World) -> str:
+    """`auto` becomes bf16 where all ranks have GPUs that multiply it, else fp32. Collective.
+
+    On most CPUs bf16 is several times slower.
+    """
     if wanted != "auto":
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    device = world.device
+    multiplies = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if all(world.gather(multiplies)) else "fp32"
 
 
 def batch_sizes(config: Config, world: World) -> tuple[int, int]:
@@ -57,7 +62,7 @@ def make_strategy(
     common: dict[str, Any] = {
         "optimizer": OptimizerSettings(**{name: getattr(config.optim, name) for name in names}),
         "max_grad_norm": config.optim.max_grad_norm,
-        "precision": precision(config.train.precision, world.device),
+        "precision": precision(config.train.precision, world),
     }
     graphs = is_fast and config.model.graphs
     if config.strategy.kind == "ddp":

@@ -16,7 +16,7 @@ from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer, matrix_of
 from finetune.distributed.reduction import BUCKET_ELEMENTS, WholeReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
-from finetune.distributed.world import World
+from finetune.distributed.world import World, require_same_layout
 
 if TYPE_CHECKING:
     from finetune.distributed.copies import Copies
@@ -51,6 +51,7 @@ class DataParallel(Strategy):
         if world.size > 1:
             _make_equal(module, world)
         self.parameters = {name: p for group in groups for name, p in group.parameters.items()}
+        require_same_layout(world, self.parameters)
         self.copies: Copies | None = None
         if casts_once and self.dtype is not None:
             from finetune.distributed.copies import Copies  # takes seconds

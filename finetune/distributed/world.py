@@ -254,6 +254,23 @@ def require_agreement(layers: Mapping[str, tuple[int, int]]) -> None:
         )
 
 
+def require_same_layout(world: World, parameters: Mapping[str, Tensor]) -> None:
+    """Refuse ranks whose trained weights differ in name, shape, type or place in memory. Collective.
+
+    Gradients travel in the order of memory: sums would be of other weights' gradients.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    if not world.is_same(repr([(name, p.shape, p.stride(), p.dtype) for name, p in parameters.items()])):
+        raise by_all(
+            UserError(
+                "the processes lay out the trained weights differently: are GPUs, packages and settings the same "
+                "on all machines? `finetune doctor` compares them"
+            )
+        )
+
+
 def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

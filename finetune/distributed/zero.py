@@ -22,7 +22,7 @@ from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
 from finetune.distributed.reduction import BUCKET_ELEMENTS, Piece, ScatteredReduction, SplitReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
-from finetune.distributed.world import World, require_agreement
+from finetune.distributed.world import World, require_agreement, require_same_layout
 from finetune.models.layout import stored_channels_last
 
 # Blocks whose weights ZeRO-3 gathers as one, beside those that say so (`gathered_whole`): with hooks on each of a
@@ -115,6 +115,7 @@ class ZeRO(Strategy):
             "steps_per_print": 1 << 62,
         }
         exact = {name: p.data for group in groups for name, p in group.parameters.items()}
+        require_same_layout(world, exact)
         # It prints what it has built, and warns of every optimizer that is not in its own tests.
         deepspeed.utils.logger.setLevel("ERROR")
         with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module), _without_kernels():
