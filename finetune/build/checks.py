@@ -77,6 +77,7 @@ def check(config: Config) -> None:
         "optim.d_coef": config.optim.d_coef,
         "model.scheduler.shift": schedule.shift,
         "objective.gamma": objective.gamma,
+        "objective.p2_k": objective.p2_k,  # of 0, weights where there is no signal would be 0 / 0
         "objective.huber_delta": objective.huber_delta,
         "objective.logit_std": objective.logit_std,
     }
@@ -86,7 +87,6 @@ def check(config: Config) -> None:
         "validation.every": config.validation.every,
         "validation.samples": config.validation.samples,
         "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
-        "objective.p2_k": objective.p2_k,
         "objective.offset_noise": objective.offset_noise,
         "objective.input_perturbation": objective.input_perturbation,
     }
