@@ -133,11 +133,16 @@ class DataParallel(Strategy):
             return self.module(*args)
 
     def scaler_state(self) -> dict[str, float]:
-        return dict(self.scaler.state_dict())
+        if not self.scaler.is_enabled():
+            return {}
+        state = self.scaler.state_dict()
+        return {"scale": state["scale"], "good_steps": state["_growth_tracker"]}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         if state and self.scaler.is_enabled():
-            self.scaler.load_state_dict(dict(state))
+            good_steps = int(state["good_steps"]) % self.scaler.get_growth_interval()
+            same = {"scale": state["scale"], "_growth_tracker": good_steps}
+            self.scaler.load_state_dict(self.scaler.state_dict() | same)
 
 
 @torch.no_grad()

@@ -142,7 +142,10 @@ class Strategy(ABC):
 
     @abstractmethod
     def scaler_state(self) -> dict[str, float]:
-        """State of the fp16 loss scale; empty for other precisions."""
+        """Of fp16: the loss `scale`, `good_steps` since it last fell, under ZeRO `hysteresis`; else empty.
+
+        A run under another strategy goes on with the same scale.
+        """
 
     @abstractmethod
     def load_scaler_state(self, state: Mapping[str, float]) -> None: ...

@@ -131,9 +131,8 @@ class ZeRO(Strategy):
         )
         self.zero = self.engine.optimizer
         self._scale = 1.0  # of fp16's losses in this step
-        if stage < 3:
-            # DeepSpeed's divides by the next step's scale, which halves gradients where that has just doubled.
-            self.zero.unscale_and_clip_grads = self._unscale
+        # DeepSpeed's divides by the next step's scale, which halves gradients where that has just doubled.
+        self.zero.unscale_and_clip_grads = self._unscale if stage < 3 else self._unscale_group
         self.optimizer = self.zero.optimizer
         self.optimizer.register_step_pre_hook(self._before_update)
         if offload_folder is not None:
@@ -245,6 +244,12 @@ class ZeRO(Strategy):
     def _unscale(self, gradients: Sequence[Tensor], _: Tensor) -> None:
         if self._scale != 1:
             torch._foreach_div_(list(gradients), self._scale)
+
+    def _unscale_group(self, group: int, norm: Tensor) -> None:
+        """Of stage 3's own step, with offload: `norm` is of gradients that are scaled still."""
+        self.zero._global_grad_norm = norm / self._scale
+        if self._scale != 1:
+            self._keys[group].grad.div_(self._scale)  # type: ignore[union-attr]
 
     def _before_update(self, *_: Any) -> None:
         if not isinstance(self.zero._global_grad_norm, float):
@@ -365,13 +370,18 @@ class ZeRO(Strategy):
         scaler = self.zero.loss_scaler
         if not scaler.dynamic:
             return {}
-        fields = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        return {name: getattr(scaler, name) for name in fields}
+        good_steps = scaler.cur_iter - scaler.last_overflow_iter - 1
+        return {"scale": scaler.cur_scale, "good_steps": good_steps, "hysteresis": scaler.cur_hysteresis}
 
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
-        for name, value in state.items():
-            if hasattr(self.zero.loss_scaler, name):
-                setattr(self.zero.loss_scaler, name, value)
+        scaler = self.zero.loss_scaler
+        if state and scaler.dynamic:
+            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = (
+                state["scale"],
+                int(state["good_steps"]),
+                -1,
+            )
+            scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
 
 
 def _take_cores() -> None:

@@ -5,7 +5,9 @@
 Prints one JSON line for each strategy and precision: whether masters and moments stayed as they were, bit for bit;
 whether every rank was told; whether the run is the one that never saw that step. Also the largest distance of the
 masters from the weights that were given, before any step, and the first step's gradient norm. For fp16 under ZeRO,
-also how far a run whose loss scale grows comes from one whose scale stays.
+also how far a run whose loss scale grows comes from one whose scale stays, without clipping, how far their norms
+are apart, and whether DDP goes on with its scale, and it with DDP's. The last line says which strategies refuse a
+rank that lays its weights out differently.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import Tensor, nn
 
-from finetune import distributed
+from finetune import UserError, distributed
 from finetune.distributed import MOMENTS, DataParallel, OptimizerSettings, ParamGroup, Strategy, World, ZeRO
 from finetune.models.layout import store_channels_last
 
@@ -35,7 +37,9 @@ class Net(nn.Module):
         return self.out(self.conv(x_BCHW.to(self.conv.weight.dtype)).flatten(1)).float().square().mean(1)
 
 
-def make(world: World, kind: str, precision: str, seed: int = 0) -> tuple[Strategy, dict[str, Tensor]]:
+def make(
+    world: World, kind: str, precision: str, seed: int = 0, max_grad_norm: float = 0.1
+) -> tuple[Strategy, dict[str, Tensor]]:
     # The end of DeepSpeed's last engine imports something: within an import CPython 3.11 can't do that (gh-91351).
     gc.collect()
     torch.manual_seed(seed)
@@ -44,7 +48,11 @@ def make(world: World, kind: str, precision: str, seed: int = 0) -> tuple[Strate
         store_channels_last(net)
     given = {name: p.detach().clone() for name, p in net.named_parameters()}
     groups = [ParamGroup("net", dict(net.named_parameters()))]
-    common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": 0.1, "precision": precision}
+    common: dict[str, Any] = {
+        "optimizer": OptimizerSettings(),
+        "max_grad_norm": max_grad_norm,
+        "precision": precision,
+    }
     if kind.startswith("ddp"):
         reduce_dtype = torch.bfloat16 if kind == "ddp_bf16" else torch.float32
         common |= {"casts_once": kind == "ddp_once", "reduce_dtype": reduce_dtype}
@@ -98,21 +106,43 @@ def examine(world: World, kind: str, precision: str) -> dict[str, Any]:
         same = all(torch.equal(one, other) for one, other in zip(state(calm), state(strategy), strict=True))
         result["as_if_never"] = same
     elif kind != "ddp":
-        runs = []
+        runs, of_steps = [], []
         for window in (1000, 2):
-            zero, _ = make(world, kind, precision)
+            zero, _ = make(world, kind, precision, max_grad_norm=0.0)
             zero.zero.loss_scaler.cur_scale, zero.zero.loss_scaler.scale_window = 1024.0, window
-            for number in range(4):
-                step(zero, number)
+            of_steps.append([step(zero, number) for number in range(4)])
             runs.append(torch.cat([tensor.reshape(-1) for tensor in state(zero)]))
         assert zero.zero.loss_scale > 1024
         result["grown"] = float((runs[0] - runs[1]).norm() / runs[0].norm())
+        result["norms_apart"] = max(abs(one / other - 1) for one, other in zip(*of_steps, strict=True))
+        ddp, (again, _) = make(world, "ddp", precision)[0], make(world, kind, precision)
+        ddp.load_scaler_state(zero.scaler_state())
+        again.load_scaler_state(ddp.scaler_state())
+        result["carried"] = ddp.scaler_state() == {"scale": zero.zero.loss_scale, "good_steps": 4}
+        result["carried"] &= again.scaler_state() == {**ddp.scaler_state(), "hysteresis": 2}
     ranks = world.gather(result)
-    numbers = {"first", "grown"}
+    numbers = {"first", "grown", "norms_apart"}
     return {
         name: max(each[name] for each in ranks) if name in numbers else [each[name] for each in ranks]
         for name in result
     }
+
+
+def refuses_other_layouts(world: World, kind: str) -> bool:
+    gc.collect()
+    net = Net()
+    if world.rank == 1:
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    groups = [ParamGroup("net", dict(net.named_parameters()))]
+    common: dict[str, Any] = {"optimizer": OptimizerSettings(), "max_grad_norm": 0.1, "precision": "fp32"}
+    try:
+        if kind == "ddp":
+            DataParallel(world, net, groups, **common)
+        else:
+            ZeRO(world, net, groups, **common, stage=2, micro_batch=2, accumulation=2)
+    except UserError as error:
+        return "lay out the trained weights differently" in str(error)
+    return False
 
 
 def main() -> None:
@@ -125,6 +155,9 @@ def main() -> None:
             row = {"strategy": kind, "precision": precision, **examine(world, kind, precision)}
             if world.is_main:
                 print(json.dumps(row), flush=True)
+    refused = {kind: world.gather(refuses_other_layouts(world, kind)) for kind in ("ddp", "zero2")}
+    if world.is_main:
+        print(json.dumps(refused))
     distributed.stop()
 
 

@@ -16,11 +16,20 @@ def kernels(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def examined(kernels):
-    printed = spawn(2, Path(__file__).with_name("skipping.py"), TORCH_EXTENSIONS_DIR=str(kernels))
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
-    assert len(rows) == 21
-    return rows
+def printed(kernels):
+    lines = spawn(2, Path(__file__).with_name("skipping.py"), TORCH_EXTENSIONS_DIR=str(kernels)).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def examined(printed):
+    assert len(printed) == 22
+    return printed[:-1]
+
+
+def test_ranks_that_lay_weights_out_differently_are_refused(printed):
+    """They would add up gradients of different weights, and train on that without a word."""
+    assert printed[-1] == {"ddp": [True, True], "zero2": [True, True]}
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_changes_nothing_anywhere(examined):
@@ -35,10 +44,16 @@ def test_the_run_goes_on_as_if_the_step_had_not_been(examined):
 
 
 def test_a_loss_scale_that_grows_changes_no_update(examined):
-    """DeepSpeed's own step halves the gradients of that step under stages 1 and 2."""
-    distances = {row["strategy"]: row["grown"] for row in examined if "grown" in row}
-    assert distances.keys() == {"zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"}
-    assert max(distances.values()) < 1e-4, distances
+    """DeepSpeed's own step halves the gradients of that step."""
+    for what in ("grown", "norms_apart"):
+        distances = {row["strategy"]: row[what] for row in examined if what in row}
+        assert distances.keys() == {"zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"}
+        assert max(distances.values()) < 1e-4, (what, distances)
+
+
+def test_a_loss_scale_is_carried_to_another_strategy(examined):
+    carried = [row["carried"] for row in examined if "carried" in row]
+    assert carried == [[True, True]] * 6
 
 
 def test_masters_start_from_the_exact_weights(examined):
