@@ -18,6 +18,7 @@ from finetune.batch import Sample
 from finetune.components import Components
 from finetune.data.shards import HOLE, LOWRES, MAP, MASKED
 from finetune.data.shards.files import npy_bytes
+from finetune.data.shards.images import PictureError, decode_rgb
 from finetune.models.autoencoder import encode_moments
 
 _NOISE_LEVEL = 20  # as Stable Diffusion's upscaler is used
@@ -129,7 +130,7 @@ def _hole(parts: Components, image: str, mask: str, members: dict[str, bytes]) -
     """Add the picture with the mask's white part painted grey, encoded; returns its (height, width)."""
     picture = np.array(_picture(image, "--image"))
     height, width = picture.shape[:2]
-    hole = _picture(mask, "--mask").convert("L")
+    hole = _picture(mask, "--mask", (0, 0, 0)).convert("L")
     if hole.size != (width, height):
         raise UserError(
             f"--mask {mask} is {hole.width}x{hole.height}, --image {width}x{height}: they must be equal"
@@ -147,11 +148,11 @@ def _hole(parts: Components, image: str, mask: str, members: dict[str, bytes]) -
     return height, width
 
 
-def _picture(path: str, option: str) -> Image.Image:
+def _picture(path: str, option: str, background: tuple[int, int, int] = (255, 255, 255)) -> Image.Image:
+    """Upright and RGB, as pictures get into shards."""
     try:
-        with Image.open(io.BytesIO(_bytes(path, option))) as image:
-            return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+        return decode_rgb(_bytes(path, option), background)
+    except PictureError as error:
         raise UserError(f"{option} {path} cannot be read as a picture: {first_line(error)}") from error
 
 

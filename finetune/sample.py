@@ -95,6 +95,8 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         **{name: getattr(arguments, name) for name in _CONDITIONS},
         noise_level=arguments.noise_level,
     )
+    if arguments.negative and parts.text is None:
+        raise UserError(f"--negative has no effect: task={parts.task.name} takes no text; leave it out")
     each = asking.samples(parts, asked, (arguments.height or height, arguments.width or width))
     guidance = arguments.guidance
     if guidance is None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import UserError, cli, sample
+from finetune import UserError, asking, cli, sample
 from finetune.pictures import save_png
 from tests import fakes
 
@@ -227,3 +227,11 @@ def test_a_read_only_place_is_refused_before_anything_is_drawn(tmp_path, monkeyp
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what root is told of a read-only file system
     with pytest.raises(UserError, match=r"^--out .*x.png cannot be written: its folder is read-only"):
         sample.main(["emoji-base", "--prompt", "a", "--out", str(tmp_path / "x.png")])
+
+
+def test_photos_are_conditions_as_they_stand_upright(tmp_path):
+    """As pictures get into shards."""
+    photo, exif = Image.new("RGB", (32, 48)), Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    photo.save(tmp_path / "photo.jpg", exif=exif)
+    assert asking._picture(str(tmp_path / "photo.jpg"), "--image").size == (48, 32)
