@@ -72,7 +72,8 @@ def add_lora(
         The names of the trainable parameters, in the model's order.
 
     Raises:
-        UserError: no module has one of these names, or rank, alpha or dropout is out of range.
+        UserError: no module has one of these names, one is no linear layer or convolution, or rank, alpha or
+            dropout is out of range.
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}")
@@ -83,6 +84,16 @@ def add_lora(
     targets, ranks = tuple(f".{target}" for target in target_modules), ranks or {}
     own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in names if f".{name}".endswith(targets)}
     own = {name: value for name, value in own.items() if value > 0}
+    layers = dict(module.named_modules())
+    for name in own:
+        if not isinstance(layers[name], nn.Linear | nn.Conv2d):
+            inside = [
+                inner for inner, layer in layers[name].named_modules() if isinstance(layer, nn.Linear | nn.Conv2d)
+            ]
+            few = f": take layers in it, such as {', '.join(inside[:3])}" if inside else ""
+            raise UserError(
+                f"LoRA target {name} is no linear layer or convolution, but {type(layers[name]).__name__}{few}"
+            )
     if not own:
         raise UserError("LoRA with rank 0 everywhere trains nothing: raise adapter.rank or adapter.ranks")
     module.requires_grad_(False)
@@ -240,7 +251,9 @@ def read_lora(path: str | Path) -> Lora:
         what = f"holds {foreign}" if foreign else "is empty"
         raise UserError(f"{path} {what}; only LoRAs in diffusers' layout (unet.….lora_A.weight) can be read")
     ranks = {key.removesuffix(_DOWN): len(down) for key, down in state.items() if key.endswith(_DOWN)}
-    return Lora(state, {name: _alpha(name, rank, settings) / rank for name, rank in ranks.items()})
+    return Lora(
+        state, {name: _alpha(name, rank, settings) / _divisor(name, rank, settings) for name, rank in ranks.items()}
+    )
 
 
 @torch.no_grad()
@@ -314,6 +327,11 @@ def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
         if re.search(rf"(?:^|\.){pattern.removeprefix('^')}$", path):  # as peft matches them
             return float(value)
     return float(settings.get(f"{component}.lora_alpha", rank))
+
+
+def _divisor(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """What alpha is divided by: the rank, or its root (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
+    return float(rank**0.5 if settings.get(f"{_component(name)}.use_rslora") else rank)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:

@@ -257,10 +257,26 @@ def test_older_names_are_read_and_alpha_is_then_the_rank(tmp_path):
     assert lora.scales == {"unet.mid.to_q": 1.0, "text_encoder.text_model.x.q_proj": 1.0}
 
 
+def test_a_rank_stabilized_file_of_diffusers_is_merged_as_diffusers_does(tmp_path):
+    """Its metadata says so; alpha is divided by the rank's root."""
+    down, up = torch.ones(4, 8), torch.ones(8, 4)
+    state = {"unet.mid.to_q.lora_A.weight": down, "unet.mid.to_q.lora_B.weight": up}
+    for is_stabilized, scale in ((False, 1.5), (True, 3.0)):
+        said = {"unet.r": 4, "unet.lora_alpha": 6, "unet.use_rslora": is_stabilized}
+        save_file(state, tmp_path / "x.safetensors", {"lora_adapter_metadata": json.dumps(said)})
+        assert adapters.read_lora(tmp_path / "x.safetensors").scales == {"unet.mid.to_q": scale}
+
+
 def test_mistakes_are_named(tmp_path):
     unet = build_unet(TINY)
     with pytest.raises(UserError, match="'to_z' is no module"):
         adapters.add_lora(unet, 4, 4.0, target_modules=("to_q", "to_z"))
+    with pytest.raises(
+        UserError, match=r"target \S+attn1 is no linear .*, but Attention: .* such as to_q, to_k, to_v"
+    ):
+        adapters.add_lora(unet, 4, 4.0, target_modules=("attn1",))
+    with pytest.raises(UserError, match=r"target \S+norm1 is no linear layer or convolution, but LayerNorm$"):
+        adapters.add_lora(unet, 4, 4.0, target_modules=("norm1",))
     with pytest.raises(UserError, match="rank >= 1"):
         adapters.add_lora(unet, 0, 4.0)
     with pytest.raises(UserError, match="no LoRA at"):
