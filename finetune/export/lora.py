@@ -28,7 +28,7 @@ def export_lora(
         What the user should be told.
 
     Raises:
-        UserError: no run, or one that trained all weights.
+        UserError: no run, or one that trained other weights than a LoRA's.
     """
     lora, notices = _adapter(run, weights, step, dtype)
     with whole_folder(out) as target:
@@ -73,5 +73,11 @@ def _adapter(
     with chosen_checkpoint(folder, step, weights) as checkpoint:
         if not (checkpoint.weights / LORA_FILE).is_file():
             raise UserError(f"{run} trained all weights and has no LoRA; use --format diffusers")
+        parts = [path.name for path in sorted(checkpoint.weights.iterdir()) if path.is_dir()]
+        if parts:
+            raise UserError(
+                f"{run} trained its {' and '.join(parts)} beside the LoRA, which these files do not hold: use "
+                "--format diffusers"
+            )
         lora = read_lora(checkpoint.weights)
     return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), checkpoint.notices
