@@ -33,7 +33,7 @@ from finetune.conditioning import Condition, Conditioner, batch_of, call_unet, t
 from finetune.latents import LatentSpace, to_raw
 from finetune.models import SCHEDULERS
 from finetune.models.autoencoder import Autoencoder, decode, downsample_factor
-from finetune.models.schedulers import FLOW_SCHEDULER
+from finetune.models.schedulers import FLOW_SCHEDULER, most_steps
 from finetune.models.unet import pixel_multiple
 
 _PIXELS_A_BATCH = 4 * 512 * 512
@@ -110,7 +110,7 @@ def sample(
     Raises:
         UserError: a number of steps that the schedule does not have.
     """
-    limit = scheduler.config.num_train_timesteps
+    limit = most_steps(scheduler.config)
     if not 1 <= steps <= limit:
         raise UserError(f"{steps} sampling steps: the schedule has between 1 and {limit}")
     is_module = isinstance(unet, nn.Module)

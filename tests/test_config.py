@@ -232,6 +232,13 @@ def test_a_missing_value_is_named() -> None:
         ("watch.start_s", 0, "watch.start_s=0 must be greater than 0"),
         ("task.dropout", 1.5, "0 to 1"),
         ("adapter.rank", 3, "adapter.rank=3 has no effect here: choose adapter=lora, or leave it out"),
+        ("adapter.targets", ["conv1"], "adapter.targets=['conv1'] has no effect here: choose adapter=lora"),
+        ("adapter.ranks", {"up_blocks": 4}, "adapter.ranks={'up_blocks': 4} has no effect here"),
+        ("objective.logit_mean", 2.0, "choose objective.timesteps=logit_normal, or leave it out"),
+        ("optim.final_lr_ratio", 0.5, "choose optim.schedule=cosine, or leave it out"),
+        ("objective.p2_k", 0.0, "objective.p2_k=0.0 must be greater than 0"),
+        ("model", {"pretrained": ".", "revision": "abc"}, "model.revision=abc: . is here, and only models"),
+        ("sample.steps", 1000, "sample.steps=1000 is more than the noise schedule's 999"),
         ("objective.gamma", 3.0, "choose objective.weighting=min_snr, soft_min_snr or p2"),
         ("objective.huber_delta", 0.2, "choose objective.loss=huber"),
         ("optim.d0", 1e-3, "optim.d0=0.001 has no effect here: choose optim=prodigy"),
@@ -243,8 +250,9 @@ def test_a_missing_value_is_named() -> None:
 )
 def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value: Any, says: str) -> None:
     made = deepcopy(composed())
-    section, name = key.split(".")
-    setattr(getattr(made, section), name, value)
+    section, _, name = key.partition(".")
+    for each, wanted in {name: value}.items() if name else value.items():
+        setattr(getattr(made, section), each, wanted)
     with pytest.raises(UserError) as caught:
         build.check(made)
     assert says in str(caught.value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
+from pathlib import Path
 
 from finetune import UserError, diffusion, distributed, tasks
 from finetune.build.averages import check_averages
@@ -17,6 +19,7 @@ from finetune.config import (
     require_sizes,
 )
 from finetune.models.parts import flat
+from finetune.models.schedulers import most_steps, scheduler_config
 from finetune.ranges import require_seeds, require_shared
 
 OUT_OF_MEMORY = (
@@ -100,10 +103,13 @@ def check(config: Config) -> None:
         lambda value: value >= 1,
         "must be at least 1, which is no guidance",
     )
-    strata = {"sample.steps": config.sample.steps, "validation.timesteps": config.validation.timesteps}
-    for key, number in strata.items():
-        if number > schedule.num_train_timesteps:
-            raise UserError(f"{key}={number} is more than the noise schedule's {schedule.num_train_timesteps}")
+    most = most_steps(scheduler_config(asdict(schedule), objective.prediction))
+    for key, number, limit in (
+        ("sample.steps", config.sample.steps, most),
+        ("validation.timesteps", config.validation.timesteps, schedule.num_train_timesteps),
+    ):
+        if number > limit:
+            raise UserError(f"{key}={number} is more than the noise schedule's {limit}")
     check_averages(config.ema)
     _check_objective(config)
     _check_optimizer(config)
@@ -169,6 +175,11 @@ def _check_model(model: ModelConfig) -> None:
                 raise UserError(
                     f"model.{name}={value} is of a pretrained model, and model.pretrained names none: leave it out"
                 )
+    elif model.revision is not None and Path(model.pretrained).expanduser().exists():
+        raise UserError(
+            f"model.revision={model.revision}: {model.pretrained} is here, and only models of the Hugging Face Hub "
+            "have revisions: leave it out"
+        )
 
 
 def _check_adapter(adapter: AdapterConfig) -> None:
@@ -191,9 +202,13 @@ def _check_use(config: Config) -> None:
     objective, is_prodigy = config.objective, config.optim.kind == "prodigy"
     is_p2 = objective.weighting == "p2"
     has_gamma = objective.weighting in ("min_snr", "soft_min_snr", "p2")
+    is_logit_normal = objective.timesteps == "logit_normal"
+    of_lora = "rank", "alpha", "dropout", "rank_stabilized", "targets", "ranks"
     usual = Config()
     for section, names, is_used, chooses in (
-        ("adapter", ("rank", "alpha", "dropout", "rank_stabilized"), config.adapter.kind == "lora", "adapter=lora"),
+        ("adapter", of_lora, config.adapter.kind == "lora", "adapter=lora"),
+        ("objective", ("logit_mean", "logit_std"), is_logit_normal, "objective.timesteps=logit_normal"),
+        ("optim", ("final_lr_ratio",), config.optim.schedule == "cosine", "optim.schedule=cosine"),
         ("objective", ("gamma",), has_gamma, "objective.weighting=min_snr, soft_min_snr or p2"),
         ("objective", ("p2_k",), is_p2, "objective.weighting=p2"),
         ("objective", ("huber_delta",), objective.loss == "huber", "objective.loss=huber"),

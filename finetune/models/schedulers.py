@@ -47,6 +47,12 @@ def sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return scheduler_config(kept, kept.get("prediction_type", "epsilon"))
 
 
+def most_steps(config: Mapping[str, Any]) -> int:
+    """How many sampling steps a schedule has: `leading` timesteps begin at Stable Diffusion's offset."""
+    offset = int(config.get("steps_offset", 0)) if config.get("timestep_spacing", "leading") == "leading" else 0
+    return int(config["num_train_timesteps"]) - offset
+
+
 def load_scheduler(source: str | Path, revision: str | None = None) -> dict[str, Any]:
     """The configuration of a model's own scheduler, whichever it is; of a single file, see `SingleFile.scheduler`.
 
