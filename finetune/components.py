@@ -211,7 +211,7 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
     conditioner = _conditioner(task, unet, vae, latents, text if has_text else None)
     for name, part in conditioner.parts().items():
         if not name.startswith("text_encoder"):
-            _load_part(part, checkpoint.weights / name)
+            load_part(part, checkpoint.weights / name)
     if lora is not None:
         merge_lora({"unet": unet, **conditioner.parts()}, lora)
     return Components(
@@ -246,7 +246,7 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
     conditioner = _conditioner(task, unet, vae, space, text if has_text else None)
     for name, part in conditioner.parts().items():
         if not name.startswith("text_encoder"):
-            _load_part(part, Path(source) / name)
+            load_part(part, Path(source) / name)
     scheduler = load_scheduler(source, revision)
     notices: tuple[str, ...] = ()
     file = fetch_file(source, revision)
@@ -400,7 +400,7 @@ def _task_of(unet: UNet2DConditionModel, vae: Autoencoder) -> tasks.Task:
     return tasks.Task("text_to_image" if context_width(unet.config) is not None else "unconditional")
 
 
-def _load_part(part: torch.nn.Module, folder: Path) -> None:
+def load_part(part: torch.nn.Module, folder: Path) -> None:
     """Load what a task's own part learnt.
 
     Raises:

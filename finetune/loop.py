@@ -22,6 +22,7 @@ from finetune.lr import learning_rate
 from finetune.models.autoencoder import Autoencoder
 from finetune.objective import LatentDiffusion
 from finetune.step import optimizer_step
+from finetune.tasks import Task
 from finetune.validation import draw_samples, held_out_loss
 
 
@@ -40,6 +41,7 @@ class Parts:
     decoder: Autoencoder | None  # on rank 0, where sample grids are decoded
     notices: list[str]
     pretrained: str | None  # the digest of the weights of a pretrained model, as they are before any step
+    task: Task
 
     @property
     def average(self) -> Average | None:

@@ -94,6 +94,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         parts = build.build(config, world, path)
         world.watch.at("restoring the last checkpoint")
         progress = loop.resume(config, world, parts, build.depends_on(config, parts))
+        world.on_main(lambda: parts.task.save(path))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(
             path,

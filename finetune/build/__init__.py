@@ -75,7 +75,9 @@ def build(config: Config, world: World, run: Path) -> Parts:
     world.on_main(lambda: decoder.append(load_decoder(config, data, notices)))
     if config.model.pretrained is not None:
         world.on_main(lambda: notices.extend(trained_otherwise(config)))
-    unet, conditioner = conditioned(config, world, run, data)
+    unet, conditioner, task = conditioned(config, world, run, data, notices)
+    if config.model.pretrained is not None and config.model.unet:
+        notices.append("model.unet is not used: model.pretrained brings its own U-Net")
     text = next((part for part in conditioner.modules() if isinstance(part, Text)), None)
     train_text = text is not None and text.trained
     if config.model.train_text_encoder and text is None:
@@ -131,4 +133,5 @@ def build(config: Config, world: World, run: Path) -> Parts:
         decoder[0] if decoder else None,
         notices,
         pretrained,
+        task,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +29,10 @@ def depends_on(config: Config, parts: Parts) -> dict[str, Any]:
         if config.adapter.kind == "lora"
         else {}
     )
-    return {
+    # With what was left to defaults.
+    made: Any = {} if config.model.pretrained is not None else parts.model.unet.config
+    unet = {name: value for name, value in made.items() if not name.startswith("_")}
+    identity = {
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
         "validation.samples": config.validation.samples,
@@ -44,11 +48,12 @@ def depends_on(config: Config, parts: Parts) -> dict[str, Any]:
         **{f"adapter.{name}": value for name, value in adapter.items()},
         "model.pretrained (its weights)": parts.pretrained,
         "model.tokenizer": config.model.tokenizer,
-        **{f"model.unet.{name}": value for name, value in config.model.unet.items()},
+        **{f"model.unet.{name}": value for name, value in unet.items()},
         **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
         "model.train_text_encoder": config.model.train_text_encoder,
         "task.name": config.task.name,
-        **{f"task.options.{name}": value for name, value in config.task.options.items()},
+        **{f"task.options.{name}": value for name, value in parts.task.options.items()},
         **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
         **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
     }
+    return json.loads(json.dumps(identity))  # type: ignore[no-any-return] # as a checkpoint has it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import asdict
 from itertools import islice
@@ -13,6 +14,7 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.data import captions, classes
+from finetune.components import load_part
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
 from finetune.config import Config, SchedulerConfig
@@ -24,7 +26,7 @@ from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoen
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, require_parts
 from finetune.models.schedulers import differences, load_scheduler
-from finetune.models.sources import has_part
+from finetune.models.sources import has_part, local_folder
 from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from finetune.models.unet import (
     build_unet,
@@ -35,6 +37,7 @@ from finetune.models.unet import (
     pixel_multiple,
 )
 from finetune.rng import fold
+from finetune.runs import complete_checkpoints
 from finetune.sampling import check_size
 from finetune.tasks import Task
 from finetune.tasks.text_to_image import caption_conditioner, load_captions
@@ -67,12 +70,15 @@ def _text(config: Config, world: World, run: Path, data: Data) -> Text:
     folder, settings = run / "tokenizer", config.model.text_encoder
 
     def make() -> None:
-        if not folder.exists():
-            all_captions = islice(captions(data), _TOKENIZER_CAPTIONS)
-            made = train_tokenizer(all_captions, settings.vocab_size, settings.max_length)
-            temporary = folder.with_name(".tokenizer.tmp")
-            save_tokenizer(made, temporary)
-            temporary.rename(folder)
+        if folder.exists() and complete_checkpoints(run):
+            return
+        # What a start that was refused has left is of other settings, maybe.
+        all_captions = islice(captions(data), _TOKENIZER_CAPTIONS)
+        made = train_tokenizer(all_captions, settings.vocab_size, settings.max_length)
+        temporary = folder.with_name(".tokenizer.tmp")
+        save_tokenizer(made, temporary)
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
 
     world.on_main(make)
     tokenizer = load_tokenizer(folder)
@@ -87,8 +93,10 @@ def _text(config: Config, world: World, run: Path, data: Data) -> Text:
     return caption_conditioner(tokenizer, encoder, trained=True)
 
 
-def conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[UNet2DConditionModel, Conditioner]:
-    """U-Net and conditioner, made for each other.
+def conditioned(
+    config: Config, world: World, run: Path, data: Data, notices: list[str]
+) -> tuple[UNet2DConditionModel, Conditioner, Task]:
+    """U-Net and conditioner, made for each other, and what task that is.
 
     Raises:
         UserError: model, task and data contradict each other.
@@ -111,7 +119,8 @@ def conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[UN
     )
     conditioner = tasks.make(task.name, task.options, given)
     made = Task(task.name, asdict(tasks.options(task.name, task.options)), list(given.classes))
-    world.on_main(lambda: None if (run / tasks.TASK_FILE).exists() else made.save(run))
+    if model.pretrained is not None:
+        _take_up(model.pretrained, made, conditioner, notices)
     wanted = channels + conditioner.channels
     if unet is None:
         arguments = {"in_channels": wanted, "out_channels": channels, **model.unet}
@@ -134,7 +143,25 @@ def conditioned(config: Config, world: World, run: Path, data: Data) -> tuple[UN
         else:
             remedy = "choose a model for these latents or encode with another autoencoder"
         raise UserError(f"{takes}: {remedy}")
-    return unet, conditioner
+    return unet, conditioner, made
+
+
+def _take_up(pretrained: str, task: Task, conditioner: Conditioner, notices: list[str]) -> None:
+    """Load what a model learnt of its condition, where it is an export of the same task."""
+    folder = local_folder(pretrained)
+    learnt = None if folder is None else Task.load(folder)
+    own = {name: part for name, part in conditioner.parts().items() if not name.startswith("text_encoder")}
+    if folder is None or learnt is None or learnt.name != task.name or not own:
+        return
+    learnt_options = asdict(tasks.options(learnt.name, learnt.options))
+    for what, is_same in (("options", learnt_options == task.options), ("classes", learnt.classes == task.classes)):
+        if not is_same:
+            notices.append(
+                f"{pretrained} has other {what} of task={task.name}: what it learnt of its conditions is left out"
+            )
+            return
+    for name, part in own.items():
+        load_part(part, folder / name)
 
 
 def check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, data: Data) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.conftest import metrics
 from tests.scenes import write_scenes
@@ -103,6 +105,45 @@ def test_several_pictures_of_nothing_are_a_grid(scene_latents: Shards, tmp_path:
     assert Image.open(out).size == (4 * 34 - 2, 32)
 
 
+@pytest.mark.parametrize("task", ["class_to_image", "layout_to_image"])
+def test_an_exported_model_is_gone_on_from_with_what_it_learnt_of_its_conditions(
+    task: str, scene_latents: Shards, tmp_path: Path, command: Command
+) -> None:
+    first, model, second = (tmp_path / name for name in ("first", "model", "second"))
+    quiet = ["train.steps=1", "sample.every=0", "validation.every=0"]
+    assert command("train", *overrides(task, scene_latents[task], first), *quiet, "optim.lr=0.1") == (0, "")
+    assert command("export", str(first), "--format", "diffusers", "--out", str(model)) == (0, "")
+    settings = [*overrides(task, scene_latents[task], second)[:-1], *quiet, "model.unet={}", "seed=1"]
+    settings += [f"model.pretrained={model}", "optim.lr=1e-12", "optim.warmup_images=0"]
+    assert command("train", *settings) == (0, "")
+    learnt = load_file(model / "conditioner/model.safetensors")
+    kept = load_file(second / "checkpoints/step-00000001/weights/conditioner/model.safetensors")
+    assert learnt and all(torch.allclose(learnt[name], kept[name], atol=1e-6) for name in learnt)
+
+
+def test_a_start_that_was_refused_leaves_nothing_that_a_later_one_takes(
+    latents: Path, scene_latents: Shards, tmp_path: Path, command: Command
+) -> None:
+    run = tmp_path / "run"
+    settings = [*overrides("layout_to_image", scene_latents["layout_to_image"], run), "train.steps=1"]
+    assert command("train", *settings, "task.options.boxes=30", "sample.height=33")[0] == 2
+    assert command("train", *settings, "task.options.boxes=4") == (0, "")
+    assert json.loads((run / "task.json").read_text())["options"]["boxes"] == 4
+    code, line = command("train", *settings, "train.steps=2")
+    assert code == 2 and "task.options.boxes was 4 and is 8 now; put it back" in line
+
+    run = tmp_path / "captions"
+    settings = ["experiment=smoke", f"data.shards={latents}", f"run.dir={run}", *SMALL, "train.steps=1"]
+    settings += ["model.unet.block_out_channels=[16,32]", "model.text_encoder.max_length=5"]
+    assert command("train", *settings, "model.text_encoder.hidden_size=48")[0] == 2
+    assert command("train", *settings, "model.text_encoder.max_length=32") == (0, "")
+    weights = run / "checkpoints/step-00000001/weights/text_encoder"
+    assert json.loads((weights / "config.json").read_text())["max_position_embeddings"] == 32
+    settings += ["model.text_encoder.max_length=32", "train.steps=2"]
+    code, line = command("train", *settings, "model.unet.act_fn=gelu")
+    assert code == 2 and "model.unet.act_fn was 'silu' and is 'gelu' now; put it back" in line
+
+
 @pytest.mark.slow
 def test_a_pretrained_model_learns_classes_by_lora(
     scene_latents: Shards, pipeline: Path, tmp_path: Path, command: Command
@@ -127,6 +168,8 @@ def test_a_pretrained_model_learns_classes_by_lora(
             pictures[name, step] = np.asarray(Image.open(out)).astype(int)
     assert (pictures["square", "2"] != pictures["circle", "2"]).any()
     assert (pictures["square", "2"] != pictures["square", "1"]).any()
+    code, line = command("export", str(run), "--format", "lora", "--out", str(tmp_path / "lora"))
+    assert code == 2 and "trained its conditioner beside the LoRA" in line
 
 
 @pytest.mark.parametrize(
@@ -153,6 +196,7 @@ def test_what_cannot_be_drawn_is_said(scene_latents: Shards, tmp_path: Path, com
         (["--label", "hexagon"], "--label hexagon: no such class; choose one of circle, square, triangle"),
         (["--label", "7"], "a sample's class is 7"),
         (["--prompt", "a square"], "--prompt is not for this model"),
+        (["--label", "0", "--negative", "x"], "--negative has no effect: task=class_to_image takes no text"),
     ):
         code, line = command("sample", str(run), *options, "--out", str(tmp_path / "x.png"))
         assert code == 2 and says in line
