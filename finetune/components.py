@@ -162,8 +162,8 @@ def load_components(
 
 
 def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Components:
-    config = _read_config(run)
-    model = _section(config, "model")
+    config = read_config(run)
+    model = section(config, "model")
     base: str | None = model.get("pretrained")
     revision: str | None = model.get("revision")
     words = words or model.get("tokenizer")
@@ -202,11 +202,11 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
     has_text = any(
         (folder / part).is_dir() for folder, part in ((run, "tokenizer"), (checkpoint.weights, "text_encoder"))
     ) or (base is not None and has_part(base, "text_encoder", revision))
-    shards = _shards(_section(config, "data"))
+    shards = _shards(section(config, "data"))
     trained_in = _trainer(checkpoint.folder).get("latents") or {}
     vae, latents = _autoencoder(model.get("vae"), base, revision, shards, trained_in)
-    settings = _section(config, "sample")
-    prediction = str(_section(config, "objective").get("prediction", "epsilon"))
+    settings = section(config, "sample")
+    prediction = str(section(config, "objective").get("prediction", "epsilon"))
     task = tasks.Task.load(run) or tasks.Task()
     conditioner = _conditioner(task, unet, vae, latents, text if has_text else None)
     for name, part in conditioner.parts().items():
@@ -219,7 +219,7 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
         vae=vae,
         conditioner=conditioner,
         task=task,
-        scheduler=scheduler_config(_section(model, "scheduler"), prediction),
+        scheduler=scheduler_config(section(model, "scheduler"), prediction),
         latents=latents,
         source=str(run),
         step=checkpoint.step,
@@ -356,7 +356,7 @@ def _space(vae: Autoencoder) -> LatentSpace:
     return LatentSpace(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0.0))
 
 
-def _read_config(run: Path) -> dict[str, Any]:
+def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise UserError(f"{run} is no run folder: config.yaml is missing")
@@ -436,6 +436,6 @@ def _check_fit(parts: Components) -> None:
         )
 
 
-def _section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     value = config.get(name)
     return dict(value) if isinstance(value, Mapping) else {}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from finetune import UserError
+from finetune.components import read_config, section
 from finetune.export.folder import whole_folder
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
 from finetune.models.weight_files import write_weights
@@ -80,4 +81,7 @@ def _adapter(
                 "--format diffusers"
             )
         lora = read_lora(checkpoint.weights)
-    return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), checkpoint.notices
+    notices = checkpoint.notices
+    if section(read_config(folder), "objective").get("prediction") == "flow":
+        notices += ("it predicts the flow, which no pipeline of its base model samples: draw from the run itself",)
+    return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), notices

@@ -197,6 +197,14 @@ def test_the_pipeline_scales_latents_and_sizes_pictures_as_the_run_was_trained(f
     assert not (tmp_path / "other").exists()
 
 
+def test_a_lora_that_its_base_models_pipelines_cannot_sample_says_so(lora, tmp_path, capsys):
+    run = shutil.copytree(lora, tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"objective": {"prediction": "flow"}}))
+    assert export.main([str(run), "--format", "lora", "--out", str(tmp_path / "out")]) == 0
+    assert "it predicts the flow, which no pipeline of its base model samples" in capsys.readouterr().out
+
+
 def test_others_may_read_what_the_umask_lets_them(full, lora, tmp_path):
     export.main([str(full), "--format", "diffusers", "--out", str(tmp_path / "pipeline")])
     export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "lora")])
