@@ -16,7 +16,7 @@ from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
 
-__all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "safe_key"]
+__all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "caption_fields", "safe_key"]
 
 _MEMBERS = (*IMAGE_MEMBERS, "json", "txt")
 # What img2dataset notes of the download, not of the picture.
@@ -158,6 +158,15 @@ def safe_key(tar: str, key: str) -> str:
     return f"{safe[:60]}-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
 
 
+def caption_fields(record: dict[str, Any]) -> list[Any]:
+    """What a record says of its captions: its list `captions` alone, or else all that is called like one.
+
+    Records of ours have such a list, and may have a `caption` or `text` beside it that was not chosen for one.
+    """
+    captions = record.get("captions")
+    return [captions] if isinstance(captions, list) else [record.get(n) for n in ("captions", "caption", "text")]
+
+
 def _picture(key: str, members: dict[str, Any], maps: dict[str, bytes] | None = None) -> Picture | Unreadable:
     data = next((members[name] for name in IMAGE_MEMBERS if name in members), None)
     if data is None:
@@ -178,9 +187,8 @@ def _picture(key: str, members: dict[str, Any], maps: dict[str, bytes] | None = 
 
 
 def _captions(record: dict[str, Any], text: bytes | None) -> list[str]:
-    captions: list[str] = []
-    for name in ("captions", "caption", "text"):
-        value = record.get(name)
+    captions: list[Any] = []
+    for value in caption_fields(record):
         captions += [value] if isinstance(value, str) else value if isinstance(value, list) else []
     if not captions and text is not None:
         captions = [text_of(text)]

@@ -44,7 +44,7 @@ from data_tools.ingest.common import (
     labels_of,
     number_or_text,
 )
-from data_tools.pictures import safe_key
+from data_tools.pictures import caption_fields, safe_key
 from data_tools.tars import TarSample, iter_tar, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
@@ -236,7 +236,7 @@ def _sample(
         if not isinstance(record, dict):
             return SetAside(where, "json is no object")
     row = {**row, **{name: value for name, value in record.items() if value is not None}}
-    captions = captions_of(row.get(column) for column in CAPTION_COLUMNS)
+    captions = captions_of(caption_fields(row))
     texts = [members.pop(name) for name in _TEXTS if name in members]
     if not captions:
         try:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from data_tools.pictures import Picture, PictureSource
 from finetune.data.shards import ShardSet, verify
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 from tests.data_tools.web import Web, send, web
@@ -134,6 +135,22 @@ def test_parquet_values_and_several_files(cli: Cli, pictures: Path, tmp_path: Pa
         "tags": ["x", "y"],
     }
     assert "score" not in got["000000001"]
+
+
+def test_columns_that_were_not_chosen_are_no_captions(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    rows = [
+        {"path": "0.png", "caption": "alt", "text": "more", "long": "a cat"},
+        {"path": "1.png", "caption": "alt"},
+    ]
+    (pictures / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    chosen = ("--caption-column", "long")
+    assert cli("ingest", "table", pictures / "t.jsonl", *chosen, "--out", tmp_path / "out").code == 0
+    first, _ = records(tmp_path / "out").values()
+    assert (first["captions"], first["caption"], first["text"]) == (["a cat"], "alt", "more")
+    read = [item for item in PictureSource.open(tmp_path / "out") if isinstance(item, Picture)]  # as `encode` does
+    assert [item.record["captions"] for item in read] == [["a cat"], []]
+    assert cli("ingest", "tars", tmp_path / "out", "--out", tmp_path / "again").code == 0
+    assert [row["captions"] for row in records(tmp_path / "again").values()] == [["a cat"], []]
 
 
 def test_broken_lines_and_rows(cli: Cli, pictures: Path, tmp_path: Path) -> None:
