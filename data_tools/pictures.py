@@ -16,8 +16,18 @@ from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet, index_name
 from finetune.data.shards.files import WORK
 
-__all__ = ["Picture", "PictureSource", "Unit", "Unreadable", "caption_fields", "safe_key"]
+__all__ = [
+    "TAR_SUFFIXES",
+    "Picture",
+    "PictureSource",
+    "Unit",
+    "Unreadable",
+    "caption_fields",
+    "safe_key",
+    "tar_stem",
+]
 
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MEMBERS = (*IMAGE_MEMBERS, "json", "txt")
 # What img2dataset notes of the download, not of the picture.
 _NO_LABELS = ("captions", "caption", "text", "key", "status", "error_message", "exif", "url")
@@ -136,22 +146,28 @@ def whole_numbers(value: Any, count: int) -> list[int] | None:
 
 
 def _tars(root: Path) -> list[Path]:
-    suffixes = (".tar", ".tar.gz", ".tgz")
-    return sorted(path for path in root.iterdir() if path.name.endswith(suffixes) and path.name[0] != ".")
+    return sorted(path for path in root.iterdir() if path.name.endswith(TAR_SUFFIXES) and path.name[0] != ".")
+
+
+def tar_stem(name: str) -> str:
+    """The name of a tar, or its path, without its suffix: laion.00000 of laion.00000.tar."""
+    return re.sub(r"\.(tar|tar\.gz|tgz)$", "", name)
 
 
 def _read_tar(path: Path) -> Iterator[Picture | Unreadable]:
     for item in iter_tar(path, wanted=_MEMBERS.__contains__):
         match item:
             case TarSample(key, members):
-                yield _picture(safe_key(path.name.partition(".")[0], key), members)
+                yield _picture(safe_key(tar_stem(path.name), key), members)
             case Unreadable():
                 yield item
 
 
 def safe_key(tar: str, key: str) -> str:
     """A key for our shards from one of a foreign tar; the tar's name keeps keys of several tars apart."""
-    joined = f"{tar}_{key}"
+    # Or else key 0 of a_1 and key 1_0 of a would both be a_1_0. No name has a NUL, so that the key is hashed then.
+    seam = "\0" if "_" in tar else "_"
+    joined = f"{tar}{seam}{key}"
     safe = re.sub(r"[^A-Za-z0-9_-]", "-", joined).lstrip("_")
     if safe == joined and len(safe) <= 80:
         return safe

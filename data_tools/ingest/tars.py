@@ -44,13 +44,12 @@ from data_tools.ingest.common import (
     labels_of,
     number_or_text,
 )
-from data_tools.pictures import caption_fields, safe_key
+from data_tools.pictures import TAR_SUFFIXES, caption_fields, safe_key, tar_stem
 from data_tools.tars import TarSample, iter_tar, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
 from finetune.terminal import nonempty
 
-_TARS = (".tar", ".tar.gz", ".tgz")
 _TEXTS = ("txt", "text", "caption")
 _OTHER_PICTURES = tuple(sorted(suffix[1:] for suffix in SUFFIXES if suffix[1:] not in IMAGE_MEMBERS))
 # img2dataset's notes of the download. `original_size` says what its original_height and original_width do.
@@ -133,7 +132,9 @@ def _below(root: Path, out: Path) -> Iterator[Path]:
         if os.path.realpath(folder) == os.path.realpath(out):
             folders.clear()
         else:
-            yield from (Path(folder) / name for name in names if name.endswith(_TARS) and not name.startswith("."))
+            yield from (
+                Path(folder) / name for name in names if name.endswith(TAR_SUFFIXES) and not name.startswith(".")
+            )
 
 
 def _matches(pattern: str) -> list[Path]:
@@ -162,13 +163,13 @@ def tar_names(tars: list[Path]) -> list[str]:
     """What keys of each tar begin with: its path without suffix, relative to the folder that all share."""
     common = os.path.commonpath([os.path.realpath(tar.parent) for tar in tars])
     names = [Path(os.path.relpath(os.path.realpath(tar.parent), common)) / tar.name for tar in tars]
-    return [re.sub(r"\.(tar|tar\.gz|tgz)$", "", name.as_posix()) for name in names]
+    return [tar_stem(name.as_posix()) for name in names]
 
 
 def _tar(path: Path, name: str, picture: str | None, failed: Counter[str]) -> Iterator[Found | SetAside]:
     """The samples of one tar, joined with img2dataset's rows of them."""
     rows: dict[str, dict[str, Any]] | None = None
-    table = path.with_name(path.name.partition(".")[0] + ".parquet")
+    table = path.with_name(tar_stem(path.name) + ".parquet")
     if table.is_file():
         try:
             rows = _rows(table, failed)

@@ -293,6 +293,34 @@ def test_keys_of_tars_with_one_name_differ(cli: Cli, tmp_path: Path) -> None:
     assert verify(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize(
+    ("tars", "plain"),
+    [
+        ({"00000.tar": ["000000123"], "00001.tar": ["000000123"]}, ["00000_000000123", "00001_000000123"]),
+        ({"laion.00000.tar": ["0", "1"], "laion.00001.tar": ["0", "1"]}, []),
+        ({"a.tar": ["1_0", "1/0"], "a_1.tar": ["0", "/0"]}, ["a_1_0"]),
+    ],
+)
+def test_keys_tell_tars_apart(cli: Cli, tmp_path: Path, tars: dict[str, list[str]], plain: list[str]) -> None:
+    for name, keys in tars.items():
+        write_tar(tmp_path / "in" / name, {f"{key}.jpg": jpeg(1, 8, 8) for key in keys})
+    read = [item.key for item in PictureSource.open(tmp_path / "in") if isinstance(item, Picture)]
+    assert len(set(read)) == len(read) == sum(map(len, tars.values()))
+    assert set(plain) <= set(read)
+    assert cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert verify(tmp_path / "out") == []
+    assert list(samples(tmp_path / "out")) == read
+
+
+def test_a_parquet_belongs_to_the_tar_of_its_name(cli: Cli, tmp_path: Path) -> None:
+    for shard in range(2):
+        img2dataset(tmp_path / "in", shard, [{"url": f"{shard}", "caption": "a", "score": shard}])
+        for suffix in ("tar", "parquet"):
+            (tmp_path / "in" / f"{shard:05d}.{suffix}").rename(tmp_path / "in" / f"laion.{shard}.{suffix}")
+    assert cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    assert [row["json"]["score"] for row in samples(tmp_path / "out").values()] == [0, 1]
+
+
 def test_names_with_dots_do_not_widen_the_index(cli: Cli, tmp_path: Path) -> None:
     files = {}
     for n in range(70):
