@@ -55,6 +55,7 @@ class Unit:
     samples: int | None  # None: a foreign tar, which doesn't say
     bytes: int
     bucket: Bucket | None = None  # (height, width) of all its pictures, where that is known
+    changed_ns: int | None = None  # when a foreign tar was last written
 
 
 @dataclass(frozen=True)
@@ -97,14 +98,19 @@ class PictureSource:
             return [
                 Unit(shard.name, shard.samples, shard.bytes, shard.bucket) for shard in self.shards.manifest.shards
             ]
-        return [Unit(path.name, None, path.stat().st_size) for path in _tars(self.root)]
+        found = [(path.name, path.stat()) for path in _tars(self.root)]
+        return [Unit(name, None, stat.st_size, changed_ns=stat.st_mtime_ns) for name, stat in found]
 
     def identity(self) -> str:
-        """sha256 of the manifest, or of the names and sizes of the tars: equal if the pictures are."""
+        """sha256 of the manifest, or of the names, sizes and times of the tars: equal only if the pictures are.
+
+        A copy of a set with a manifest is the same set; of foreign tars, only a copy that keeps their times is.
+        """
         if self.shards is not None:
             return hashlib.sha256((self.root / MANIFEST).read_bytes()).hexdigest()
-        names = [[unit.name, unit.bytes] for unit in self.units()]
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+        # A tar is padded to 10,240 bytes: with other captions it often has the same size.
+        tars = [[unit.name, unit.bytes, unit.changed_ns] for unit in self.units()]
+        return hashlib.sha256(json.dumps(tars).encode()).hexdigest()
 
     def read(self, unit: int) -> Iterator[Picture | Unreadable]:
         """The pictures of one shard, in its order.
