@@ -12,7 +12,7 @@ Where img2dataset left NNNNN.parquet beside NNNNN.tar, its columns are kept as l
 each other: a row without a sample, or a sample without a row, is set aside. Downloads that failed are counted.
 
 Pictures keep their bytes unless --size or --format is given. What can't be used, damaged tars too, is listed in
-SHARDS/rejects.jsonl, and the rest goes on.
+SHARDS/rejects.jsonl, and the rest goes on; so are links to folders, which are not followed.
 
 examples:
   data-tools ingest tars laion-art --out shards/laion-art --min-size 512 --where 'aesthetic > 6'
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools ingest tars`."""
     options = Options.from_args(args)
-    tars = find_tars(args.sources, args.out)
+    tars, unread = find_tars(args.sources, args.out)
     names = tar_names(tars)
     failed: Counter[str] = Counter()
     items = itertools.chain.from_iterable(
@@ -77,7 +77,12 @@ def run(args: argparse.Namespace) -> int:
         for tar, name in zip(tars, names, strict=True)
     )
     code = ingest(
-        args, options, items, source=" ".join(args.sources), paths=tars, classes=_class_names(args.sources)
+        args,
+        options,
+        itertools.chain(items, unread),
+        source=" ".join(args.sources),
+        paths=tars,
+        classes=_class_names(args.sources),
     )
     if failed:
         listed = ", ".join(f"{count} {status}" for status, count in failed.most_common())
@@ -103,38 +108,52 @@ def _class_names(sources: Iterable[str]) -> list[str]:
     return names
 
 
-def find_tars(sources: Iterable[str], out: Path) -> list[Path]:
-    """The tars that the sources name, each once, in the order of their paths; those in `out` are no source.
+def find_tars(sources: Iterable[str], out: Path) -> tuple[list[Path], list[SetAside]]:
+    """The tars that the sources name, each once, in the order of their paths; and folders that weren't entered.
+
+    Those in `out` are no source.
 
     Raises:
         UserError: a source names none.
     """
     tars: dict[str, Path] = {}
+    unread: list[SetAside] = []
     for source in sources:
         if re.match(r"[a-z0-9+]+:", source, re.IGNORECASE) and not Path(source).exists():
             raise UserError(f"{source} is not on this machine; copy the tars here first")
         path = Path(source)
         if path.is_dir():
-            found = list(_below(path, out))
+            found, closed = _below(path, out)
             if not found:
-                raise UserError(f"no tars in {source}; give the folder that holds them")
+                remedy = f"{closed[0].file} is {closed[0].reason}" if closed else "give the folder that holds them"
+                raise UserError(f"no tars in {source}; {remedy}")
+            unread += closed
         elif path.exists():
             found = [path]
         else:
             found = _matches(source)
         for tar in found:
             tars.setdefault(os.path.realpath(tar), tar)
-    return sorted(tars.values())
+    return sorted(tars.values()), unread
 
 
-def _below(root: Path, out: Path) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root):
+def _below(root: Path, out: Path) -> tuple[list[Path], list[SetAside]]:
+    tars: list[Path] = []
+    unread: list[SetAside] = []
+
+    def closed(error: OSError) -> None:
+        unread.append(SetAside(str(error.filename), f"a folder that can't be read ({error.strerror})"))
+
+    for folder, folders, names in os.walk(root, onerror=closed):
         if os.path.realpath(folder) == os.path.realpath(out):
             folders.clear()
-        else:
-            yield from (
-                Path(folder) / name for name in names if name.endswith(TAR_SUFFIXES) and not name.startswith(".")
-            )
+            continue
+        for name in folders:
+            path = os.path.join(folder, name)
+            if os.path.islink(path):  # it may lead back here, or to the same tars
+                unread.append(SetAside(path, "a link to a folder; give that folder itself"))
+        tars += [Path(folder) / name for name in names if name.endswith(TAR_SUFFIXES) and name[0] != "."]
+    return tars, sorted(unread, key=lambda item: item.file)
 
 
 def _matches(pattern: str) -> list[Path]:

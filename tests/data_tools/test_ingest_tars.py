@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gzip
 import io
 import json
+import os
 import random
 import tarfile
 from collections.abc import Callable
@@ -260,17 +262,41 @@ def test_many_pictures_go_through_workers_with_the_same_bytes(cli: Cli, tmp_path
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 
 
+def test_folders_that_were_not_entered_are_told(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a.tar", "in/closed/b.tar", "elsewhere/c.tar"):
+        write_tar(tmp_path / name, {"0.jpg": jpeg(1, 8, 8)})
+    (tmp_path / "in" / "linked").symlink_to(tmp_path / "elsewhere")
+    scandir = os.scandir
+
+    def closed(path: str) -> Any:
+        if os.path.basename(path) == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    result = cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "out")
+    assert result.code == 0
+    assert "1 pictures in" in result.out
+    assert rejects(tmp_path / "out") == {
+        str(tmp_path / "in" / "closed"): "a folder that can't be read (Permission denied)",
+        str(tmp_path / "in" / "linked"): "a link to a folder; give that folder itself",
+    }
+    (tmp_path / "in" / "a.tar").unlink()
+    result = cli("ingest", "tars", tmp_path / "in", "--out", tmp_path / "more")
+    assert (result.code, "in/closed is a folder that can't be read" in result.err) == (2, True)
+
+
 def test_sources(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / name, {}) for name in ("a/00.tar", "a/01.tar", "b/00.tar", "b/c/02.tgz")]
     out = tmp_path / "b" / "out"
     write_tar(out / "00000.tar", {})
     (tmp_path / "a" / ".hidden.tar").touch()
-    assert find_tars([str(tmp_path)], out) == paths
+    assert find_tars([str(tmp_path)], out)[0] == paths
     assert tar_names(paths) == ["a/00", "a/01", "b/00", "b/c/02"]
     assert tar_names(paths[:2]) == ["00", "01"]
-    assert find_tars([f"{tmp_path}/a/{{00..01}}.tar"], out) == paths[:2]
-    assert find_tars([f"{tmp_path}/*/00.tar", f"{tmp_path}/a/00.tar"], out) == [paths[0], paths[2]]
-    assert find_tars([str(paths[3]), f"{tmp_path}/a"], out) == [*paths[:2], paths[3]]
+    assert find_tars([f"{tmp_path}/a/{{00..01}}.tar"], out)[0] == paths[:2]
+    assert find_tars([f"{tmp_path}/*/00.tar", f"{tmp_path}/a/00.tar"], out)[0] == [paths[0], paths[2]]
+    assert find_tars([str(paths[3]), f"{tmp_path}/a"], out)[0] == [*paths[:2], paths[3]]
     for source, says in [
         (f"{tmp_path}/a/{{00..02}}.tar", "no file"),
         (f"{tmp_path}/x*.tar", "no file"),
