@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import itertools
 import math
 import re
@@ -17,7 +18,7 @@ import stat
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -56,6 +57,7 @@ RESERVED = ("captions", "file", "original_size", "crop")
 CAPTION_COLUMNS = ("captions", "caption", "text")
 FORMATS = ("keep", "png", "webp", "jpg")
 MAX_FILE_BYTES = 512 << 20
+MAX_LINE = 16 << 20  # characters of a table's line, and of its cell
 _FEW, _FEW_BYTES = 64, 64 << 20  # a source of no more than this isn't worth the start of workers
 _REASONS_SHOWN = 10
 _MAX_OTHERS = 64  # kinds of optional members: an index has a column for each
@@ -202,6 +204,27 @@ def number_or_text(cell: str) -> int | float | str:
         if math.isfinite(value):
             return int(cell) if cell.lstrip("-").isdigit() else value
     return cell
+
+
+def csv_rows(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str] | str]]:
+    """The rows of a CSV text, the header too: the line that each begins in, and its cells or why it has none."""
+    limit = csv.field_size_limit(MAX_LINE)
+    try:
+        # Strict: else a quote that is never closed makes one cell of all that follows.
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        while True:
+            number = reader.line_num + 1
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, f"not CSV ({error})"
+                continue
+            if cells:  # or else a blank line
+                yield number, cells
+    finally:
+        csv.field_size_limit(limit)
 
 
 def choose_column(flag: str, what: str, columns: Iterable[str], candidates: Iterable[str]) -> str | None:

@@ -26,7 +26,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 from collections import Counter
@@ -44,6 +43,7 @@ from data_tools.ingest.common import (
     add_picture_arguments,
     captions_of,
     clean_captions,
+    csv_rows,
     ingest,
     labels_of,
     number_or_text,
@@ -264,7 +264,7 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[st
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}, line {number} is not JSON ({error}); mend it or delete it") from None
         if not isinstance(row, dict):
             raise UserError(f'{path}, line {number} is not an object; write {{"file_name": ..., "text": ...}}')
@@ -272,15 +272,21 @@ def _jsonl_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[st
 
 
 def _csv_rows(path: Path, lines: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for row in (reader := csv.DictReader(lines)):
-        where = f"{path}, line {reader.line_num}"
-        if None in row or None in row.values():
-            raise UserError(f"{where} does not have the {len(reader.fieldnames or ())} columns of the header")
+    header: list[str] = []
+    for number, cells in csv_rows(lines):
+        where = f"{path}, line {number}"
+        if isinstance(cells, str):
+            raise UserError(f"{where} is {cells}; quote it as CSV asks")
+        if not header:
+            header = cells
+            continue
+        if len(cells) != len(header):
+            raise UserError(f"{where} does not have the {len(header)} columns of the header")
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
         captions = row.get("captions", "")
         if captions.lstrip().startswith("["):  # a list, as JSON in the cell
             try:
-                yield where, {**row, "captions": json.loads(captions)}
-            except ValueError:
+                row["captions"] = json.loads(captions)
+            except (ValueError, RecursionError):
                 raise UserError(f"{where}: captions is not a JSON list; quote it as CSV asks") from None
-        else:
-            yield where, dict(row)
+        yield where, row

@@ -31,6 +31,7 @@ from typing import IO, Any
 
 from data_tools.fetch import Limits
 from data_tools.ingest.common import (
+    MAX_LINE,
     Found,
     Options,
     SetAside,
@@ -41,6 +42,7 @@ from data_tools.ingest.common import (
     captions_of,
     check_columns,
     choose_column,
+    csv_rows,
     downloads,
     ingest,
     labels_of,
@@ -65,7 +67,6 @@ PATH_COLUMNS = (
     "img_path",
 )
 _KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
-_MAX_LINE = 16 << 20  # characters of a line, and of a cell
 _LOOK = 100  # lines of a .jsonl that are looked at for its columns
 _BATCH = 1024
 
@@ -293,7 +294,7 @@ def _encodable(text: str) -> bool:
 
 def _header(path: Path, file: IO[str]) -> tuple[list[str], str]:
     """The columns of a CSV file, and what stands between its cells."""
-    line = file.readline(_MAX_LINE)
+    line = file.readline(MAX_LINE)
     if not _encodable(line) or "\0" in line:
         raise UserError(f"{path}, line 1 is not UTF-8; is it a table? Convert it, as by `iconv -f latin1 -t utf-8`")
     delimiter = "\t" if _kind(path) == ".tsv" else ","
@@ -307,24 +308,15 @@ def _header(path: Path, file: IO[str]) -> tuple[list[str], str]:
 
 
 def _csv(path: Path, columns: list[str], delimiter: str) -> Iterator[Row]:
-    limit = csv.field_size_limit(_MAX_LINE)
     try:
         with _text(path) as file:
-            reader = csv.reader(_lines(path, file), delimiter=delimiter, strict=True)
-            next(reader)
-            while True:
-                before = reader.line_num
-                try:
-                    cells = next(reader)
-                except StopIteration:
-                    return
-                except csv.Error as error:
-                    yield f"{path.name}, line {before + 1}", f"not CSV ({error})"
+            for number, cells in csv_rows(_lines(path, file), delimiter):
+                where = f"{path.name}, line {number}"
+                if isinstance(cells, str):
+                    yield where, cells
+                elif number == 1:
                     continue
-                where = f"{path.name}, line {before + 1}"
-                if not cells:
-                    continue
-                if len(cells) != len(columns):
+                elif len(cells) != len(columns):
                     yield where, f"{len(cells)} cells, the header has {len(columns)}"
                 elif not all(map(_encodable, cells)):
                     yield where, "not UTF-8"
@@ -332,16 +324,14 @@ def _csv(path: Path, columns: list[str], delimiter: str) -> Iterator[Row]:
                     yield where, dict(zip(columns, cells, strict=True))
     except (OSError, EOFError) as error:
         raise UserError(f"{path} can't be read to its end ({error})") from None
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _lines(path: Path, file: IO[str]) -> Iterator[str]:
     number = 0
-    while line := file.readline(_MAX_LINE):
+    while line := file.readline(MAX_LINE):
         number += 1
-        if len(line) == _MAX_LINE:
-            raise UserError(f"{path}, line {number} has more than {_MAX_LINE} characters")
+        if len(line) == MAX_LINE:
+            raise UserError(f"{path}, line {number} has more than {MAX_LINE} characters")
         yield line
 
 

@@ -97,6 +97,15 @@ def test_metadata_in_a_subfolder_names_pictures_beside_it(cli: Cli, tmp_path: Pa
         ("metadata.jsonl", '["a.png"]', "line 1 is not an object"),
         ("metadata.csv", "name,text\na.png,cat\n", "line 2 has no file_name"),
         ("metadata.csv", "file_name,text\na.png,a cat, sitting\n", "line 2 does not have the 2 columns"),
+        (
+            "metadata.csv",
+            'file_name,text\na.png,"a cat\nb.png,a dog\n',
+            "line 2 is not CSV (unexpected end of data)",
+        ),
+        ("metadata.csv", 'file_name,text\na.png,"a "cat""\n', "line 2 is not CSV (',' expected after '\"')"),
+        ("metadata.csv", f'file_name,text\na.png,"{"a cat" * 9**5}\n', "line 2 is not CSV (unexpected end"),
+        ("metadata.csv", f"file_name,captions\na.png,{'[' * 9**5}\n", "line 2: captions is not a JSON list"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": ' + "[" * 9**5, "line 1 is not JSON (maximum recursion"),
     ],
 )
 def test_broken_metadata_is_named_by_line(cli: Cli, tmp_path: Path, name: str, text: str, says: str) -> None:
