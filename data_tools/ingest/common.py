@@ -183,11 +183,23 @@ def clean_captions(captions: Iterable[Any]) -> list[str]:
 
 
 def captions_of(values: Iterable[Any]) -> list[str]:
-    """The captions in some cells of a row: a text each, or a list of texts, or nothing."""
+    """The captions in some cells of a row: a text each, or a list of texts, or nothing.
+
+    Numbers count as texts, but for those that aren't finite: pandas writes a missing text as NaN.
+    """
     texts: list[Any] = []
     for value in values:
         texts += value if isinstance(value, list | tuple) else [value]
-    return clean_captions(text for text in texts if isinstance(text, str | int | float))
+    return clean_captions(filter(_is_caption, texts))
+
+
+def _is_caption(value: Any) -> bool:
+    match value:
+        case bool():
+            return False
+        case float():
+            return math.isfinite(value)
+    return isinstance(value, str | int)
 
 
 def labels_of(row: Mapping[str, Any], leave_out: Iterable[str] = ()) -> dict[str, Any]:

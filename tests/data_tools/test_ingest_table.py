@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import math
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -151,6 +152,16 @@ def test_columns_that_were_not_chosen_are_no_captions(cli: Cli, pictures: Path, 
     assert [item.record["captions"] for item in read] == [["a cat"], []]
     assert cli("ingest", "tars", tmp_path / "out", "--out", tmp_path / "again").code == 0
     assert [row["captions"] for row in records(tmp_path / "again").values()] == [["a cat"], []]
+
+
+def test_captions_that_are_missing_are_none(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    cells = [math.nan, -math.inf, [math.nan, "a cat"], True, 7.5]
+    lines = [json.dumps({"path": f"{n}.png", "caption": cell}) for n, cell in enumerate(cells)]
+    (pictures / "t.jsonl").write_text("\n".join(lines))
+    result = cli("ingest", "table", pictures / "t.jsonl", "--out", tmp_path / "out")
+    assert "3 pictures have no caption, the first is 0.png" in result.out
+    captions = [row["captions"] for row in records(tmp_path / "out").values()]
+    assert captions == [[], [], ["a cat"], [], ["7.5"]]
 
 
 def test_broken_lines_and_rows(cli: Cli, pictures: Path, tmp_path: Path) -> None:
