@@ -164,13 +164,15 @@ class Listing:
     """The pictures of a folder (posix paths relative to it, sorted), and what metadata files say of them.
 
     `unread` are (path, reason) of pictures that can't be read and of folders that weren't entered; `others` counts
-    the files that are neither pictures nor captions, by suffix.
+    the files that are neither pictures nor captions, by suffix. `sidecars` says how a text's suffix is written
+    where it isn't .txt, by the path of its picture without suffix.
     """
 
     pictures: list[str] = field(default_factory=list)
     unread: list[tuple[str, str]] = field(default_factory=list)
     others: Counter[str] = field(default_factory=Counter)
     metadata: dict[str, _Row] = field(default_factory=dict)
+    sidecars: dict[str, str] = field(default_factory=dict)
 
     def describe(self, root: Path, name: str) -> tuple[list[str], dict[str, Any]]:
         """(captions, labels) of a picture: its metadata row first, then the `.txt` beside it.
@@ -181,7 +183,8 @@ class Listing:
         row = self.metadata.get(name)
         if row is not None and row.captions:
             return row.captions, row.labels
-        sidecar = (root / name).with_suffix(".txt")
+        suffix = self.sidecars.get(Path(name).with_suffix("").as_posix(), ".txt")
+        sidecar = (root / name).with_suffix(suffix)
         captions = []
         if sidecar.is_file():
             try:
@@ -211,19 +214,32 @@ def scan(root: Path, others: Sequence[Path]) -> Listing:
         for name in folders:
             if os.path.islink(os.path.join(folder, name)):  # it may lead back here, or to the same pictures
                 listing.unread.append(((base / name).as_posix(), "a link to a folder; give that folder itself"))
+        pictures: set[str] = set()  # of this folder, without suffix, as are its texts
+        texts: dict[str, str] = {}
         for name in sorted(files):
-            suffix = Path(name).suffix.lower()
+            stem, suffix = Path(name).stem, Path(name).suffix.lower()
             if name.startswith("."):
                 continue
             if suffix in SUFFIXES:
+                pictures.add(stem)
                 listing.pictures.append((base / name).as_posix())
             elif suffix in UNREAD_SUFFIXES:
+                pictures.add(stem)
                 reason = f"{suffix} files can't be read; convert them to JPEG or PNG"
                 listing.unread.append(((base / name).as_posix(), reason))
             elif name in _METADATA:
                 _read_metadata(root, base / name, listing.metadata)
-            elif suffix != ".txt" and (base / name).as_posix() != CLASSES:
+            elif suffix == ".txt":
+                if stem in texts:  # as a.TXT, which sorts before a.txt
+                    listing.others[suffix] += 1
+                texts[stem] = Path(name).suffix
+            elif (base / name).as_posix() != CLASSES:
                 listing.others[suffix] += 1
+        for stem, suffix in texts.items():
+            if stem not in pictures:
+                listing.others[".txt"] += 1
+            elif suffix != ".txt":
+                listing.sidecars[(base / stem).as_posix()] = suffix
     listing.pictures.sort()
     listing.unread.sort()
     return listing

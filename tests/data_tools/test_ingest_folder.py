@@ -48,6 +48,25 @@ def test_sidecars_and_original_bytes(cli: Cli, photos: Path, tmp_path: Path) -> 
     assert list(records(tmp_path / "out")) == sorted(records(tmp_path / "out"))
 
 
+def test_sidecars_in_capitals_and_of_no_picture(cli: Cli, photos: Path, tmp_path: Path) -> None:
+    (photos / "p0.txt").rename(photos / "p0.TXT")
+    (photos / "more" / "p1.txt").rename(photos / "more" / "p1.Txt")
+    (photos / "p2.TXT").write_text("gives way to p2.txt")
+    (photos / "p4.txt").rename(photos / "p4.png.txt")
+    (photos / "more" / "README.TXT").write_text("of no picture")
+    (photos / "a.heic").write_bytes(b"")
+    (photos / "a.txt").write_text("of a picture that can't be read")
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    assert "1 pictures have no caption, the first is p4.png" in result.out
+    assert "3 other files were not looked at (3 .txt)" in result.out
+    captions = {name: row["captions"] for name, row in records(tmp_path / "out").items()}
+    assert [captions[name] for name in ("p0.png", "more/p1.png", "p2.png")] == [
+        ["picture 0"],
+        ["picture 1"],
+        ["picture 2"],
+    ]
+
+
 METADATA = {
     "jsonl": (
         "metadata.jsonl",
