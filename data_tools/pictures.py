@@ -13,7 +13,7 @@ from typing import Any
 
 from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json, text_of
 from finetune import UserError
-from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet, index_name
+from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet
 from finetune.data.shards.files import WORK
 
 __all__ = [
@@ -116,11 +116,12 @@ class PictureSource:
         """The pictures of one shard, in its order.
 
         Raises:
-            ShardError: a shard of a set of ours is missing.
+            ShardError: a shard of a set of ours is missing, or can't be opened.
+            OSError: the disk does not answer, or refuses.
         """
         if self.shards is None:
             return _read_tar(self.root / self._units[unit].name)
-        return _read_shard(self.root, self.shards, unit)
+        return _read_shard(self.shards, unit)
 
     def __iter__(self) -> Iterator[Picture | Unreadable]:
         """All pictures, in the order of the shards."""
@@ -128,11 +129,8 @@ class PictureSource:
             yield from self.read(unit)
 
 
-def _read_shard(root: Path, shards: ShardSet, number: int) -> Iterator[Picture | Unreadable]:
-    name = shards.manifest.shards[number].name
-    for needed in (name, index_name(name)):
-        if not (root / needed).is_file():  # one line, not as many rejects as it had pictures
-            raise ShardError(f"{root / needed} is missing; restore it or make the shards again")
+def _read_shard(shards: ShardSet, number: int) -> Iterator[Picture | Unreadable]:
+    shards.open_shard(number)  # its error ends the run: one line, not as many rejects as it has pictures
     for sample_id in range(*shards.starts[number : number + 2].tolist()):
         try:
             sample = shards.read(sample_id)

@@ -1,8 +1,8 @@
 """Read tars that others made: WebDataset samples, one after another, whatever the file is.
 
 Nothing is ever written or unpacked: names in a tar are keys, never paths. Memory is bounded by the limits on a
-member and on a sample, which are checked before a byte is read. What can go wrong is a value in the stream
-(`Unreadable`), never an exception:
+member and on a sample, which are checked before a byte is read. A disk that does not answer says nothing of the
+tar: it ends the reading. What is wrong with a tar is a value in the stream (`Unreadable`), never an exception:
 
 - A header that doesn't add up to its checksum, a member that goes beyond the end of the file, a missing end mark:
   the tar is left there, and with it the sample that was being read, which may lack members.
@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
 
-from finetune.data.shards.files import split_name
+from finetune import is_of_machine
+from finetune.data.shards.files import naming, split_name
 
 MAX_MEMBER_BYTES = 512 << 20
 MAX_SAMPLE_BYTES = 1 << 30
@@ -87,6 +88,9 @@ def iter_tar(
     Args:
         wanted: says of a member's name whether its bytes are read; other members are left out (but must be sound).
         max_member, max_sample: bytes; what is larger is `Unreadable`.
+
+    Raises:
+        OSError: the disk does not answer, or refuses.
     """
     try:
         if not path.is_file():
@@ -106,6 +110,8 @@ def iter_tar(
             try:
                 size = _unpacked_size(raw, path.stat().st_size)
             except (_DamageError, EOFError, zlib.error, OSError) as error:
+                if is_of_machine(error):
+                    raise
                 yield Unreadable(path.name, f"not a whole gzip file ({error}); nothing of it was used")
                 return
             raw.seek(0)
@@ -113,6 +119,9 @@ def iter_tar(
                 tar = _Tar(path.name, cast(IO[bytes], unpacked), size, max_member, max_sample)
                 yield from tar.samples(wanted)
     except OSError as error:
+        if is_of_machine(error):
+            with naming(path):
+                raise
         yield Unreadable(path.name, f"cannot be read ({error.strerror or error})")
 
 
@@ -157,6 +166,8 @@ class _Tar:
                     last = _Pending(key)
                 self._read(last, member, info, problem or _KINDS.get(info.type), wanted)
         except (_DamageError, tarfile.TarError, OSError, EOFError, ValueError, OverflowError, zlib.error) as error:
+            if is_of_machine(error):
+                raise
             what = str(error) or type(error).__name__
             used = "; what came before was used" if found else ""
             yield Unreadable(self.name, f"not a whole tar ({what}){used}")

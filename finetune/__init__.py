@@ -32,6 +32,8 @@ AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.ENOTCON
 """Error numbers of an `OSError`: a disk, or the server that has it, does not answer. A retry may mend it."""
 REFUSED = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Error numbers of an `OSError`: a file is not to be read or written."""
+SCARCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""Error numbers of an `OSError`: this process, or the machine, has no more files to open, or memory."""
 
 # diffusers imports bitsandbytes where it is there. On some CPUs that asks for a package that nothing here uses.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -56,6 +58,11 @@ def is_by_all(error: BaseException) -> bool:
     return getattr(error, "is_by_all", False)
 
 
+def is_of_machine(error: BaseException) -> bool:
+    """Whether an error keeps this process from a file now, and says nothing of what is in the file."""
+    return isinstance(error, OSError) and error.errno in (*AWAY, *REFUSED, *SCARCE)
+
+
 def first_line(error: BaseException) -> str:
     """An exception's first line, for a message of ours."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -66,8 +73,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
-    a disk that is full or refuses, 69 for `PeerLostError`, 74 for a disk that does not answer (sysexits' EX_IOERR),
-    130 after Ctrl-C, 141 where who reads the output has gone, as a shell says of SIGPIPE.
+    a disk that is full or refuses, or a want of open files or memory, 69 for `PeerLostError`, 74 for a disk that
+    does not answer (sysexits' EX_IOERR), 130 after Ctrl-C, 141 where who reads the output has gone, as a shell says
+    of SIGPIPE.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:
@@ -91,6 +99,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             code = 74
         elif error.errno in REFUSED and error.filename:
             code = _complain(f"{error.filename}: {error.strerror}; choose another place or mend its permissions")
+        elif error.errno in SCARCE and error.filename:
+            remedy = "end other programs or raise the limit (`ulimit -n` of files, -v of memory)"
+            code = _complain(f"{error.filename}: {error.strerror}; {remedy}")
         else:
             raise
     sys.exit(code or 0)

@@ -23,6 +23,7 @@ def of_disk(number: int) -> OSError:
         (PeerLostError("rank 1 is gone"), PEER_LOST, "rank 1 is gone"),
         (of_disk(errno.ENOSPC), 2, "no space left on device while writing runs/a/x; free some space or choose"),
         (of_disk(errno.EROFS), 2, "runs/a/x: Read-only file system; choose another place"),
+        (of_disk(errno.EMFILE), 2, "runs/a/x: Too many open files; end other programs or raise the limit"),
         (of_disk(errno.ESTALE), 74, "runs/a/x: Stale file handle; start the same command again"),
     ],
 )

@@ -36,7 +36,7 @@ from data_tools.pictures import whole_numbers
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import CrashError, Workers
-from finetune import UserError
+from finetune import UserError, is_of_machine
 from finetune.data.shards import (
     MAP,
     MASK,
@@ -49,6 +49,7 @@ from finetune.data.shards import (
     write_atomic,
     write_classes,
 )
+from finetune.data.shards.files import naming
 from finetune.data.shards.images import MAX_PIXELS, PictureError, cut_out, decode_rgb, picture_format
 from finetune.data.shards.labels import png_header
 from finetune.terminal import positive
@@ -438,6 +439,7 @@ def read_file(path: Path) -> bytes:
 
     Raises:
         PictureError: it is absent, no regular file, too large, or can't be read.
+        OSError: the disk does not answer, or refuses.
     """
     try:
         found = path.stat()
@@ -445,10 +447,13 @@ def read_file(path: Path) -> bytes:
             raise PictureError("not a file")
         if found.st_size > MAX_FILE_BYTES:
             raise PictureError(f"a file of {found.st_size} bytes, the limit is {MAX_FILE_BYTES}")
-        return path.read_bytes()
+        with naming(path):
+            return path.read_bytes()
     except FileNotFoundError:
         raise PictureError("no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if is_of_machine(error):
+            raise
         raise PictureError((isinstance(error, OSError) and error.strerror) or str(error)) from None
 
 

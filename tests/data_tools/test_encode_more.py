@@ -10,6 +10,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,5 +318,44 @@ def test_a_missing_shard_stops_the_work_instead_of_emptying_it(cli: Cli, vae_fol
     result = cli(*encode)
     assert (result.code, "00001.tar is missing; restore it" in result.err) == (2, True)
     (tmp_path / "00001.tar").rename(images / "00001.tar")
+    assert cli(*encode).code == 0
+    assert len(rows(tmp_path / "out")) == 9
+
+
+@pytest.mark.parametrize("fault", ["short index", "refused", "no answer"])
+def test_a_shard_that_cannot_be_read_ends_the_work(
+    cli: Cli, vae_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Its pictures are sound: set aside, they would be missing for good from a set that is then complete."""
+    images = image_set(tmp_path / "images", [(16, 16)] * 9, per_shard=3)
+    encode = ("encode", images, "--vae", vae_folder, "--size", 16, "--workers", 0, "--out", tmp_path / "out")
+    tar, index = images / "00001.tar", images / "00001.index.npy"
+    whole, opened, pread = index.read_bytes(), os.open, os.pread
+
+    def refuse(path: Any, *args: Any, **options: Any) -> int:
+        if path == tar:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, *args, **options)
+
+    def fail(fd: int, size: int, offset: int) -> bytes:
+        if offset > 4096 and os.path.samestat(os.fstat(fd), tar.stat()):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(fd, size, offset)
+
+    match fault:
+        case "short index":
+            index.write_bytes(whole[:-8])
+            code, says = 2, f"{index} is no index"
+        case "refused":
+            monkeypatch.setattr(os, "open", refuse)
+            code, says = 2, f"{tar}: Permission denied; choose another place or mend its permissions"
+        case _:
+            assert tar.stat().st_size > 8192
+            monkeypatch.setattr(os, "pread", fail)
+            code, says = 74, f"{tar}: Input/output error; start the same command again"
+    result = cli(*encode)
+    assert (result.code, says in result.err) == (code, True), result.err
+    monkeypatch.undo()
+    index.write_bytes(whole)
     assert cli(*encode).code == 0
     assert len(rows(tmp_path / "out")) == 9

@@ -295,6 +295,31 @@ def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize(
+    ("number", "code", "says"),
+    [
+        (errno.ESTALE, 74, "Stale file handle; start the same command again"),
+        (errno.EACCES, 2, "Permission denied; choose another place or mend its permissions"),
+        (errno.EMFILE, 2, "Too many open files; end other programs or raise the limit"),
+    ],
+)
+def test_a_picture_that_the_machine_cannot_read_now_is_not_set_aside(
+    cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int, says: str
+) -> None:
+    read_bytes = Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "p2.png":
+            raise OSError(number, os.strerror(number))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    result = cli("ingest", "folder", photos, "--out", tmp_path / "out")
+    assert (result.code, f"{photos / 'p2.png'}: {says}" in result.err) == (code, True), result.err
+    with pytest.raises(ShardError, match="never finished"):
+        ShardSet.open(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
     ("extra", "says"),
     [
         (["--quality", "0"], "--quality 0 is outside"),

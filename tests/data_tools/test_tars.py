@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -299,3 +301,23 @@ def test_every_flipped_byte_of_a_plain_header_is_noticed(tmp_path: Path) -> None
                 continue  # the checksum in another spelling, of the same value
             assert problems, place
             assert all(WANT[key] == members for key, members in samples.items())
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_disk_that_does_not_answer_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    class Away(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= BLOCK:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().read(size)
+
+    path = tmp_path / "a.tar"
+    content = tar_bytes([("a.png", payload(0, 4000)), ("b.png", payload(1, 4000))])
+    data = gzip.compress(content, 0) if packed else content
+    path.write_bytes(data)
+    monkeypatch.setattr(Path, "open", lambda self, mode: Away(data))
+    with pytest.raises(OSError, match="Stale file handle") as caught:
+        list(iter_tar(path))
+    assert caught.value.filename == str(path)

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from finetune import first_line
+from finetune import first_line, is_of_machine
 from finetune.data.shards.cache import Cache, Prefetcher
 from finetune.data.shards.files import (
     BLOCK,
@@ -28,6 +28,7 @@ from finetune.data.shards.files import (
     NPY_ERRORS,
     ShardError,
     index_name,
+    naming,
     npy_header,
     parse_npy,
 )
@@ -87,16 +88,20 @@ class _Tar:
 
         Raises:
             ShardError: tar or index is missing, or the index is another set's.
+            OSError: the disk does not answer, or refuses.
         """
         index_path = path.with_name(index_name(path.name))
         try:
             tar = cls(path.name, os.open(path, os.O_RDONLY | os.O_CLOEXEC), np.zeros(0))
             # A plain view of the map: np.memmap's own indexing is several times slower.
-            tar.index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
+            with naming(index_path):
+                tar.index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except NPY_ERRORS as error:
             crowded = _lacks_descriptors(error)
+            if is_of_machine(error) and not crowded:
+                raise
             remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
             what = f"{index_path} is no index" if isinstance(error, ValueError) else first_line(error)
             raise ShardError(f"cannot open {path} and its index: {what}; {remedy}") from None
@@ -285,10 +290,23 @@ class ShardSet:
 
     # the samples
 
+    def open_shard(self, shard: int) -> None:
+        """Open a shard ahead of reading from it.
+
+        Raises:
+            ShardError: it is missing, or is not what the manifest says.
+            OSError: the disk does not answer, or refuses.
+        """
+        self._tar(shard)
+
     def read(self, sample_id: int) -> dict[str, Any]:
         """All members of a sample as bytes, and its key (str) as `__key__`.
 
         Checks each member's name and size in the tar against the index, which the faster ways to read don't.
+
+        Raises:
+            ShardError: the sample is damaged, or as `open_shard`.
+            OSError: the disk does not answer, or refuses.
         """
         tar, row = self._tar_of(sample_id)
         key = self._key(tar, row, sample_id)
@@ -487,7 +505,7 @@ class ShardSet:
             if _pread_into(tar.fd, out.data.cast("B"), begin) != out.nbytes:
                 self._fail(tar, sample_id, f"ends early in {member}")
         except (OSError, OverflowError) as error:
-            self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
+            self._unread(tar, sample_id, offset, error)
 
     def _parse_record(self, tar: _Tar, sample_id: int, text: bytes) -> dict[str, Any]:
         try:
@@ -568,7 +586,7 @@ class ShardSet:
         try:
             data = _pread_all(tar.fd, size, offset)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
-            self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
+            self._unread(tar, sample_id, offset, error)
         if len(data) != size:
             self._fail(tar, sample_id, f"ends early: {len(data)} of {size} bytes at byte {offset}")
         return data
@@ -589,7 +607,7 @@ class ShardSet:
         try:
             header = _pread_all(tar.fd, BLOCK, offset - BLOCK)
         except (OSError, ValueError, OverflowError) as error:
-            self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
+            self._unread(tar, sample_id, offset, error)
         return header[:NAME_BYTES].rstrip(b"\0").decode("ascii", "backslashreplace"), header[124:136].strip(b" \0")
 
     def _require_header(self, tar: _Tar, row: int, column: int, sample_id: int, name: str) -> None:
@@ -597,6 +615,13 @@ class ShardSet:
         size = int(tar.index[row, column, 1])
         if found != name or not digits.isdigit() or digits != b"%011o" % size:
             self._fail(tar, sample_id, f"is {found!r} where the index has {name} of {size} bytes")
+
+    def _unread(self, tar: _Tar, sample_id: int, offset: int, error: Exception) -> NoReturn:
+        """A disk that does not answer is no damage: its error goes on as it is, with the tar's name."""
+        if is_of_machine(error):
+            with naming(Path(self.root) / tar.name):
+                raise error
+        self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
 
     def _fail(self, tar: _Tar, sample_id: int, what: str) -> NoReturn:
         if self.store is None:
