@@ -243,7 +243,8 @@ class Mark:
 def join(out: Path, job: Mapping[str, Any], overwrite: bool) -> Iterator[Work | None]:
     """Start the work in a folder, or join it, or go on with what dead processes left.
 
-    Gives None if the folder holds the finished set of this very job.
+    Gives None if the folder holds the finished set of this very job. `overwrite` makes way for the job, once: what
+    is begun of it is gone on with, so that a command that is killed and started again comes to an end.
 
     Raises:
         UserError: the folder holds something else, or is in use by another command.
@@ -252,7 +253,7 @@ def join(out: Path, job: Mapping[str, Any], overwrite: bool) -> Iterator[Work | 
         work = Work(out, lock)
         with work.alone():
             state = _state(work)
-            if state != "empty" and overwrite:
+            if overwrite and state != "empty" and not (state == "unfinished" and _is_of(work, job)):
                 if not is_alone(lock):
                     raise UserError(f"{out} is in use by another process; --overwrite needs it for itself")
                 clear_folder(out, overwrite=True)
@@ -280,6 +281,13 @@ def _state(work: Work) -> str:
         return "unfinished"
     # Another command's set is dealt with by `clear_folder`.
     return "empty"
+
+
+def _is_of(work: Work, job: Mapping[str, Any]) -> bool:
+    """Whether unfinished work is of this very job, as far as can be read."""
+    with contextlib.suppress(UserError):
+        return difference(work.read("job.json"), job) is None
+    return False
 
 
 def difference(then: Any, now: Mapping[str, Any]) -> str | None:

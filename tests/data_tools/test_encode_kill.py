@@ -214,6 +214,28 @@ def test_starting_on_what_is_finished(cli: Cli, arguments: list[str], undisturbe
     same(undisturbed, out)
 
 
+def test_overwrite_goes_on_with_what_is_begun_of_the_same_job(
+    arguments: list[str], undisturbed: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+
+    def units_done(renames: int, *more: str) -> list[str]:
+        assert ended(fork([*arguments, "--overwrite", *more], out, renames)) == -signal.SIGKILL
+        return sorted(path.name for path in (out / ".work" / "done").glob("[0-9]*"))
+
+    two, three = ["00000.json", "00001.json"], ["00000.json", "00001.json", "00002.json"]
+    assert units_done(4) == two  # after job.json and table.json; nothing of the finished set was taken
+    assert units_done(1) == three
+    assert units_done(4, "--batch", "4") == two  # another job is begun anew
+    assert units_done(4) == two
+    (out / ".work" / "job.json").write_bytes(b"")
+    assert units_done(4) == two
+    assert units_done(1) == three
+    assert ended(fork([*arguments, "--overwrite"], out)) == 0
+    same(undisturbed, out)
+
+
 def test_overwrite_is_for_one_process(
     cli: Cli, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
