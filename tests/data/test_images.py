@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 
+from finetune.data.shards import Bucket, images
 from finetune.data.shards.images import PictureError, cut_out, decode_rgb, picture_format
 from tests.conftest import ROOT
 from tests.data_tools.conftest import encoded, smooth_picture
@@ -164,6 +166,30 @@ def test_a_cut_covers_and_crops_the_centre(height: int, width: int, target_h: in
     scale = max(target_h / height, target_w / width)
     assert abs(resized_h - height * scale) <= 1
     assert abs(resized_w - width * scale) <= 1
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+@pytest.mark.parametrize("place", [(0.5, 0.5), (0.3, 0.8), (0.0, 0.999)])
+@pytest.mark.parametrize("resampling", [Image.Resampling.LANCZOS, Image.Resampling.NEAREST])
+def test_a_strip_is_cut_as_any_picture_without_making_all_of_it_large(
+    monkeypatch: pytest.MonkeyPatch, flipped: bool, place: tuple[float, float], resampling: Image.Resampling
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (3000,), np.uint8)
+    resize = Image.Image.resize
+    for shape, bucket in (((1, 3000), (64, 48)), ((2, 900), (96, 64)), ((3000, 1), (48, 64)), ((40, 50), (20, 10))):
+        image = Image.fromarray(np.resize(noise, shape))
+        want, *places = cut_out(image, shape, bucket, place, flipped, resampling)
+
+        def bounded(self: Image.Image, size: tuple[int, int], *rest: Any, bucket: Bucket = bucket) -> Image.Image:
+            assert size[0] * size[1] <= bucket[0] * bucket[1]
+            return resize(self, size, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(images, "MAX_PIXELS", bucket[0] * bucket[1])
+            patch.setattr(Image.Image, "resize", bounded)
+            got, *got_places = cut_out(image, shape, bucket, place, flipped, resampling)
+        assert got_places == places
+        np.testing.assert_allclose(np.asarray(got).astype(int), np.asarray(want), atol=2)
 
 
 def test_a_cut_keeps_the_pixels_of_a_picture_that_only_needs_a_crop() -> None:

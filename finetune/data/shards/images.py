@@ -398,6 +398,9 @@ def cut_out(
 ) -> tuple[Image.Image, tuple[int, int], list[int]]:
     """Resize so that the picture covers the bucket, keeping its aspect, mirror it, and crop.
 
+    Of a strip a few pixels wide, which would become longer than memory holds, only the crop is resized: the same
+    pixels, but for rounding.
+
     Args:
         image: the picture, maybe decoded at a reduced scale.
         size: the picture's own (height, width).
@@ -410,14 +413,20 @@ def cut_out(
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     # At least the target: rounding may leave a side one pixel short.
     height, width = (max(target, round(side * scale)) for target, side in zip(bucket, size, strict=True))
-    if (width, height) != image.size:
-        image = image.resize((width, height), resampling)
-    if flipped:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if place == (0.5, 0.5):
         top, left = (height - bucket[0]) // 2, (width - bucket[1]) // 2
     else:
         top, left = int(place[0] * (height - bucket[0] + 1)), int(place[1] * (width - bucket[1] + 1))
-    if (height, width) != bucket:
+    strip = height * width > MAX_PIXELS
+    if strip:
+        begin = width - bucket[1] - left if flipped else left  # the crop's left side before it is mirrored
+        x0, x1 = (side * image.width / width for side in (begin, begin + bucket[1]))
+        y0, y1 = (side * image.height / height for side in (top, top + bucket[0]))
+        image = image.resize((bucket[1], bucket[0]), resampling, (x0, y0, x1, y1))
+    elif (width, height) != image.size:
+        image = image.resize((width, height), resampling)
+    if flipped:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if not strip and (height, width) != bucket:
         image = image.crop((left, top, left + bucket[1], top + bucket[0]))
     return image, (height, width), [top, left, *bucket]
