@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
-from finetune import UserError, __version__
+from finetune import DISK_FULL, UserError, __version__
+from finetune.data.shards.files import naming
 
 Item = TypeVar("Item")
 
@@ -207,6 +208,8 @@ class Fetcher:
         except PermissionError as error:
             raise FetchError(f"access denied ({str(error).partition(chr(10))[0][:200]})") from None
         except Exception as error:  # each store has errors of its own
+            if isinstance(error, OSError) and error.errno in DISK_FULL:  # our disk, where its file was to wait
+                raise
             what = str(error).partition("\n")[0][:200]
             raise _PassingError(f"{type(error).__name__}: {what}" if what else type(error).__name__) from None
 
@@ -228,19 +231,21 @@ class _Body:
         self.size += len(chunk)
         if self.size > self.max_bytes:
             raise FetchError(f"too large: more than {self.max_bytes} bytes")
-        if self.file is None and self.size > _SPOOL_BYTES:
-            self.file = tempfile.NamedTemporaryFile(dir=self.folder, delete=False)  # noqa: SIM115 (closed below)
-            self.file.writelines(self.chunks)
-            self.chunks.clear()
-        if self.file is None:
-            self.chunks.append(chunk)
-        else:
-            self.file.write(chunk)
+        with naming(self.folder):
+            if self.file is None and self.size > _SPOOL_BYTES:
+                self.file = tempfile.NamedTemporaryFile(dir=self.folder, delete=False)  # noqa: SIM115 (closed below)
+                self.file.writelines(self.chunks)
+                self.chunks.clear()
+            if self.file is None:
+                self.chunks.append(chunk)
+            else:
+                self.file.write(chunk)
 
     def finish(self) -> bytes | Path:
         if self.file is None:
             return b"".join(self.chunks)
-        self.file.close()
+        with naming(self.folder):
+            self.file.close()
         self.kept = True
         return Path(self.file.name)
 

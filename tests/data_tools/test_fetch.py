@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
+import os
 import socket
 import struct
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from data_tools.fetch import Fetcher, FetchError, Limits
 from finetune import UserError
+from tests.data_tools.conftest import Result
 from tests.data_tools.web import Handler, Web, send, web
 
 QUICK = Limits(threads=4, stall_s=0.3, total_s=5, tries=3, max_bytes=3 << 20, first_delay_s=0.01)
@@ -207,6 +214,27 @@ def test_object_stores_are_read_through_fsspec(tmp_path: Path, monkeypatch: pyte
         assert fetch("s3://pictures/large.png", tmp_path, replace(QUICK, max_bytes=9 << 20)) == bytes(4 << 20)
     finally:
         server.stop()
+
+
+def test_a_full_disk_ends_the_downloads(
+    cli: Callable[..., Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is ours, no fault of the picture, which may be tried again once there is room."""
+    store = MemoryFileSystem()
+    store.pipe("/pictures/large.png", bytes(4 << 20))
+
+    class Full(io.BytesIO):
+        name = str(tmp_path / "spooled")
+
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda url: (store, url.removeprefix("s3:/")))
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", lambda **_: Full())
+    (tmp_path / "list.csv").write_text("url,caption\ns3://pictures/large.png,a cat\n")
+    result = cli("ingest", "table", tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert (result.code, "no space left on device while writing" in result.err) == (2, True)
+    assert "data-tools-" in result.err  # the folder of downloads
 
 
 def test_a_missing_library_is_named(tmp_path: Path) -> None:
