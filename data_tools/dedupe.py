@@ -46,6 +46,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import itertools
 import json
@@ -62,7 +63,7 @@ from tqdm import tqdm
 
 from data_tools.arguments import add_workers_argument, default_workers
 from data_tools.leaders import HASH_BITS, distances, find_leaders
-from data_tools.output import DUPLICATES, FINGERPRINTS, whole_file
+from data_tools.output import DUPLICATES, FINGERPRINTS, lock_folder, whole_file
 from data_tools.pictures import Picture, PictureSource, Unreadable
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
@@ -95,7 +96,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools dedupe`."""
     _check(args)
-    sources = [PictureSource.open(root) for root in args.shards]
+    with contextlib.ExitStack() as locks:
+        sources = [PictureSource.open(root) for root in args.shards]
+        for source in sources:
+            try:
+                (source.root / FINGERPRINTS).mkdir(exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write to {source.root} ({error.strerror}); copy the set") from None
+            locks.enter_context(lock_folder(source.root / FINGERPRINTS, shared=False))
+        return _dedupe(sources, args)
+
+
+def _dedupe(sources: list[PictureSource], args: argparse.Namespace) -> int:
     # Before the pictures are read: they may be replaced meanwhile.
     identities = {source.root: source.identity() for source in sources}
     known = look(sources, default_workers() if args.workers is None else args.workers)
@@ -203,11 +215,6 @@ Item = tuple[int, int, Picture | Unreadable | None]
 def look(sources: list[PictureSource], workers: int) -> list[Part]:
     """Decode what is not known yet, and return all parts in the order of sources and shards."""
     names = [[unit.name for unit in source.units()] for source in sources]
-    for source in sources:
-        try:
-            (source.root / FINGERPRINTS).mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write to {source.root} ({error.strerror}); copy the set") from None
     units = [(number, unit) for number, mine in enumerate(names) for unit in range(len(mine))]
 
     def load(number: int, unit: int) -> Part | None:

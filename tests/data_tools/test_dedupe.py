@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +143,20 @@ def test_what_is_known_is_kept_and_renewed(cli: Cli, tmp_path: Path, monkeypatch
     looked.clear()
     assert cli("dedupe", root, "--distance", 3).code == 0
     assert looked == []
+
+
+def test_a_set_is_for_one_at_a_time(cli: Cli, tmp_path: Path) -> None:
+    """Two would write the same temporary files."""
+    one, two = (write_set(tmp_path / name, {"a": encoded(scene(1))}) for name in ("one", "two"))
+    hold = "import sys; from pathlib import Path; from data_tools.output import lock_folder\n"
+    hold += "with lock_folder(Path(sys.argv[1]), shared=False): print(flush=True); input()"
+    command = [sys.executable, "-c", hold, str(two / ".dedupe")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        result = cli("dedupe", one, two)
+        assert (result.code, f"{two / '.dedupe'} is in use by another process" in result.err) == (2, True)
+    assert cli("dedupe", one, two).code == 0
 
 
 class _Inline:
