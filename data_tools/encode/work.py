@@ -256,6 +256,8 @@ def join(out: Path, job: Mapping[str, Any], overwrite: bool) -> Iterator[Work | 
             if overwrite and state != "empty" and not (state == "unfinished" and _is_of(work, job)):
                 if not is_alone(lock):
                     raise UserError(f"{out} is in use by another process; --overwrite needs it for itself")
+                # First, or a job that is killed while this is cleared would later go on with what is left of it.
+                (work.root / "job.json").unlink(missing_ok=True)
                 clear_folder(out, overwrite=True)
                 state = "empty"
             if state == "finished":

@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from data_tools.cli import main
+from data_tools.encode import work
 from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
 from tests.conftest import ROOT, environment
 from tests.data_tools.conftest import Result, encoded
@@ -233,6 +234,24 @@ def test_overwrite_goes_on_with_what_is_begun_of_the_same_job(
     assert units_done(4) == two
     assert units_done(1) == three
     assert ended(fork([*arguments, "--overwrite"], out)) == 0
+    same(undisturbed, out)
+
+
+def test_what_an_overwrite_had_begun_to_clear_is_not_gone_on_with(
+    arguments: list[str], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert ended(fork(arguments, out, 4)) == -signal.SIGKILL
+
+    def dying(folder: Path, overwrite: bool) -> None:
+        shutil.rmtree(folder / ".work" / "parts")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(work, "clear_folder", dying)
+        with pytest.raises(KeyboardInterrupt):
+            main(["encode", *arguments, "--batch", "4", "--workers", "0", "--out", str(out), "--overwrite"])
+    assert ended(fork(arguments, out)) == 0
     same(undisturbed, out)
 
 
