@@ -34,6 +34,10 @@ from finetune.models.weight_files import write_weights
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
+class SaveError(UserError):
+    """The disk is full or refuses; the checkpoints before are untouched."""
+
+
 class Trained(NamedTuple):
     """A model as it is saved: all its weights, and the moments of those that are trained."""
 
@@ -74,7 +78,7 @@ def save(
         passed_over: broken ones, as `latest` and `named` found them.
 
     Raises:
-        UserError: the disk is full or refuses; the checkpoints before this one stay.
+        SaveError: the disk is full or refuses; the checkpoints before this one stay.
     """
     final = checkpoint_dir(run, step)
     temporary = final.with_name(f".tmp-{final.name}")
@@ -92,10 +96,7 @@ def save(
         publish(temporary, final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"cannot save {final}: {error}; the checkpoints before it are untouched: "
-            "make room and start the same command again"
-        ) from None
+        raise SaveError(f"cannot save {final}: {error}; the checkpoints before it are untouched") from None
     try:
         prune(run, keep, step, passed_over)
     except OSError as error:

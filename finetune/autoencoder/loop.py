@@ -106,7 +106,7 @@ def train(
             with tracker.paused():
                 watch.at("saving", LONG)
                 if is_due or stop:
-                    _save(config, parts, tracker, step, depends_on)
+                    _save(config, parts, tracker, step, depends_on, is_last=stop > 0 or step == steps)
                 watch.at("drawing reconstructions", LONG)
                 if config.sample.every and step % config.sample.every == 0 and step < steps:
                     _draw(config, parts, tracker, step)
@@ -203,7 +203,27 @@ def _scalars(config: Config, values: dict[str, Tensor], step: int) -> dict[str, 
     return scalars if uses_K is None else {**scalars, "perplexity": perplexity(uses_K)}
 
 
-def _save(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on: Mapping[str, Any]) -> None:
+def _save(
+    config: Config, parts: Parts, tracker: Tracker, step: int, depends_on: Mapping[str, Any], *, is_last: bool
+) -> None:
+    """Save; collective. What can't be saved is told, and training goes on; the last time it is tried once more.
+
+    Raises:
+        UserError, on every rank: the last save has failed.
+    """
+    try:
+        _save_once(config, parts, tracker, step, depends_on)
+    except checkpoint.SaveError as error:
+        tracker.say(f"warning: {error}")
+        if not is_last:
+            return
+        try:
+            _save_once(config, parts, tracker, step, depends_on)
+        except checkpoint.SaveError as again:
+            raise by_all(UserError(f"{again}: make room and start the same command again")) from None
+
+
+def _save_once(config: Config, parts: Parts, tracker: Tracker, step: int, depends_on: Mapping[str, Any]) -> None:
     judging = _judging(config, parts, step)
     of_judge = None
     if judging is not None:

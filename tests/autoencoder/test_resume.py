@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune import UserError
+from finetune.autoencoder import checkpoint
 from finetune.autoencoder.train import main
 from finetune.data.shards import ShardSet, ShardWriter
 from finetune.models.autoencoder import encode_moments, load_autoencoder
@@ -184,6 +186,35 @@ def test_a_broken_checkpoint_is_passed_over(
         main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
     assert "resuming from" in capsys.readouterr().out
     assert_same_run(run, finished, 6)
+
+
+def test_training_outlives_a_disk_that_refuses_a_save(
+    shards: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """But not its last save, which is tried twice."""
+    run, original = tmp_path / "run", checkpoint.publish
+    refused: list[str] = []
+
+    def publish(temporary: Path, final: Path) -> None:
+        if len(refused) < 2:
+            refused.append(final.name)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(temporary, final)
+
+    monkeypatch.setattr(checkpoint, "publish", publish)
+    main(arguments(shards, run, "train.steps=6", "checkpoint.every=3"))
+    assert refused == ["step-00000003", "step-00000006"]
+    assert "warning: cannot save" in capsys.readouterr().out
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000006"]
+    assert_same_run(run, finished, 6)
+
+    refused.clear()
+    with pytest.raises(UserError, match="make room and start the same command again"):
+        main(arguments(shards, tmp_path / "other", "train.steps=2", "checkpoint.every=3"))
 
 
 @pytest.mark.filterwarnings("ignore:passing over")
