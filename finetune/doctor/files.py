@@ -47,7 +47,8 @@ class Scratch:
         """Leave everything as it was."""
         shutil.rmtree(self.path, ignore_errors=True)
         self._lock.close()
-        for folder in self._made:
+        # NFS keeps a file that is deleted while it is open, as the lock is, and its folder with it.
+        for folder in (self.path, *self._made):
             with suppress(OSError):
                 folder.rmdir()
 
@@ -257,7 +258,7 @@ def space_row(context: Context, existing: Callable[[], int]) -> Row:
     if kept is not None:
         snapshots = min(snapshots, kept)
     needed = max(0, (keep + 1) * context.checkpoint_bytes + snapshots * each - existing())
-    free = shutil.disk_usage(context.scratch).free
+    free = shutil.disk_usage(context.scratch).free + context.checkpoint_bytes  # the doctor's own is there still
     text, remedy = (
         f"{keep} + 1 checkpoints of {size_text(context.checkpoint_bytes)}",
         "make room, or lower checkpoint.keep",
