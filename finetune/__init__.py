@@ -21,6 +21,8 @@ BUNDLED = Path(__file__).resolve().parent / "bundled"
 
 STOPPED = 75
 """Exit code of a run that was asked to stop and has saved: the same command goes on (sysexits' EX_TEMPFAIL)."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as a shell says of SIGINT."""
 PEER_LOST = 69
 """Exit code of a rank that another rank's death or silence has ended (sysexits' EX_UNAVAILABLE)."""
 
@@ -86,7 +88,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         _complain(" ".join(str(error).split()))
         code = PEER_LOST
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         sys.stderr.close()
         code = 141

@@ -25,7 +25,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune import STOPPED, UserError, first_line
+from finetune import INTERRUPTED, STOPPED, UserError, first_line
 from finetune.config import Config, compose, conf_dir, is_free_form, parse_override, quoted
 
 USAGE = """\
@@ -49,6 +49,7 @@ _SLURM = {  # unless they are given
     "hydra.launcher.additional_parameters.requeue": "true",
 }
 _RETRIES = 3
+_ASKED_TIMES, _ASKED_SECONDS = 18, 10.0  # of a controller that does not answer
 
 
 def main(words: Sequence[str]) -> int:
@@ -145,20 +146,24 @@ def point(config: DictConfig) -> None:
 
     Raises:
         UserError: the run failed.
+        KeyboardInterrupt: Ctrl-C reached it; what it had trained is saved.
     """
     settings = HydraConfig.get()
     folder = str(settings.runtime.output_dir)
     overrides = [word for word in settings.overrides.task if not re.match(r"(run\.dir|run\.name)=", word)]
     overrides += [f"run.dir={quoted(folder)}"]
     overrides += [f"run.name={quoted(f'{config.run.name} {settings.job.override_dirname}')}"]
+    told: list[int] = []
     in_slurm = os.environ.get("SUBMITIT_EXECUTOR") == "slurm"
     requeue: Any = signal.getsignal(signal.SIGUSR1)  # submitit's, in a job of its
     if in_slurm:
         # The signal reaches the run's own processes too; when they have saved is when to act on it.
-        signal.signal(signal.SIGUSR1, lambda number, frame: None)
+        signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
     retries = int(os.environ.get("LDM_FINETUNE_RETRIES") or _RETRIES) if in_slurm else 0
     for attempt in range(retries + 1):
-        code = subprocess.call(_command(os.environ, attempt, overrides))
+        code = STOPPED if told else _call(_command(os.environ, attempt, overrides))
+        if told and code not in (0, 2):
+            code = STOPPED  # a process that was just starting, or failed while saving, has not said so
         if code in (0, 2, STOPPED):
             break
         print(f"{folder}: exit code {code}, try {attempt + 1} of {retries + 1}", file=sys.stderr, flush=True)
@@ -168,6 +173,20 @@ def point(config: DictConfig) -> None:
     if code:
         stopped = ": stopped; the same command goes on" if code == STOPPED else f" failed with exit code {code}"
         raise UserError(f"{folder}{stopped}")
+
+
+def _call(command: Sequence[str]) -> int:
+    """As `subprocess.call`, which kills a quarter of a second after Ctrl-C what Ctrl-C has told to save as well."""
+    process, interrupted = subprocess.Popen(command), False
+    while True:
+        try:
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted or code in (INTERRUPTED, -signal.SIGINT):
+        raise KeyboardInterrupt  # so that no other run begins
+    return code
 
 
 def _command(environ: Mapping[str, str], attempt: int, overrides: Sequence[str]) -> list[str]:
@@ -185,12 +204,11 @@ def _command(environ: Mapping[str, str], attempt: int, overrides: Sequence[str])
 def _may_requeue() -> bool:
     """Whether Slurm leaves the job to us. One that was cancelled would rise again, and one that Slurm has requeued
     needs no help; both are shown as COMPLETING. The time limit is the one end to undo."""
-    shown = subprocess.run(
-        ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]],
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.split()
+    asks = ["scontrol", "--oneliner", "show", "job", os.environ["SLURM_JOB_ID"]]
+    for _ in range(_ASKED_TIMES):
+        if shown := subprocess.run(asks, capture_output=True, text=True, check=False).stdout.split():
+            break
+        time.sleep(_ASKED_SECONDS)  # a controller that does not answer, while it is started anew, says nothing
     return "JobState=RUNNING" in shown or "Reason=TimeLimit" in shown
 
 

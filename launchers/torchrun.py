@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from finetune import PEER_LOST, STOPPED, UserError, first_line, run_cli
+from finetune import INTERRUPTED, PEER_LOST, STOPPED, UserError, first_line, run_cli
 
 DESCRIPTION = """\
 torchrun, with these differences:
@@ -49,8 +49,7 @@ examples:
 """
 
 _MISTAKE = 2
-_INTERRUPTED = 128 + signal.SIGINT
-_FINAL = (_MISTAKE, STOPPED, _INTERRUPTED)  # codes after which a restart helps nobody
+_FINAL = (_MISTAKE, STOPPED, INTERRUPTED)  # codes after which a restart helps nobody
 _SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _UNREACHABLE_SECONDS = 120.0  # without an answer from the other nodes, before local workers are ended
 _LAST_WORD_SECONDS = 2.0
@@ -91,7 +90,7 @@ def verdict(codes: Sequence[int]) -> int:
     first failure is the cause, and ranks that lost their peers are its witnesses.
     """
     failed = [code for code in codes if code]
-    for code in (_MISTAKE, STOPPED, _INTERRUPTED):
+    for code in (_MISTAKE, STOPPED, INTERRUPTED):
         if code in failed:
             return code
     return next((code for code in failed if code != PEER_LOST), PEER_LOST if failed else 0)
@@ -226,7 +225,7 @@ def make_agent(base: type, signals: Signals, grace: float) -> type:
                     _asked_code(-code) if -code in signals.asked else code if code >= 0 else 128 - code
                 )
             code = verdict(list(self.codes.values()))
-            if code not in (0, STOPPED, _INTERRUPTED):
+            if code not in (0, STOPPED, INTERRUPTED):
                 rank = next(rank for rank, its in self.codes.items() if its == code)
                 self._take(Failure(rank, socket.gethostname(), code), ours=True)
 
@@ -259,7 +258,7 @@ def make_agent(base: type, signals: Signals, grace: float) -> type:
                     _say(str(self.failure))
                 return hears_more
             if self.failure is None:
-                return bool(self.codes)  # done or stopped: the others are about to be
+                return True  # torch's own look, which may be the first to see an end, knows no exit codes
             if self._failed_at is None:
                 self._failed_at = now
             waited = now - self._failed_at

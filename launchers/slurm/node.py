@@ -19,6 +19,9 @@ from launchers.slurm import queue
 RAISED = {2: 250, STOPPED: 240}
 """Exit codes as srun's tasks say them, by those of training."""
 
+# Slurm, or a terminal, sends these to every process of a step: this one is not the one to act on them.
+_TOLD_TO_ALL = signal.SIGUSR1, signal.SIGTERM, signal.SIGINT
+
 _FIRST_PORT, _PORTS = 15_000, 17_000  # below the ports that Linux gives to outgoing connections, from 32768
 _PORTS_A_JOB = 17  # so that tries of jobs with neighbouring numbers, which may share a node, don't meet
 
@@ -30,8 +33,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--plain-codes", action="store_true", help="leave exit codes as they are")
     parser.add_argument("overrides", nargs="*")
     given = parser.parse_args(list(argv))
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        # Slurm sends these to every process of a step, this one too: it is not the one to act on them.
+    for number in _TOLD_TO_ALL:
         signal.signal(number, signal.SIG_IGN)
     code = subprocess.call(
         command(os.environ, given.attempt, given.overrides), preexec_fn=_restore, env=environment(os.environ)
@@ -41,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _restore() -> None:
-    for number in (signal.SIGUSR1, signal.SIGTERM):
+    for number in _TOLD_TO_ALL:
         signal.signal(number, signal.SIG_DFL)
 
 

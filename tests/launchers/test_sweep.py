@@ -19,14 +19,14 @@ from tests.launchers.jobs import job_environment
 
 # `finetune train --multirun ARGUMENTS` whose runs are not started but listed; the exit code of each is in CODES.
 LISTING = """
-import json, subprocess, sys
+import json, sys
 from finetune import run_cli, sweep
 from finetune.cli import main
 codes = json.loads(sys.argv[1])
 def call(command):
     print("RUN " + json.dumps(command), flush=True)
     return codes.pop(0)
-subprocess.call = call
+sweep._call = call
 run_cli(lambda: main(["train", "--multirun", *sys.argv[2:]]))
 """
 

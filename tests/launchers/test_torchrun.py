@@ -121,6 +121,54 @@ def test_exit_codes_restarts_and_the_rank_that_failed_first(start, tmp_path):
     assert all(f"rank 1 on {host} failed first: killed by SIGKILL" in line for line in lines)
 
 
+def test_an_end_that_torch_sees_first_keeps_its_exit_code(tmp_path):
+    """Between our look at the workers and torch's own: it took what had stopped for done."""
+    (tmp_path / "launch.py").write_text(
+        "import sys, time\n"
+        "from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent\n"
+        "look = LocalElasticAgent._monitor_workers\n"
+        "LocalElasticAgent._monitor_workers = lambda *args: (time.sleep(3), look(*args))[1]\n"
+        "from launchers.torchrun import main\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    (tmp_path / "worker.py").write_text("import sys, time; time.sleep(2); sys.exit(75)")
+    command = [sys.executable, str(tmp_path / "launch.py"), "--nproc-per-node", "2", str(tmp_path / "worker.py")]
+    assert subprocess.run(command, env=environment(), cwd=ROOT, timeout=60, check=False).returncode == 75
+
+
+SAVES = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+open(f"{sys.argv[1]}/ready", "w").close()
+while not heard:
+    time.sleep(0.02)
+time.sleep(1)
+open(f"{sys.argv[1]}/saved", "w").close()
+sys.exit(130)
+"""
+CALLS = {
+    "sweep": "from finetune import sweep; sweep._call(command)",
+    "node": "from launchers.slurm import node; node.command = lambda *_: command; sys.exit(node.main([]))",
+}
+
+
+@pytest.mark.parametrize("caller", CALLS)
+def test_who_started_a_run_lets_it_save_after_ctrl_c(tmp_path, caller):
+    """A terminal sends it to all of them; `subprocess.call` kills a quarter of a second later."""
+    (tmp_path / "run.py").write_text(SAVES)
+    call = (
+        f"import sys; command = [sys.executable, {str(tmp_path / 'run.py')!r}, {str(tmp_path)!r}]; {CALLS[caller]}"
+    )
+    started = subprocess.Popen(
+        [sys.executable, "-c", call], env=environment(), cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    wait_for(tmp_path / "ready")
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(timeout=60) in (130, -signal.SIGINT)
+    assert (tmp_path / "saved").exists()
+
+
 def test_signals_reach_each_worker_and_saving_is_waited_for(start, tmp_path):
     early = start("long")
     running = start("stopped")
