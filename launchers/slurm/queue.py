@@ -16,7 +16,17 @@ from pathlib import Path
 from finetune import UserError
 from launchers.slurm.settings import Job, limit_seconds, memory_bytes
 
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "PREEMPTED",
+)
 _LOG_SECONDS, _QUEUE_SECONDS = 1.0, (2.0, 15.0)  # between looks; at the queue more seldom as time goes by
 
 

@@ -261,6 +261,29 @@ def test_relative_paths_compose_to_the_absolute_ones() -> None:
     assert command.settle_paths([], config, here) == ([], [])
 
 
+def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path) -> None:
+    """Stopped while it is started anew: the job was taken for one that Slurm ends, and never went on."""
+    answers = "JobState=RUNNING Reason=None"
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/bash\n"
+        f"echo x >> {tmp_path}/asked\n"
+        f"(( $(wc -l < {tmp_path}/asked) > 5 )) || exit 1\n"
+        f'if [[ $1 == requeue ]]; then echo "$*" > {tmp_path}/requeued; else echo "{answers}"; fi\n'
+    )
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit 240\n")  # has stopped, and saved
+    (tmp_path / "sleep").write_text("#!/bin/bash\n")
+    for name in ("scontrol", "srun", "sleep"):
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_NODELIST": "n1", "SLURM_SUBMIT_DIR": "/tmp"}
+    ended = subprocess.run(
+        ["bash", str(ROOT / "launchers/slurm/train.sbatch"), "experiment=smoke"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "LDM_FINETUNE_PYTHON": sys.executable, **job},
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 75 and "requeued; goes on from the last checkpoint" in ended.stdout, ended
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
 def test_each_try_of_each_job_has_its_own_port() -> None:
     jobs = [
         {"SLURM_JOB_ID": str(number), "SLURM_RESTART_COUNT": str(restart)}
