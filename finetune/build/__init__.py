@@ -76,8 +76,6 @@ def build(config: Config, world: World, run: Path) -> Parts:
     if config.model.pretrained is not None:
         world.on_main(lambda: notices.extend(trained_otherwise(config)))
     unet, conditioner, task = conditioned(config, world, run, data, notices)
-    if config.model.pretrained is not None and config.model.unet:
-        notices.append("model.unet is not used: model.pretrained brings its own U-Net")
     text = next((part for part in conditioner.modules() if isinstance(part, Text)), None)
     train_text = text is not None and text.trained
     if config.model.train_text_encoder and text is None:

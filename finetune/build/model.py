@@ -103,6 +103,12 @@ def conditioned(
     """
     model, task, channels = config.model, config.task, data.encoder.channels
     unet = load_unet(model.pretrained, revision=model.revision) if model.pretrained is not None else None
+    dropout = model.unet.get("dropout")
+    if unet is not None and dropout is not None and dropout != unet.config.get("dropout", 0.0):
+        raise UserError(
+            f"model.unet.dropout={dropout} has no effect: the U-Net of model.pretrained has "
+            f"{unet.config.get('dropout', 0.0)}; leave it out"
+        )
     width = context_width(model.unet if unet is None else unet.config)
     has_text = width is not None and (
         model.pretrained is None or has_part(model.pretrained, "text_encoder", model.revision)

@@ -115,6 +115,8 @@ def test_an_exported_model_is_gone_on_from_with_what_it_learnt_of_its_conditions
     assert command("export", str(first), "--format", "diffusers", "--out", str(model)) == (0, "")
     settings = [*overrides(task, scene_latents[task], second)[:-1], *quiet, "model.unet={}", "seed=1"]
     settings += [f"model.pretrained={model}", "optim.lr=1e-12", "optim.warmup_images=0"]
+    code, line = command("train", *settings, "model.unet.dropout=0.5")
+    assert code == 2 and "model.unet.dropout=0.5 has no effect: the U-Net of model.pretrained has 0.0" in line
     assert command("train", *settings) == (0, "")
     learnt = load_file(model / "conditioner/model.safetensors")
     kept = load_file(second / "checkpoints/step-00000001/weights/conditioner/model.safetensors")
