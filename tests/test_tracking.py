@@ -214,7 +214,9 @@ def test_a_run_whose_loss_explodes_says_so_in_one_line(
     assert code == 2
     assert "the loss has not been a finite number for 10 steps, at step 13" in line
     assert [entry["loss"] is None for entry in lines_of(tmp_path / "run")] == [False] * 3 + [True] * 10
-    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+    # The first such step, 4, may be a broken sample's, and moved no weights: it is saved, and none after it.
+    names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert names == ["step-00000002", "step-00000004"]
 
 
 def test_a_run_goes_on_when_wandbs_process_has_ended(tmp_path: Path) -> None:
