@@ -209,9 +209,7 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
     prediction = str(section(config, "objective").get("prediction", "epsilon"))
     task = tasks.Task.load(run) or tasks.Task()
     conditioner = _conditioner(task, unet, vae, latents, text if has_text else None)
-    for name, part in conditioner.parts().items():
-        if not name.startswith("text_encoder"):
-            load_part(part, checkpoint.weights / name)
+    load_own_parts(conditioner, checkpoint.weights)
     if lora is not None:
         merge_lora({"unet": unet, **conditioner.parts()}, lora)
     return Components(
@@ -244,9 +242,7 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
     # What has no part of a name and no task of its own is told so by what can't be loaded.
     has_text = task.name == "text_to_image" or has_part(source, "text_encoder", revision)
     conditioner = _conditioner(task, unet, vae, space, text if has_text else None)
-    for name, part in conditioner.parts().items():
-        if not name.startswith("text_encoder"):
-            load_part(part, Path(source) / name)
+    load_own_parts(conditioner, Path(source))
     scheduler = load_scheduler(source, revision)
     notices: tuple[str, ...] = ()
     file = fetch_file(source, revision)
@@ -400,19 +396,25 @@ def _task_of(unet: UNet2DConditionModel, vae: Autoencoder) -> tasks.Task:
     return tasks.Task("text_to_image" if context_width(unet.config) is not None else "unconditional")
 
 
-def load_part(part: torch.nn.Module, folder: Path) -> None:
-    """Load what a task's own part learnt.
+def own_parts(conditioner: Conditioner) -> dict[str, torch.nn.Module]:
+    """What a task trains beside U-Net and text encoders, by name."""
+    return {name: part for name, part in conditioner.parts().items() if not name.startswith("text_encoder")}
+
+
+def load_own_parts(conditioner: Conditioner, folder: Path) -> None:
+    """Load what a task's own parts learnt, each from the folder of its name.
 
     Raises:
-        UserError: it is not there, or of another shape than the task's settings say.
+        UserError: one is not there, or of another shape than the task's settings say.
     """
-    path = folder / "model.safetensors"
-    try:
-        part.load_state_dict(load_file(path))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: choose another checkpoint") from None
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{path} does not fit the task: {first_line(error)}") from error
+    for name, part in own_parts(conditioner).items():
+        path = folder / name / "model.safetensors"
+        try:
+            part.load_state_dict(load_file(path))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: choose another checkpoint") from None
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise UserError(f"{path} does not fit the task: {first_line(error)}") from error
 
 
 def _check_fit(parts: Components) -> None:

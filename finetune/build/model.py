@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.data import captions, classes
-from finetune.components import load_part
+from finetune.components import load_own_parts, own_parts
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
 from finetune.config import Config, SchedulerConfig
@@ -156,8 +156,7 @@ def _take_up(pretrained: str, task: Task, conditioner: Conditioner, notices: lis
     """Load what a model learnt of its condition, where it is an export of the same task."""
     folder = local_folder(pretrained)
     learnt = None if folder is None else Task.load(folder)
-    own = {name: part for name, part in conditioner.parts().items() if not name.startswith("text_encoder")}
-    if folder is None or learnt is None or learnt.name != task.name or not own:
+    if folder is None or learnt is None or learnt.name != task.name or not own_parts(conditioner):
         return
     learnt_options = asdict(tasks.options(learnt.name, learnt.options))
     for what, is_same in (("options", learnt_options == task.options), ("classes", learnt.classes == task.classes)):
@@ -166,8 +165,7 @@ def _take_up(pretrained: str, task: Task, conditioner: Conditioner, notices: lis
                 f"{pretrained} has other {what} of task={task.name}: what it learnt of its conditions is left out"
             )
             return
-    for name, part in own.items():
-        load_part(part, folder / name)
+    load_own_parts(conditioner, folder)
 
 
 def check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, data: Data) -> None:
