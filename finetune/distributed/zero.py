@@ -376,11 +376,8 @@ class ZeRO(Strategy):
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         scaler = self.zero.loss_scaler
         if state and scaler.dynamic:
-            scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = (
-                state["scale"],
-                int(state["good_steps"]),
-                -1,
-            )
+            scaler.cur_scale = state["scale"]
+            scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]), -1
             scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
 
 

@@ -77,14 +77,13 @@ def add_lora(
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}")
-    names = [name for name, _ in module.named_modules()]
+    layers = dict(module.named_modules())
     for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in names):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
             raise UserError(f"LoRA target {target!r} is no module of {type(module).__name__}")
     targets, ranks = tuple(f".{target}" for target in target_modules), ranks or {}
-    own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in names if f".{name}".endswith(targets)}
+    own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in layers if f".{name}".endswith(targets)}
     own = {name: value for name, value in own.items() if value > 0}
-    layers = dict(module.named_modules())
     for name in own:
         if not isinstance(layers[name], nn.Linear | nn.Conv2d):
             inside = [
@@ -251,9 +250,7 @@ def read_lora(path: str | Path) -> Lora:
         what = f"holds {foreign}" if foreign else "is empty"
         raise UserError(f"{path} {what}; only LoRAs in diffusers' layout (unet.….lora_A.weight) can be read")
     ranks = {key.removesuffix(_DOWN): len(down) for key, down in state.items() if key.endswith(_DOWN)}
-    return Lora(
-        state, {name: _alpha(name, rank, settings) / _divisor(name, rank, settings) for name, rank in ranks.items()}
-    )
+    return Lora(state, {name: _scale(name, rank, settings) for name, rank in ranks.items()})
 
 
 @torch.no_grad()
@@ -329,9 +326,10 @@ def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
     return float(settings.get(f"{component}.lora_alpha", rank))
 
 
-def _divisor(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    """What alpha is divided by: the rank, or its root (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2)."""
-    return float(rank**0.5 if settings.get(f"{_component(name)}.use_rslora") else rank)
+def _scale(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    """Alpha over the rank, or over its root where the file says so (see `add_lora`'s `rank_stabilized`)."""
+    is_stabilized = settings.get(f"{_component(name)}.use_rslora")
+    return _alpha(name, rank, settings) / (rank**0.5 if is_stabilized else rank)
 
 
 def _submodule(root: nn.Module, path: str) -> nn.Module | None:
