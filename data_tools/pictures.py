@@ -17,6 +17,7 @@ from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, Sha
 from finetune.data.shards.files import WORK
 
 __all__ = [
+    "CAPTION_COLUMNS",
     "TAR_SUFFIXES",
     "Picture",
     "PictureSource",
@@ -27,10 +28,11 @@ __all__ = [
     "tar_stem",
 ]
 
+CAPTION_COLUMNS = ("captions", "caption", "text")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 _MEMBERS = (*IMAGE_MEMBERS, "json", "txt")
 # What img2dataset notes of the download, not of the picture.
-_NO_LABELS = ("captions", "caption", "text", "key", "status", "error_message", "exif", "url")
+_NO_LABELS = (*CAPTION_COLUMNS, "key", "status", "error_message", "exif", "url")
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ def caption_fields(record: dict[str, Any]) -> list[Any]:
     Records of ours have such a list, and may have a `caption` or `text` beside it that was not chosen for one.
     """
     captions = record.get("captions")
-    return [captions] if isinstance(captions, list) else [record.get(n) for n in ("captions", "caption", "text")]
+    return [captions] if isinstance(captions, list) else [record.get(name) for name in CAPTION_COLUMNS]
 
 
 def _picture(key: str, members: dict[str, Any], maps: dict[str, bytes] | None = None) -> Picture | Unreadable:

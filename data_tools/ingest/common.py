@@ -32,7 +32,7 @@ from data_tools.filters import Filters, add_filter_arguments
 from data_tools.images import encode_image, parse_colour
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, LabelFile, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
-from data_tools.pictures import whole_numbers
+from data_tools.pictures import CAPTION_COLUMNS, whole_numbers
 from data_tools.rejects import Rejects
 from data_tools.tars import printable, sound_json, sound_text
 from data_tools.workers import CrashError, Workers
@@ -55,7 +55,6 @@ from finetune.data.shards.labels import png_header
 from finetune.terminal import positive
 
 RESERVED = ("captions", "file", "original_size", "crop")
-CAPTION_COLUMNS = ("captions", "caption", "text")
 FORMATS = ("keep", "png", "webp", "jpg")
 MAX_FILE_BYTES = 512 << 20
 MAX_LINE = 16 << 20  # characters of a table's line, and of its cell

@@ -36,7 +36,6 @@ from typing import Any
 
 from data_tools.images import SUFFIXES, UNREAD_SUFFIXES
 from data_tools.ingest.common import (
-    CAPTION_COLUMNS,
     Found,
     Options,
     SetAside,
@@ -50,6 +49,7 @@ from data_tools.ingest.common import (
     read_file,
 )
 from data_tools.labels import LabelFile
+from data_tools.pictures import CAPTION_COLUMNS
 from data_tools.tars import lines_of, text_of
 from finetune import UserError
 from finetune.data.shards import CLASSES, parse_classes

@@ -34,7 +34,6 @@ from typing import Any
 
 from data_tools.images import SUFFIXES
 from data_tools.ingest.common import (
-    CAPTION_COLUMNS,
     Found,
     Options,
     SetAside,
@@ -44,7 +43,7 @@ from data_tools.ingest.common import (
     labels_of,
     number_or_text,
 )
-from data_tools.pictures import TAR_SUFFIXES, caption_fields, safe_key, tar_stem
+from data_tools.pictures import CAPTION_COLUMNS, TAR_SUFFIXES, caption_fields, safe_key, tar_stem
 from data_tools.tars import TarSample, iter_tar, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
