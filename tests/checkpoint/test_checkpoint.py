@@ -185,26 +185,18 @@ def test_a_new_checkpoint_outlives_the_broken_one_that_it_follows(saved: tuple[P
     assert find_fault(path.with_name("step-00000006")) is None
 
 
-def test_a_broken_checkpoint_does_not_push_out_a_whole_one(saved: tuple[Parts, Path]) -> None:
+@pytest.mark.parametrize("step", [12, 9], ids=["later", "in-its-place"])
+def test_a_broken_checkpoint_does_not_push_out_a_whole_one(saved: tuple[Parts, Path], step: int) -> None:
+    """A run that passed it over comes to the same step again, too."""
     parts, path = saved
     broken_at(9, path)
     checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=2)
     with pytest.warns(UserWarning, match="passing over"):
         assert checkpoints.latest() == path
-    checkpoints.save(progress_at(12), parts.strategy, parts.averages)
-    assert sorted(os.listdir(path.parent)) == [path.name, "step-00000012"]
-
-
-def test_a_checkpoint_saved_in_place_of_a_broken_one_stays(saved: tuple[Parts, Path]) -> None:
-    """A run that passed it over comes to the same step again."""
-    parts, path = saved
-    broken_at(9, path)
-    checkpoints = Checkpoints(parts.checkpoints.run, parts.checkpoints.layout, keep=2)
-    with pytest.warns(UserWarning, match="passing over"):
-        assert checkpoints.latest() == path
-    checkpoints.save(progress_at(9), parts.strategy, parts.averages)
-    assert sorted(os.listdir(path.parent)) == [path.name, "step-00000009"]
-    assert find_fault(path.with_name("step-00000009")) is None
+    checkpoints.save(progress_at(step), parts.strategy, parts.averages)
+    new = path.with_name(f"step-{step:08d}")
+    assert sorted(os.listdir(path.parent)) == [path.name, new.name]
+    assert find_fault(new) is None
 
 
 def test_what_came_of_a_named_checkpoint_is_gone_on_from(saved: tuple[Parts, Path], tmp_path: Path) -> None:
