@@ -28,11 +28,11 @@ from benchmarks.ranks import launch, require_gpus
 from benchmarks.strategies import wrapped
 from benchmarks.works import batches, make_unet, stepping
 from finetune import distributed
-from finetune.distributed import World, data_parallel, graphs, zero
+from finetune.distributed import World, data_parallel, graphs, reduction, zero
 
 STRATEGIES = ("ddp", "ddp_bf16", "zero1", "zero2", "zero3")
 SHAPE, BATCH, STEPS, LR = "tiny", 4, 8, 1e-3
-BUCKET_ELEMENTS = 60_000
+BUCKET_ELEMENTS, IN_PLACE_ELEMENTS = 60_000, 4_000
 
 
 @dataclass
@@ -70,6 +70,7 @@ def worker(out: str, share: bool) -> None:
     world = distributed.start("auto", uses_deepspeed=True)
     graphs.BOUND = -1.0  # however long launching takes
     zero.BUCKET_ELEMENTS = data_parallel.BUCKET_ELEMENTS = BUCKET_ELEMENTS
+    reduction.IN_PLACE_ELEMENTS = IN_PLACE_ELEMENTS
     rows = []
     for kind in STRATEGIES:
         for micro_batches in (1, 2):

@@ -14,7 +14,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +92,8 @@ class Reduction(ABC):
         self._is_on = False
         self._next = 0  # the first bucket that is not reduced yet
         self._marks: list[torch.cuda.Event | None] | None = None  # of a capture
-        self._flats: deque[tuple[torch.cuda.Event, Tensor]] = deque()  # being reduced, each with its end
+        # Being reduced, each bucket with its end.
+        self._flats: deque[tuple[torch.cuda.Event, Sequence[Tensor]]] = deque()
         on_gpu = world.device.type == "cuda" and world.size > 1
         # Peers wait for a rank's collectives: they go before the pass's kernels.
         self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
@@ -209,18 +210,18 @@ class Reduction(ABC):
             self._missing[self._bucket_of[number]] -= 1
 
     @contextlib.contextmanager
-    def _beside(self, flat: Tensor, *, is_large: bool = True) -> Iterator[None]:
-        """On the stream of collectives, once `flat` is filled, which is held meanwhile; of large ones so many."""
+    def _beside(self, flats: Sequence[Tensor], *, are_large: bool = True) -> Iterator[None]:
+        """On the stream of collectives, once `flats` are filled; they are held meanwhile, of large ones so many."""
         if self._stream is None:
             yield
             return
         current = torch.cuda.current_stream()
-        if is_large and len(self._flats) == _FLATS:
+        if are_large and len(self._flats) == _FLATS:
             current.wait_event(self._flats.popleft()[0])
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             yield
-            self._flats.append((self._stream.record_event(), flat))
+            self._flats.append((self._stream.record_event(), flats))
 
     def _join(self) -> None:
         if self._stream is not None:
@@ -256,7 +257,7 @@ class WholeReduction(Reduction):
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
         parameters = [self.parameters[number] for number in self.buckets[bucket]]
         whole = [_lying_as(p, gradient) for p, gradient in zip(parameters, gradients, strict=True)]
-        rows = [gradient.as_strided((gradient.numel(),), (1,)) for gradient in whole]
+        rows = [_row_of(gradient) for gradient in whole]
         is_rounded = self.dtype != rows[0].dtype
         copied = [row for row in rows if is_rounded or len(row) < IN_PLACE_ELEMENTS]
         in_place = [] if is_rounded else [row for row in rows if len(row) >= IN_PLACE_ELEMENTS]
@@ -265,7 +266,7 @@ class WholeReduction(Reduction):
         if copied:
             torch._foreach_copy_(parts, copied)
         # Those in place are held by their parameters meanwhile.
-        with self._beside(flat, is_large=is_rounded):
+        with self._beside([flat], are_large=is_rounded):
             self.world.sum_all_([*in_place, flat] if copied else in_place)
             if copied:
                 torch._foreach_copy_(copied, parts)
@@ -283,8 +284,13 @@ def _lying_as(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.empty_like(parameter).copy_(gradient)
 
 
+def _row_of(gradient: Tensor) -> Tensor:
+    """A gradient as a row, in the order in which it lies in memory."""
+    return gradient.as_strided((gradient.numel(),), (1,))
+
+
 class SplitReduction(Reduction):
-    """Each rank keeps its pieces of the sums over ranks and micro-batches: ZeRO 1 and 2.
+    """Each rank keeps its pieces of the sums over ranks and micro-batches.
 
     Args:
         pieces: for each of `parameters`, which stand in the order in which pieces lie in their keys.
@@ -304,7 +310,6 @@ class SplitReduction(Reduction):
         self.sums: dict[int, Tensor] | None = None  # by id of the key; none between a step and the next pass
         self.keeps_sums = False  # they lie where they are for the next step: a CUDA graph adds to them there
         self._kept: dict[int, Tensor] = {}
-        self.runs: list[list[_Run]] = []  # of each bucket
 
     def begin(self, *, reduces: bool) -> None:
         super().begin(reduces=reduces)
@@ -325,70 +330,129 @@ class SplitReduction(Reduction):
             self._kept = sums
         return [sums[id(key)] for key in self.keys]
 
+    def _runs(self, places: Iterable[tuple[Piece, int]]) -> list[_Run]:
+        """Of pieces, each with its first element's place in one tensor: what can be added as one."""
+        runs: list[_Run] = []
+        for piece, first in places:
+            if not piece.count:
+                continue
+            count, offset = piece.count, piece.offset
+            if runs:
+                start, before, key, onto = runs[-1]
+                if key is piece.key and start + before == first and onto + before == offset:
+                    runs.pop()
+                    first, count, offset = start, before + count, onto
+            runs.append((first, count, piece.key, offset))
+        return runs
+
+    def _add(self, mine: Tensor, runs: Sequence[_Run]) -> None:
+        assert self.sums is not None
+        for first, count, key, offset in runs:
+            self.sums[id(key)][offset : offset + count].add_(mine[first : first + count])
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Gradients that are reduced as one tensor: a large one where it lies, small ones one behind the other.
+
+    `numbers`: of their parameters; `parts`: (rank that keeps it, first element, end); `runs`: what this rank keeps.
+    """
+
+    numbers: list[int]
+    parts: list[tuple[int, int, int]]
+    runs: list[_Run]
+
+
+class OwnedReduction(SplitReduction):
+    """Each sum goes to the ranks that keep it, and to no other: ZeRO 1 and 2.
+
+    On N ranks an all-reduce, DeepSpeed's default, moves 2 (N - 1) / N times as much.
+    """
+
+    rows: list[list[_Row]]  # of each bucket
+
     def _make_buckets(self) -> None:
         super()._make_buckets()
-        self.runs = [self._runs(bucket) for bucket in self.buckets]
+        kept = self.world.gather([(piece.start, piece.count) for piece in self.pieces])
+        self.rows = [self._rows(bucket, kept) for bucket in self.buckets]
 
-    def _runs(self, numbers: Sequence[int]) -> list[_Run]:
-        runs: list[_Run] = []
-        at = 0
-        for number in numbers:
-            piece = self.pieces[number]
-            if piece.count:
-                first, count, offset = at + self._place(piece), piece.count, piece.offset
-                if runs:
-                    start, before, key, onto = runs[-1]
-                    if key is piece.key and start + before == first and onto + before == offset:
-                        runs.pop()
-                        first, count, offset = start, before + count, onto
-                runs.append((first, count, piece.key, offset))
-            at += self._width(piece)
-        return runs
+    def _rows(self, numbers: Sequence[int], kept: Sequence[Sequence[tuple[int, int]]]) -> list[_Row]:
+        large = [number for number in numbers if self.sizes[number] >= IN_PLACE_ELEMENTS]
+        small = [number for number in numbers if self.sizes[number] < IN_PLACE_ELEMENTS]
+        return [self._row(row, kept) for row in ([*([number] for number in large), small]) if row]
+
+    def _row(self, numbers: Sequence[int], kept: Sequence[Sequence[tuple[int, int]]]) -> _Row:
+        begins = itertools.accumulate((self.sizes[number] for number in numbers), initial=0)
+        at = dict(zip(numbers, begins, strict=False))
+        parts: list[tuple[int, int, int]] = []
+        for number, (rank, of_rank) in itertools.product(numbers, enumerate(kept)):
+            start, count = of_rank[number]
+            if count:
+                first = at[number] + start
+                if parts and parts[-1][0] == rank and parts[-1][2] == first:
+                    first = parts.pop()[1]
+                parts.append((rank, first, at[number] + start + count))
+        pieces = [self.pieces[number] for number in numbers]
+        places = [at[number] + piece.start for number, piece in zip(numbers, pieces, strict=True)]
+        return _Row(list(numbers), parts, self._runs(zip(pieces, places, strict=True)))
 
     @torch.no_grad()
     def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
-        flat = self._flat([self.pieces[number] for number in self.buckets[bucket]], gradients)
-        with self._beside(flat):
-            mine = self._summed(flat)
-            assert self.sums is not None
-            for first, count, key, offset in self.runs[bucket]:
-                self.sums[id(key)][offset : offset + count].add_(mine[first : first + count])
+        of_numbers = dict(zip(self.buckets[bucket], gradients, strict=True))
+        rows = self.rows[bucket]
+        flats = [self._flat(row.numbers, [of_numbers[number] for number in row.numbers]) for row in rows]
+        with self._beside(flats):
+            self.world.sum_at_(
+                (rank, flat[first:end])
+                for row, flat in zip(rows, flats, strict=True)
+                for rank, first, end in row.parts
+            )
+            for row, flat in zip(rows, flats, strict=True):
+                self._add(flat, row.runs)
 
-    def _place(self, piece: Piece) -> int:
-        """Where this rank's piece begins among the elements that it gets of the parameter."""
-        return piece.start
-
-    def _width(self, piece: Piece) -> int:
-        """Of a parameter how many elements a rank gets."""
-        return piece.numel
-
-    def _flat(self, pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> Tensor:
-        """Gradients one behind the other."""
-        flat = self._empty(sum(piece.numel for piece in pieces))
-        parts = flat.split([piece.numel for piece in pieces])
-        _fill([part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)], gradients)
+    def _flat(self, numbers: Sequence[int], gradients: Sequence[Tensor | None]) -> Tensor:
+        parameters = [self.parameters[number] for number in numbers]
+        if self.sizes[numbers[0]] >= IN_PLACE_ELEMENTS:
+            return _row_of(_lying_as(parameters[0], gradients[0]))
+        flat = self._empty(sum(self.sizes[number] for number in numbers))
+        parts = flat.split([self.sizes[number] for number in numbers])
+        _fill([part.view(p.shape) for part, p in zip(parts, parameters, strict=True)], gradients)
         return flat
-
-    def _summed(self, flat: Tensor) -> Tensor:
-        """What this rank gets, summed over ranks."""
-        return self.world.sum_(flat)
 
 
 class ScatteredReduction(SplitReduction):
     """Each rank keeps an equal piece of each parameter, and gets those alone: ZeRO 3."""
 
-    def _place(self, piece: Piece) -> int:
-        return 0
+    def _make_buckets(self) -> None:
+        super()._make_buckets()
+        self.runs = []
+        for bucket in self.buckets:
+            pieces = [self.pieces[number] for number in bucket]
+            places = itertools.accumulate((self._width(piece) for piece in pieces), initial=0)
+            self.runs.append(self._runs(zip(pieces, places, strict=False)))
 
     def _width(self, piece: Piece) -> int:
-        return piece.each
+        """Of a parameter how many elements a rank gets."""
+        return piece.numel if self.world.size == 1 else piece.each
+
+    @torch.no_grad()
+    def _reduce(self, bucket: int, gradients: Sequence[Tensor | None]) -> None:
+        flat = self._flat([self.pieces[number] for number in self.buckets[bucket]], gradients)
+        with self._beside([flat]):
+            mine = flat
+            if self.world.size > 1:
+                mine = self._empty(len(flat) // self.world.size)
+                reduce_scatter(mine, flat)
+            self._add(mine, self.runs[bucket])
 
     def _flat(self, pieces: Sequence[Piece], gradients: Sequence[Tensor | None]) -> Tensor:
         """All pieces of rank 0, then those of rank 1, and so on; a parameter's last ones may be padding."""
-        if self.world.size == 1:
-            return super()._flat(pieces, gradients)
         ranks = self.world.size
-        flat = self._empty(ranks * sum(piece.each for piece in pieces))
+        flat = self._empty(ranks * sum(self._width(piece) for piece in pieces))
+        if ranks == 1:
+            parts = flat.split([piece.numel for piece in pieces])
+            _fill([part.view(piece.shape) for part, piece in zip(parts, pieces, strict=True)], gradients)
+            return flat
         at = 0
         for piece, gradient in zip(pieces, gradients, strict=True):
             to_RE = flat.view(ranks, -1)[:, at : at + piece.each]
@@ -403,13 +467,6 @@ class ScatteredReduction(SplitReduction):
                 to_RE[whole, rest:].zero_()
                 to_RE[whole + 1 :].zero_()
         return flat
-
-    def _summed(self, flat: Tensor) -> Tensor:
-        if self.world.size == 1:
-            return flat
-        mine = self._empty(len(flat) // self.world.size)
-        reduce_scatter(mine, flat)
-        return mine
 
 
 def _fill(parts: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:

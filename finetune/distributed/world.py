@@ -10,7 +10,7 @@ import socket
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _coalescing_manager
 
 from finetune import PeerLostError, UserError, by_all, first_line
 from finetune.distributed.watch import Bounds, Watch
@@ -107,6 +108,15 @@ class World:
             work = group.allreduce_coalesced(list(tensors), options)  # `dist.all_reduce_coalesced` warns of its end
             if work is not None:
                 work.wait()
+
+    def sum_at_(self, parts: Iterable[tuple[int, Tensor]]) -> None:
+        """Sum each over ranks, in place, at the rank beside it, as one collective; on other ranks it is lost."""
+        if self.size == 1:
+            return
+        on_gpu = self.device.type == "cuda"
+        with _coalescing_manager(device=self.device) if on_gpu else contextlib.nullcontext():
+            for rank, tensor in parts:
+                dist.reduce(tensor, rank)
 
 
 def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) -> World:

@@ -20,7 +20,7 @@ from finetune.distributed.files import in_file
 from finetune.distributed.gathering import Gathering
 from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
-from finetune.distributed.reduction import BUCKET_ELEMENTS, Piece, ScatteredReduction, SplitReduction
+from finetune.distributed.reduction import BUCKET_ELEMENTS, OwnedReduction, Piece, ScatteredReduction
 from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement, require_same_layout
 from finetune.models.layout import stored_channels_last
@@ -145,7 +145,7 @@ class ZeRO(Strategy):
         for shard in self.shards:  # DeepSpeed makes masters of weights that it has rounded already
             whole = world.broadcast_(exact[shard.name].to(world.device).contiguous())
             shard.master.copy_(shard.piece_of(whole))
-        self.reduction: SplitReduction | None = None
+        self.reduction: OwnedReduction | ScatteredReduction | None = None
         self.gathering: Gathering | None = None
         if not offload:
             self._take_over(parameters)
@@ -182,7 +182,7 @@ class ZeRO(Strategy):
         pieces = {shard.name: self._piece(shard, parameters[shard.name]) for shard in self.shards}
         groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
         ordered = [p for group in groups for p in group if id(p) in of_names]
-        kind = ScatteredReduction if self.stage == 3 else SplitReduction
+        kind = ScatteredReduction if self.stage == 3 else OwnedReduction
         self.reduction = kind(
             self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, BUCKET_ELEMENTS
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.distributed import World, reduction
-from finetune.distributed.reduction import Piece, ScatteredReduction, SplitReduction, WholeReduction
+from finetune.distributed.reduction import OwnedReduction, Piece, ScatteredReduction, WholeReduction
 
 SHAPES = [(5, 3), (7,), (4, 2, 3), (1,), (6, 6), (11,)]
 
@@ -52,14 +53,27 @@ class Played:
     def __init__(self, kind, split, ranks: int, rank: int, bucket_elements: int) -> None:
         self.pieces, self.keys = split(ranks, rank)
         self.parameters = [nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
-        self.ranks, self.rank = ranks, rank
+        self.ranks, self.rank, self.split = ranks, rank, split
         world = World(rank, ranks, rank, torch.device("cpu"))
         self.reduction = kind(world, self.parameters, self.pieces, self.keys, bucket_elements)
         self.collectives: list[int] = []
 
-    def sum(self, flat: Tensor) -> Tensor:
+    def scatter(self, mine: Tensor, flat: Tensor) -> None:
         self.collectives.append(len(flat))
-        return flat * self.ranks  # all ranks have equal gradients
+        mine.copy_((flat * self.ranks).view(self.ranks, -1)[self.rank])  # all ranks have equal gradients
+
+    def sum_at(self, parts: Iterable[tuple[int, Tensor]]) -> None:
+        parts = list(parts)
+        self.collectives.append(sum(len(part) for _, part in parts))
+        for rank, part in parts:
+            part.mul_(self.ranks if rank == self.rank else math.nan)
+
+    def gather(self, value: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """Where each rank's pieces are."""
+        of_ranks = [self.split(self.ranks, rank)[0] for rank in range(self.ranks)]
+        gathered = [[(piece.start, piece.count) for piece in pieces] for pieces in of_ranks]
+        assert gathered[self.rank] == value
+        return gathered
 
     def run(self, order: list[int], gradients: list[Tensor]) -> None:
         """A backward pass that comes to these parameters in this order."""
@@ -85,23 +99,22 @@ def played(monkeypatch):
     def make(kind, split, ranks: int, rank: int, bucket_elements: int = 40) -> Played:
         one = Played(kind, split, ranks, rank, bucket_elements)
         monkeypatch.setattr(World, "broadcast", lambda self, value: value)
-        monkeypatch.setattr(World, "sum_", lambda self, tensor: one.sum(tensor) if self.size > 1 else tensor)
-
-        def scatter(mine: Tensor, flat: Tensor) -> None:
-            mine.copy_(one.sum(flat).view(ranks, -1)[rank])
-
-        monkeypatch.setattr(reduction, "reduce_scatter", scatter)
+        monkeypatch.setattr(World, "gather", lambda self, value: one.gather(value))
+        monkeypatch.setattr(World, "sum_at_", lambda self, parts: one.sum_at(parts))
+        monkeypatch.setattr(reduction, "reduce_scatter", one.scatter)
         return one
 
     return make
 
 
-KINDS = [(SplitReduction, split_as_one), (ScatteredReduction, split_each)]
+KINDS = [(OwnedReduction, split_as_one), (ScatteredReduction, split_each)]
 
 
 @pytest.mark.parametrize(("kind", "split"), KINDS, ids=["as_one", "each"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_sums_are_the_pieces_of_all_gradients(played, kind, split, ranks):
+@pytest.mark.parametrize("in_place", [12, 1 << 18])
+def test_sums_are_the_pieces_of_all_gradients(played, monkeypatch, kind, split, ranks, in_place):
+    monkeypatch.setattr(reduction, "IN_PLACE_ELEMENTS", in_place)
     draws = torch.Generator().manual_seed(ranks)
     for rank in range(ranks):
         one = played(kind, split, ranks, rank)
@@ -127,7 +140,7 @@ def test_a_parameter_without_a_gradient_counts_as_zeros(played, kind, split):
 
 
 def test_buckets_follow_the_first_pass_and_keep_its_order(played):
-    one = played(SplitReduction, split_as_one, 2, 0)
+    one = played(OwnedReduction, split_as_one, 2, 0)
     gradients = [torch.ones(shape) for shape in SHAPES]
     first = [5, 4, 3, 2, 1, 0]
     one.run(first, gradients)
@@ -139,7 +152,7 @@ def test_buckets_follow_the_first_pass_and_keep_its_order(played):
 
 
 def test_buckets_are_reduced_while_gradients_still_come(played):
-    one = played(SplitReduction, split_as_one, 2, 0)
+    one = played(OwnedReduction, split_as_one, 2, 0)
     gradients = [torch.ones(shape) for shape in SHAPES]
     order = [5, 4, 3, 2, 1, 0]
     one.run(order, gradients)
@@ -156,7 +169,7 @@ def test_buckets_are_reduced_while_gradients_still_come(played):
 
 def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
     """As those of stage 1 before a step's last micro-batch."""
-    one = played(SplitReduction, split_as_one, 2, 1)
+    one = played(OwnedReduction, split_as_one, 2, 1)
     gradients = [torch.full(shape, 2.0) for shape in SHAPES]
     for number, gradient in enumerate(gradients):
         (one.parameters[number] * gradient).sum().backward()
@@ -166,7 +179,7 @@ def test_outside_of_a_pass_gradients_add_up_where_they_are(played):
 
 
 def test_gradients_that_only_an_earlier_micro_batch_came_to_are_reduced_as_well(played):
-    one = played(SplitReduction, split_as_one, 2, 0)
+    one = played(OwnedReduction, split_as_one, 2, 0)
     gradients = [torch.full(shape, 2.0) for shape in SHAPES]
     for _ in range(2):  # before buckets are known, and after
         (one.parameters[3] * gradients[3]).sum().backward()
@@ -176,9 +189,34 @@ def test_gradients_that_only_an_earlier_micro_batch_came_to_are_reduced_as_well(
 
 
 def test_neighbours_are_added_at_once(played):
-    one = played(SplitReduction, split_as_one, 1, 0, 10_000)
+    one = played(OwnedReduction, split_as_one, 1, 0, 10_000)
     one.run([3, 0, 5, 1, 4, 2], [torch.ones(shape) for shape in SHAPES])
-    assert len(one.reduction.buckets) == 1 and len(one.reduction.runs[0]) == 2  # one for each key
+    [[row]] = one.reduction.rows
+    assert len(row.runs) == 2  # one for each key
+
+
+def test_large_gradients_are_reduced_where_they_lie(played, monkeypatch):
+    """Each part of them by the rank that keeps it; small ones in one row."""
+    monkeypatch.setattr(reduction, "IN_PLACE_ELEMENTS", 12)
+    one = played(OwnedReduction, split_as_one, 2, 1)  # rank 0 keeps 24 of 47 elements, and 24 of 47
+    one.run([5, 4, 3, 2, 1, 0], [torch.ones(shape) for shape in SHAPES])
+    assert one.reduction.buckets == [[5], [3, 4], [1, 2], [0]]
+    told = [[(row.numbers, row.parts) for row in rows] for rows in one.reduction.rows]
+    assert told == [
+        [([5], [(1, 0, 11)])],
+        [([4], [(0, 0, 24), (1, 24, 36)]), ([3], [(1, 0, 1)])],
+        [([2], [(0, 0, 2), (1, 2, 24)]), ([1], [(0, 0, 7)])],
+        [([0], [(0, 0, 15)])],
+    ]
+    reduced: list[int] = []
+    monkeypatch.setattr(World, "sum_at_", lambda self, parts: reduced.extend(part.data_ptr() for _, part in parts))
+    gradients = [torch.ones(shape) for shape in SHAPES]
+    for parameter, gradient in zip(one.parameters, gradients, strict=True):
+        parameter.grad = gradient
+    one.reduction.begin(reduces=True)
+    with one.reduction.of_a_pass():
+        pass
+    assert all((gradient.data_ptr() in reduced) is (gradient.numel() >= 12) for gradient in gradients)
 
 
 # --- whole sums -------------------------------------------------------------------------------------
@@ -404,7 +442,7 @@ def test_what_is_on_its_way_is_bounded(whole, streams):
 
 def test_sums_can_stay_where_they_are(played):
     """A graph adds to them there."""
-    one = played(SplitReduction, split_as_one, 2, 0)
+    one = played(OwnedReduction, split_as_one, 2, 0)
     one.reduction.keeps_sums = True
     order, places = [5, 4, 3, 2, 1, 0], set()
     for factor in (1.0, 3.0):
