@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -326,6 +327,32 @@ def test_closed_files_do_not_leak(root: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) - before <= 2 * 2  # a tar and the map of its index each
     shards.close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_set_made_anew_is_not_read_as_the_one_that_was_opened(root: Path, tmp_path: Path) -> None:
+    shards = ShardSet.open(root)
+    want, last = shards.read(0), len(shards) - 1
+    shutil.copytree(root, tmp_path / "old")
+    write_set(tmp_path / "new", json=json_bytes({"captions": ["as long as before?"]}))
+
+    def put(source: str) -> None:
+        for path in (tmp_path / source).iterdir():  # under a run, as rsync does
+            shutil.copy(path, root / f".{path.name}")
+            os.replace(root / f".{path.name}", root / path.name)
+
+    put("new")
+    assert shards.read(0) == want  # from a tar that is open
+    for each in (shards, pickle.loads(pickle.dumps(shards))):
+        with pytest.raises(ShardError, match=r"set/manifest.json is not the one .*: restore the set"):
+            each.read(last)
+    (root / "manifest.json").unlink()
+    with pytest.raises(ShardError, match=r"set/manifest.json is gone"):
+        shards.read(last)
+    put("old")  # another file that says the same
+    assert shards.read(last) == ShardSet.open(root).read(last)
+    (root / "manifest.json").touch()
+    shards.close()
+    assert shards.read(0) == want
 
 
 # --- writing

@@ -24,6 +24,7 @@ from finetune.data.shards.cache import Cache, Prefetcher
 from finetune.data.shards.files import (
     BLOCK,
     LATENT,
+    MANIFEST,
     NAME_BYTES,
     NPY_ERRORS,
     ShardError,
@@ -136,6 +137,7 @@ class ShardSet:
         self.root: Path | str = home.name if isinstance(home, Store) else home
         self.cache = (cache or Cache()) if self.store is not None else None
         self.manifest = manifest
+        self._seen: tuple[int, int, int] | None = None  # which file a local set's manifest was read from
         self.max_open = max_open or most_open()
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)], dtype=np.int64)
         self._columns = {member: column for column, member in enumerate(manifest.members)}
@@ -151,12 +153,15 @@ class ShardSet:
             ShardError: no finished set there, one of the other kind, or one that can't be reached.
         """
         home = resolve(root)
+        seen = None if isinstance(home, Store) else _identity(home / MANIFEST)
         manifest = Manifest.load(home)
         if kind is not None and manifest.kind != kind:
             remedy = "run `data-tools encode` on it" if kind == "latents" else "give the set it was made from"
             name = home.name if isinstance(home, Store) else home
             raise ShardError(f"{name} holds {manifest.kind}, {kind} are needed; {remedy}")
-        return cls(home, manifest, max_open=max_open, cache=cache)
+        shards = cls(home, manifest, max_open=max_open, cache=cache)
+        shards._seen = seen
+        return shards
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
@@ -294,7 +299,7 @@ class ShardSet:
         """Open a shard ahead of reading from it.
 
         Raises:
-            ShardError: it is missing, or is not what the manifest says.
+            ShardError: it is missing, is not what the manifest says, or the set was made anew meanwhile.
             OSError: the disk does not answer, or refuses.
         """
         self._tar(shard)
@@ -557,11 +562,27 @@ class ShardSet:
     def _open_tar(self, shard: int) -> _Tar:
         info, members = self.manifest.shards[shard], len(self.manifest.members)
         if self.store is None or self.cache is None:
-            return _Tar.open(Path(self.root) / info.name, info.samples, members)
+            try:
+                return _Tar.open(Path(self.root) / info.name, info.samples, members)
+            finally:  # once it is open: who makes a set anew removes the manifest before the shards
+                self._require_unchanged()
         tar = _Tar(info.name, *self.cache.open(self.store, info, members))
         if (prefetcher := self._prefetcher) is not None:
             prefetcher.taken(shard)
         return tar
+
+    def _require_unchanged(self) -> None:
+        """Refuse shards of a set that took the place of ours: they open and read as well as ours did."""
+        path = Path(self.root) / MANIFEST
+        if self._seen is None or (seen := _identity(path)) == self._seen:
+            return
+        if seen is not None:  # touched or restored, or a drive that was mounted again: what it says is what counts
+            found = Manifest.load(Path(self.root))
+            if (found.members, found.shards) == (self.manifest.members, self.manifest.shards):
+                self._seen = seen
+                return
+        what = "is gone" if seen is None else "is not the one that was there when the set was opened"
+        raise ShardError(f"{path} {what}: restore the set as it was, or start anew with the new one")
 
     def _make_way(self) -> bool:
         """Close half of what is open, from here on: others have taken more descriptors than were left to them."""
@@ -629,6 +650,14 @@ class ShardSet:
         else:  # its bytes were those of the manifest when they were fetched
             where, remedy = self.store.url(tar.name), "run `data-tools verify` where the shards were made"
         raise ShardError(f"{where}: sample {sample_id} {what}; {remedy}")
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a file from the one that replaces it; None where there is none."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        status = path.stat()
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
 
 
 def _pread_all(fd: int, size: int, offset: int) -> bytes:
