@@ -27,6 +27,7 @@ from finetune import UserError, first_line
 from finetune.data.shards import NO_ENCODER, EncoderInfo
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch, fetch_file, relative_source, weights_sha256
+from finetune.models.weight_files import load_folder
 
 PIXEL_RANGE = (-1.0, 1.0)
 
@@ -95,7 +96,7 @@ def load_autoencoder(
             )
         if class_name == Pixels.__name__:  # a configuration, without weights
             return Pixels.from_config(Pixels.load_config(path)).to(device).eval()
-        vae: Autoencoder = KINDS[class_name].from_pretrained(path, torch_dtype=dtype)
+        vae: Autoencoder = load_folder(KINDS[class_name], path, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         what = first_line(error).rstrip(".")
         raise UserError(f"cannot load an autoencoder from {source}: {what}; check the folder or id") from None

@@ -16,17 +16,19 @@ from torch import Tensor
 
 from finetune import BUNDLED, UserError, first_line
 from finetune.models.single_file import open_file
+from finetune.models.weight_files import whole_weights
 from finetune.runs import is_run
 
 FILES = (".safetensors", ".ckpt", ".pt")  # of single-file checkpoints
 _PROBE_SECONDS = 5.0
+_HALF, _NON_EMA = "*.fp16[.-]*", "*.non_ema*"  # other files of the same weights
 
 
 def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
     """A local folder that holds `part` (`unet`, `vae`, ...) in a subfolder, or is it.
 
     A hub id is downloaded, that part and its safetensors alone, or taken from the cache where the hub is out
-    of reach.
+    of reach. Those in float16 are where a model has no others.
 
     Raises:
         UserError: no such folder, no such model on the hub, or the hub is out of reach and the cache has
@@ -41,7 +43,11 @@ def fetch(source: str | Path, part: str, revision: str | None = None) -> Path:
         raise UserError(f"{source} is a single file: it holds no {part}")
     kinds = ("*.json", "*.txt", "*.safetensors")
     patterns = [*(f"{part}/{kind}" for kind in kinds), "config.json", "diffusion_pytorch_model*.safetensors"]
-    return download(str(source), patterns, revision, ignore=["*.fp16.*", "*.non_ema*"])
+    found = download(str(source), patterns, revision, ignore=[_HALF, _NON_EMA])
+    places = [place for place in (found / part, found) if (place / "config.json").is_file()]
+    if places and not whole_weights(places[0]):
+        return download(str(source), patterns, revision, ignore=[_NON_EMA])
+    return found
 
 
 def _refuse_run(source: str | Path, folder: Path) -> None:

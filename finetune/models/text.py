@@ -26,7 +26,7 @@ from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
 from finetune.models.single_file import open_file
 from finetune.models.sources import download, fetch, fetch_file, local_folder, relative_source, weights_sha256
-from finetune.models.weight_files import write_weights
+from finetune.models.weight_files import load_folder, write_weights
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_EMBEDDING_STD = 0.02
@@ -171,7 +171,7 @@ def _fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIP
 
 def _load(kind: type[Encoder], folder: Path, dtype: torch.dtype) -> Encoder:
     try:
-        text_encoder = kind.from_pretrained(folder)
+        text_encoder = load_folder(kind, folder)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no text encoder can be loaded from {folder}: {first_line(error)}") from error
     # transformers 4 loads float32, 5 what the files hold: say it here, for both.

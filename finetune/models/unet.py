@@ -13,6 +13,7 @@ from diffusers import UNet2DConditionModel
 from finetune import UserError, first_line
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch, fetch_file
+from finetune.models.weight_files import load_folder
 
 
 def load_unet(
@@ -37,7 +38,7 @@ def load_unet(
         return open_file(file).unet(dtype)
     name = _unet_folder(fetch(source, subfolder, revision), subfolder)
     try:
-        unet = UNet2DConditionModel.from_pretrained(name, torch_dtype=dtype)
+        unet = load_folder(UNet2DConditionModel, name, torch_dtype=dtype)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no U-Net can be loaded from {name}: {first_line(error)}") from error
     unet.register_to_config(_name_or_path="")  # diffusers would write where it lay into every copy

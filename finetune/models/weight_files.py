@@ -1,6 +1,6 @@
 """The tensors of one file of weights: a `.safetensors`, or a pickle of torch's of which only weights are read.
 
-Files are written as `.safetensors`.
+Files are written as `.safetensors`. A folder that diffusers or transformers wrote is loaded by them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import UserError, first_line
+
+Module = TypeVar("Module")
 
 _UMASK = os.umask(0)  # there is no way to ask but to set it
 os.umask(_UMASK)
@@ -36,6 +38,33 @@ def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
         tensors = _Lazy(path)
         return tensors, tensors.metadata
     return _read_pickle(path), {}
+
+
+def load_folder(kind: type[Module], folder: Path, **settings: Any) -> Module:
+    """`kind.from_pretrained(folder)` of diffusers or transformers, of float16 files where there are no others.
+
+    Raises:
+        UserError: a weight is missing: transformers would draw it, diffusers leave it without memory.
+        OSError, ValueError, RuntimeError, SafetensorError: of the library's.
+    """
+    variant = None if whole_weights(folder) or not _weights(folder) else "fp16"
+    loaded, about = kind.from_pretrained(  # type: ignore[attr-defined]
+        folder, variant=variant, output_loading_info=True, **settings
+    )
+    if missing := sorted(about["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{folder} holds no {missing[0]}{more}: the files are not whole, get them again")
+    return loaded  # type: ignore[no-any-return]
+
+
+def whole_weights(folder: Path) -> list[Path]:
+    """The files of weights in a folder that are no float16 copies of others (`model.fp16.safetensors`)."""
+    return [path for path in _weights(folder) if ".fp16" not in path.name]
+
+
+def _weights(folder: Path) -> list[Path]:
+    found = [path for suffix in (".safetensors", ".bin") for path in sorted(folder.glob(f"*{suffix}"))]
+    return [path for path in found if ".non_ema" not in path.name]  # which is never asked for
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

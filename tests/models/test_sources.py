@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from fnmatch import fnmatch
+
 import pytest
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
@@ -67,6 +70,34 @@ def test_only_the_part_is_downloaded(hub, tmp_path):
     assert (name, arguments["revision"], arguments["local_files_only"]) == ("someone/model", "v2", False)
     assert "unet/*.safetensors" in arguments["allow_patterns"]
     assert not any("bin" in pattern or "ckpt" in pattern for pattern in arguments["allow_patterns"])
+
+
+def test_files_in_float16_are_downloaded_where_a_model_has_no_others(hub, tmp_path):
+    held = [
+        "config.json",
+        "model.fp16.safetensors",
+        "model.fp16-00001-of-00002.safetensors",
+        "model.non_ema.safetensors",
+    ]
+    calls = []
+
+    def download(name, allow_patterns, ignore_patterns, **_):
+        calls.append(ignore_patterns)
+        for file in [f"unet/{each}" for each in held]:
+            if not any(fnmatch(file, pattern) for pattern in ignore_patterns):
+                (tmp_path / file).parent.mkdir(exist_ok=True)
+                (tmp_path / file).touch()
+        return str(tmp_path)
+
+    hub(download=download)
+    assert sources.fetch("someone/model", "unet") == tmp_path
+    assert sorted(path.name for path in (tmp_path / "unet").iterdir()) == sorted(held[:3])
+    held.append("model.safetensors")
+    shutil.rmtree(tmp_path / "unet")
+    calls.clear()
+    sources.fetch("someone/model", "unet")
+    assert sorted(path.name for path in (tmp_path / "unet").iterdir()) == ["config.json", "model.safetensors"]
+    assert len(calls) == 1
 
 
 def test_out_of_reach_the_cache_is_asked(hub, tmp_path):
