@@ -376,9 +376,13 @@ class OwnedReduction(SplitReduction):
         kept = self.world.gather([(piece.start, piece.count) for piece in self.pieces])
         self.rows = [self._rows(bucket, kept) for bucket in self.buckets]
 
+    def is_large(self, number: int) -> bool:
+        """Whether a parameter travels by itself."""
+        return self.sizes[number] >= IN_PLACE_ELEMENTS
+
     def _rows(self, numbers: Sequence[int], kept: Sequence[Sequence[tuple[int, int]]]) -> list[_Row]:
-        large = [number for number in numbers if self.sizes[number] >= IN_PLACE_ELEMENTS]
-        small = [number for number in numbers if self.sizes[number] < IN_PLACE_ELEMENTS]
+        large = [number for number in numbers if self.is_large(number)]
+        small = [number for number in numbers if not self.is_large(number)]
         return [self._row(row, kept) for row in ([*([number] for number in large), small]) if row]
 
     def _row(self, numbers: Sequence[int], kept: Sequence[Sequence[tuple[int, int]]]) -> _Row:
@@ -412,7 +416,7 @@ class OwnedReduction(SplitReduction):
 
     def _flat(self, numbers: Sequence[int], gradients: Sequence[Tensor | None]) -> Tensor:
         parameters = [self.parameters[number] for number in numbers]
-        if self.sizes[numbers[0]] >= IN_PLACE_ELEMENTS:
+        if self.is_large(numbers[0]):
             return _row_of(_lying_as(parameters[0], gradients[0]))
         flat = self._empty(sum(self.sizes[number] for number in numbers))
         parts = flat.split([self.sizes[number] for number in numbers])

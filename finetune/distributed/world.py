@@ -111,12 +111,21 @@ class World:
 
     def sum_at_(self, parts: Iterable[tuple[int, Tensor]]) -> None:
         """Sum each over ranks, in place, at the rank beside it, as one collective; on other ranks it is lost."""
-        if self.size == 1:
-            return
+        if self.size > 1:
+            with self._as_one():
+                for rank, tensor in parts:
+                    dist.reduce(tensor, rank)
+
+    def spread_(self, parts: Iterable[tuple[int, Tensor]]) -> None:
+        """Give all ranks each tensor's values, in place, from the rank beside it, as one collective."""
+        if self.size > 1:
+            with self._as_one():
+                for rank, tensor in parts:
+                    dist.broadcast(tensor, rank)
+
+    def _as_one(self) -> contextlib.AbstractContextManager[Any]:
         on_gpu = self.device.type == "cuda"
-        with _coalescing_manager(device=self.device) if on_gpu else contextlib.nullcontext():
-            for rank, tensor in parts:
-                dist.reduce(tensor, rank)
+        return _coalescing_manager(device=self.device) if on_gpu else contextlib.nullcontext()
 
 
 def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) -> World:

@@ -8,7 +8,6 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from finetune.distributed.gathering import Gathering
 from finetune.distributed.graphs import Graphs
 from finetune.distributed.optimizers import OptimizerSettings, ParamGroup, make_optimizer
 from finetune.distributed.reduction import BUCKET_ELEMENTS, OwnedReduction, Piece, ScatteredReduction
+from finetune.distributed.renewal import Renewal
 from finetune.distributed.strategy import Shard, StepStats, Strategy
 from finetune.distributed.world import World, require_agreement, require_same_layout
 from finetune.models.layout import stored_channels_last
@@ -42,8 +42,8 @@ class ZeRO(Strategy):
     """DeepSpeed's ZeRO stages 1 to 3 (Rajbhandari et al. 2020, arXiv 1910.02054).
 
     Weights are kept in the working precision, with float32 masters and moments in pieces over the ranks.
-    DeepSpeed cuts these and, under stages 1 and 2, steps. Passes are ours (`Reduction`, `Gathering`), unless
-    something is offloaded: then all is DeepSpeed's. Which part of which parameter a rank holds is read from its
+    DeepSpeed cuts these. Passes and updates are ours (`Reduction`, `Gathering`, `Renewal`), unless something is
+    offloaded: then all is DeepSpeed's. Which part of which parameter a rank holds is read from its
     mappings, so that files and averages need none of its own formats.
 
     Gradients are computed and reduced in the working precision. Micro-batches are summed in float32 under stages 2
@@ -131,6 +131,7 @@ class ZeRO(Strategy):
         )
         self.zero = self.engine.optimizer
         self._scale = 1.0  # of fp16's losses in this step
+        self.zero.loss_scaler.raise_error_at_min_scale = False  # a run ends with a line of its own
         # DeepSpeed's divides by the next step's scale, which halves gradients where that has just doubled.
         self.zero.unscale_and_clip_grads = self._unscale if stage < 3 else self._unscale_group
         self.optimizer = self.zero.optimizer
@@ -146,7 +147,8 @@ class ZeRO(Strategy):
             whole = world.broadcast_(exact[shard.name].to(world.device).contiguous())
             shard.master.copy_(shard.piece_of(whole))
         self.reduction: OwnedReduction | ScatteredReduction | None = None
-        self.gathering: Gathering | None = None
+        self.gathering: Gathering | None = None  # under stage 3
+        self.renewal: Renewal | None = None  # under the others
         if not offload:
             self._take_over(parameters)
         # A graph would keep the loss scale of fp16, which changes.
@@ -174,7 +176,7 @@ class ZeRO(Strategy):
             raise by_all(found[0])
 
     def _take_over(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Put our passes in place of DeepSpeed's hooks. It keeps the pieces, and under stages 1 and 2 the step."""
+        """Put our passes in place of DeepSpeed's hooks. It keeps the pieces."""
         for hook in self.zero._grad_acc_hooks:
             hook.remove()
         self.zero._grad_acc_hooks.clear()
@@ -182,11 +184,9 @@ class ZeRO(Strategy):
         pieces = {shard.name: self._piece(shard, parameters[shard.name]) for shard in self.shards}
         groups = self.zero.fp16_groups if self.stage == 3 else self.zero.bit16_groups
         ordered = [p for group in groups for p in group if id(p) in of_names]
-        kind = ScatteredReduction if self.stage == 3 else OwnedReduction
-        self.reduction = kind(
-            self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, BUCKET_ELEMENTS
-        )
+        given = self.world, ordered, [pieces[of_names[id(p)]] for p in ordered], self._keys, BUCKET_ELEMENTS
         if self.stage == 3:
+            self.reduction = ScatteredReduction(*given)
             for hook in self.zero._leaf_module_hooks:
                 hook.remove()
             self.zero.parameter_offload._remove_module_hooks()
@@ -204,21 +204,23 @@ class ZeRO(Strategy):
                     # A view with a history: it keeps the node that gathers the parameter's gradient, which was made
                     # on the default stream, where no CUDA graph can follow. DeepSpeed takes its data alone.
                     mapping.lp_fragment = mapping.lp_fragment.detach()
-            self.zero.check_grad_overflow = False  # fp16's own search; the norm shows it as well
-            # DeepSpeed's takes each gradient to float64 by itself, after a wait for the GPU.
-            self.zero.scaled_global_norm = lambda: self._norm(
-                [group.flat_partition for group in self.zero.averaged_gradients.values()]
-            )
+            self.reduction = OwnedReduction(*given)
+            self.renewal = Renewal(self.world, self.module, self.reduction, is_gathered_whole)
 
     def _make_graphs(self, parameters: Sequence[nn.Parameter]) -> Graphs:
         reduction = self.reduction
         assert reduction is not None
-        if self.stage < 3:
-            beside = reduction.captured, reduction.reduce_left
-            return Graphs(self._passes, parameters, self._reduced_passes, *beside)
+        if self.renewal is not None:
+            return Graphs(self._passes, parameters, self._reduced_passes, self._captured, reduction.reduce_left)
         # Weights come and go within a pass: the graph holds the collectives as well, and leaves no gradients.
         reduction.keeps_sums = True
         return Graphs(self._reduced_passes, [], world=self.world)
+
+    @contextlib.contextmanager
+    def _captured(self) -> Iterator[Any]:
+        assert self.reduction is not None and self.renewal is not None
+        with self.renewal.captured(), self.reduction.captured() as marks:
+            yield marks
 
     def _piece(self, shard: Shard, parameter: Any) -> Piece:
         each = parameter.partition_numel() if self.stage == 3 else 0
@@ -242,6 +244,7 @@ class ZeRO(Strategy):
         return self.world.sum_(torch.stack(norms).square().sum()).sqrt().float()
 
     def _unscale(self, gradients: Sequence[Tensor], _: Tensor) -> None:
+        """Of stage 2's own step, with offload."""
         if self._scale != 1:
             torch._foreach_div_(list(gradients), self._scale)
 
@@ -299,6 +302,7 @@ class ZeRO(Strategy):
 
     def _reduced_passes(self, args: tuple[Any, ...], global_batch: int) -> Tensor:
         assert self.reduction is not None
+        self.settle()
         with self.reduction.of_a_pass(), self._gathered():
             return self._passes(args, global_batch)
 
@@ -318,14 +322,8 @@ class ZeRO(Strategy):
             if self.zero.overflow and self.stage < 3:
                 # DeepSpeed would add the next step's gradients to these, which are not finite.
                 self.zero.averaged_gradients = dict.fromkeys(self.zero.averaged_gradients)
-        elif self.stage == 3:
-            self._step_of_pieces(self.reduction.take())
         else:
-            # It takes a group's gradients as they are where they lie in one piece.
-            self.zero.averaged_gradients = {
-                group: SimpleNamespace(flat_partition=total) for group, total in enumerate(self.reduction.take())
-            }
-            self.zero.step()
+            self._step_of_pieces(self.reduction.take())
         norm = self.zero._global_grad_norm
         return StepStats(torch.as_tensor(norm, dtype=torch.float32, device=self.world.device))
 
@@ -342,11 +340,24 @@ class ZeRO(Strategy):
             key.grad = total if scale == 1 else total.div_(scale)
             zero._optimizer_step(group)
             key.grad = None
-        self.refresh()
+        self._renew()
+
+    def refresh(self) -> None:
+        self._renew()
+        self.settle()
+
+    def settle(self) -> None:
+        if self.renewal is not None:
+            self.renewal.wait()
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        if self.stage < 3:
+    def _renew(self) -> None:
+        if self.renewal is not None:
+            self.renewal.wait()
+            groups = self.zero.parallel_partitioned_bit16_groups
+            torch._foreach_copy_([of_ranks[self.world.rank].data for of_ranks in groups], self._keys)
+            self.renewal.start()
+        elif self.stage < 3:
             self.zero.update_lp_params()
         elif self.gathering is not None:
             torch._foreach_copy_([flat.data for flat in self.zero.fp16_partitioned_groups_flat], self._keys)
@@ -363,6 +374,7 @@ class ZeRO(Strategy):
     def __call__(self, *args: Any) -> Any:
         if self.reduction is None:
             return self.engine(*args)
+        self.settle()
         with self._gathered():
             return self.module(*args)
 

@@ -71,6 +71,7 @@ def weights_of(parts: Parts, *, gather: bool = True) -> Weights:
         gather: put ZeRO-3's pieces together, one parameter at a time; else they are left out of `working`.
     """
     strategy, found = parts.strategy, Weights()
+    strategy.settle()
     stage: int = getattr(strategy, "stage", 0)
     parameters = parameters_of(strategy)
     for name, parameter in parameters.items():

@@ -24,7 +24,7 @@ from torch import nn
 from torch.autograd.graph import _get_grad_fn_or_grad_acc as get_node
 
 from finetune import distributed
-from finetune.distributed import Strategy, World, ZeRO, gathering
+from finetune.distributed import Strategy, World, ZeRO, gathering, reduction
 from finetune.distributed.graphs import Graphs
 from tests.strategies.skipping import make
 from tests.strategies.test_graphs import Device, play
@@ -41,6 +41,8 @@ def by_graphs(strategy: Any, device: Device) -> None:
         return
     parameters = parameters_of(strategy)
     beside = () if strategy.reduction is None else (strategy.reduction.captured, strategy.reduction.reduce_left)
+    if isinstance(strategy, ZeRO):
+        beside = strategy._captured, strategy.reduction.reduce_left
     passes = device.watch(strategy._passes, parameters)
     strategy.graphs = Graphs(passes, parameters, strategy._reduced_passes, *beside)
 
@@ -100,7 +102,8 @@ def examine(world: World, kind: str, who: str) -> dict[str, object]:
 
 def main() -> None:
     world = distributed.start("cpu", uses_deepspeed=True)
-    gathering._KEPT_ELEMENTS = 16  # else this small model's weights would all stay whole
+    # Else this small model's weights would all stay whole, and travel as one.
+    gathering._KEPT_ELEMENTS, reduction.IN_PLACE_ELEMENTS = 16, 32
     for kind in ("ddp", "ddp_once", "ddp_bf16", "zero1", "zero2", "zero3"):
         for who in ("all", "first"):
             row = examine(world, kind, who)
