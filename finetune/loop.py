@@ -58,6 +58,7 @@ class Listener(Protocol):
 
     open_losses: list[float]
     steps_not_finite: int
+    steps_skipped: int
 
     def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None: ...
     def settle(self) -> None: ...
@@ -196,7 +197,7 @@ def train(
         world.watch.at("ending", LONG)
         parts.checkpoints.finish()
         control.last()  # nobody leaves while another still tells
-        if step == total_steps and tracker.steps_not_finite > 0:
+        if step == total_steps and max(tracker.steps_not_finite, tracker.steps_skipped) > 0:
             _judge_end(strategy, tracker, step)
         return stop if step < total_steps else 0
     finally:
@@ -214,7 +215,7 @@ def _is_worth_saving(strategy: Strategy, steps_not_finite: int, is_last: bool) -
 
 
 def _judge_end(strategy: Strategy, tracker: Listener, step: int) -> None:
-    """Tell of a run that ends with steps that had no finite loss; collective.
+    """Tell of a run that ends with steps that had no finite loss, or gradients; collective.
 
     Raises:
         UserError: it is not saved, or not likely to be of use.
@@ -227,6 +228,13 @@ def _judge_end(strategy: Strategy, tracker: Listener, step: int) -> None:
                 "on from the last checkpoint, if there is one"
             )
         )
+    if strategy.steps_taken == 0:
+        raise by_all(
+            UserError(
+                "the run has ended, and no step has changed a weight, since gradients were never finite numbers: "
+                f"{remedy}; fp16 takes up to 20 steps to find its loss scale"
+            )
+        )
     if count > 1:
         raise by_all(
             UserError(
@@ -234,7 +242,8 @@ def _judge_end(strategy: Strategy, tracker: Listener, step: int) -> None:
                 f"if it draws nothing of use, {remedy}, and go on from an earlier checkpoint"
             )
         )
-    tracker.say(f"note: the loss of the last step, {step}, is not a finite number; it changed nothing")
+    if count == 1:
+        tracker.say(f"note: the loss of the last step, {step}, is not a finite number; it changed nothing")
 
 
 def _due(config: Config, every: int, step: int) -> bool:

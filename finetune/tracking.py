@@ -28,6 +28,7 @@ from finetune.pictures import save_png
 
 MODES = ("auto", "online", "offline")
 PATIENCE_STEPS = 10
+PATIENCE_GRADIENTS = 40  # steps: fp16's search for a loss scale takes up to 20
 _NO_PROJECT = "/\\#?%:"  # signs that W&B takes in no project's name
 _LONGEST_PROJECT = 128
 
@@ -62,10 +63,13 @@ class Tracker:
         self.run, self.world, self.global_batch = Path(run), world, global_batch
         self.losses: list[Tensor] = []  # on the device: sums over this rank's samples
         self.open_losses = list(open_losses)  # means over the step's samples
-        self.grad_norm: Tensor | None = None
+        self.grad_norms: list[Tensor] = []  # on the device, one a step
+        self.grad_norm: float | None = None  # of the last step that was settled since the last line
         self.data_seconds = 0.0
         self.steps_since = 0
-        self.steps_not_finite = 0  # in a row, up to the last line; such steps don't move the weights
+        # In a row, up to the last line: steps whose loss, and whose gradients, are not finite. They move no weights.
+        self.steps_not_finite = 0
+        self.steps_skipped = 0
         self.since = time.perf_counter()
         self.unwritten: list[str] = []  # lines that the disk has not taken yet
         self.wandb: Any = None
@@ -163,7 +167,7 @@ class Tracker:
     def step(self, loss_sum: Tensor, grad_norm: Tensor, data_seconds: float) -> None:
         """Take in one optimizer step (scalars on the device), without waiting for the device."""
         self.losses.append(loss_sum)
-        self.grad_norm = grad_norm
+        self.grad_norms.append(grad_norm)
         self.data_seconds += data_seconds
         self.advance()
 
@@ -186,31 +190,35 @@ class Tracker:
             self.bar.set_postfix_str(f"loss {loss:.4f}, {rate:.1f} images/s")
 
     def settle(self) -> None:
-        """Bring the losses of all steps so far to the host; collective, and waits for the device."""
+        """Bring the numbers of all steps so far to the host; collective, and waits for the device."""
         if not self.losses:
             return
         losses = (self.world.sum_(torch.stack(self.losses).double()) / self.global_batch).tolist()
         self.losses = []
         self.open_losses += losses
-        for loss in losses:
+        norms = torch.stack(self.grad_norms).tolist()
+        self.grad_norms, self.grad_norm = [], norms[-1]
+        for loss, norm in zip(losses, norms, strict=True):
             self.steps_not_finite = 0 if math.isfinite(loss) else self.steps_not_finite + 1
+            self.steps_skipped = 0 if math.isfinite(norm) else self.steps_skipped + 1
 
     def log(self, step: int, lr: float) -> None:
         """Write one line for the steps since the last; collective, and waits for the device.
 
         Raises:
-            UserError: the loss has not been finite for `PATIENCE_STEPS` steps in a row.
+            UserError: the loss has not been finite for `PATIENCE_STEPS` steps in a row, or gradients for
+                `PATIENCE_GRADIENTS`.
         """
+        self.settle()
         if self.grad_norm is None:
             return
-        self.settle()
-        losses, grad_norm = self.open_losses, float(self.grad_norm)
+        losses = self.open_losses
         data_wait_s = self.data_seconds / self.steps_since
         line = {
             "step": step,
             "images_seen": step * self.global_batch,
             "loss": sum(losses) / len(losses),
-            "grad_norm": grad_norm,
+            "grad_norm": self.grad_norm,
             "lr": lr,
             "images_per_s": self.rate(),
             "data_wait_s": data_wait_s,
@@ -225,6 +233,13 @@ class Tracker:
                 UserError(
                     f"the loss has not been a finite number for {self.steps_not_finite} steps, at step {step}: "
                     "lower optim.lr or use train.precision=fp32; the last checkpoint is from before"
+                )
+            )
+        if self.steps_skipped >= PATIENCE_GRADIENTS:
+            raise by_all(
+                UserError(
+                    f"gradients have not been finite numbers for {self.steps_skipped} steps, at step {step}, which "
+                    "have changed nothing: use train.precision=fp32 or bf16, or model.fast=false"
                 )
             )
 

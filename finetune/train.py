@@ -128,6 +128,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         distributed.stop()
         return request.exit_code(stop) if stop else 0
     except torch.OutOfMemoryError as error:
+        world.watch.judge(error)
         if world.size == 1:
             distributed.stop()
         raise UserError(f"the device's memory is full ({first_line(error)}): {build.OUT_OF_MEMORY}") from error

@@ -182,6 +182,26 @@ def test_a_loss_that_is_no_number_any_more_ends_the_run(tmp_path: Path) -> None:
     assert lines_of(tmp_path)[0]["loss"] is None
 
 
+def test_gradients_that_are_never_finite_end_the_run(tmp_path: Path) -> None:
+    """Such steps change nothing, though losses look well; fp16 has some while it searches for its loss scale."""
+    tracker = tracker_of(tmp_path)
+    for _ in range(39):
+        tracker.step(scalar(1.0), scalar(math.inf), 0.0)
+    tracker.log(39, 1e-3)
+    tracker.step(scalar(1.0), scalar(2.0), 0.0)
+    tracker.settle()  # at a save
+    assert tracker.steps_skipped == 0
+    for _ in range(40):
+        tracker.step(scalar(1.0), scalar(math.nan), 0.0)
+        tracker.settle()
+    with pytest.raises(
+        UserError, match=r"have not been finite numbers for 40 steps, at step 80, .* train.precision"
+    ):
+        tracker.log(80, 1e-3)
+    tracker.close()
+    assert [line["grad_norm"] for line in lines_of(tmp_path)] == [None, None]
+
+
 def test_pictures_are_whole_files_named_by_step(tmp_path: Path) -> None:
     tracker = tracker_of(tmp_path)
     for step in (20, 1000):

@@ -21,12 +21,13 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from finetune import build, loop, rng
+from finetune import build, distributed, loop, rng
 from finetune.checkpoint import Checkpoints
 from finetune.config import Config, compose
 from finetune.data import loader
 from finetune.data.loader import Data
 from finetune.distributed import World
+from finetune.distributed.watch import Watch
 from finetune.loop import Parts
 from finetune.step import optimizer_step
 from tests.conftest import environment, launch, launch_command, metrics
@@ -395,6 +396,36 @@ def test_an_end_after_steps_without_a_loss_is_saved_and_no_success(overrides, tm
     assert code == 2 and "is saved, but the loss of its last 2 steps is not a finite number" in line, line
     names = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
     assert names == ["step-00000001", "step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_whose_gradients_are_never_finite_is_no_success(overrides, tmp_path, command, monkeypatch, precision):
+    """It ended with exit code 0, and fp16's loss scale fell to 0, with which the next start ruined all weights."""
+    start = distributed.DataParallel.__init__
+
+    def start_broken(strategy, *args, **named):
+        start(strategy, *args, **named)
+        next(iter(strategy.parameters.values())).register_hook(lambda gradient: gradient * float("nan"))
+
+    monkeypatch.setattr(distributed.DataParallel, "__init__", start_broken)
+    code, line = command("train", *overrides, "train.steps=20", f"train.precision={precision}")
+    assert code == 2 and "no step has changed a weight, since gradients were never finite numbers" in line, line
+    saved = json.loads((tmp_path / "run/checkpoints/step-00000020/trainer.json").read_text())
+    assert saved["loss_scale"].get("scale", 1.0) == 1.0
+
+
+def test_lack_of_memory_is_told_to_the_other_ranks(overrides, command, monkeypatch):
+    """They took this rank for killed or cut off."""
+    told: list[BaseException] = []
+
+    def fill(*_, **__):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(build, "build", fill)
+    monkeypatch.setattr(Watch, "judge", lambda self, error: told.append(error))
+    code, line = command("train", *overrides)
+    assert code == 2 and "the device's memory is full" in line, line
+    assert isinstance(told[0], torch.OutOfMemoryError)
 
 
 def test_a_broken_sample_in_the_last_step_costs_that_step_alone(overrides, tmp_path, command, monkeypatch):

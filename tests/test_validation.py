@@ -260,3 +260,13 @@ def test_prompts_come_from_held_out_captions_where_none_are_given(built: tuple[C
     config.sample.prompts = None
     parts.data.held_out = []
     assert prompts() == [""]
+
+
+def test_after_an_error_no_collective_is_waited_for(built, monkeypatch):
+    """Putting the weights back is one under ZeRO; the other ranks may be in another."""
+    strategy, calls = built[1].strategy, []
+    monkeypatch.setattr(strategy, "refresh", lambda: calls.append("refresh"))
+    average = [shard.master.clone() for shard in strategy.shards]
+    with pytest.raises(RuntimeError), strategy.evaluating(average):
+        raise RuntimeError
+    assert calls == ["refresh"]

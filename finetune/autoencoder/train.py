@@ -106,6 +106,7 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str, request: StopR
             stop = _train(config, settings, yaml, world, request)
         return request.exit_code(stop) if stop else 0
     except torch.OutOfMemoryError as error:
+        world.watch.judge(error)
         raise UserError(
             f"the device's memory is full ({first_line(error)}): lower train.global_batch or data.size, share the "
             "batch among more processes, or set train.precision=bf16"

@@ -114,6 +114,8 @@ class DataParallel(Strategy):
                 nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.scaler._scale is not None:  # at 0, any gradient counts as finite
+                self.scaler._scale.clamp_(min=1.0)
         else:
             self._clip_and_skip(norm, self.max_grad_norm)
             self.optimizer.step()
@@ -141,7 +143,7 @@ class DataParallel(Strategy):
     def load_scaler_state(self, state: Mapping[str, float]) -> None:
         if state and self.scaler.is_enabled():
             good_steps = int(state["good_steps"]) % self.scaler.get_growth_interval()
-            same = {"scale": state["scale"], "_growth_tracker": good_steps}
+            same = {"scale": max(state["scale"], 1.0), "_growth_tracker": good_steps}
             self.scaler.load_state_dict(self.scaler.state_dict() | same)
 
 

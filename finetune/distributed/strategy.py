@@ -136,6 +136,9 @@ class Strategy(ABC):
     def refresh(self) -> None:
         """Carry changed masters into the weights that forward passes use. Collective."""
 
+    def settle(self) -> None:  # noqa: B027  # most have nothing to wait for
+        """Let the device wait for weights that are still on their way: before anything but passes reads them."""
+
     @abstractmethod
     def __call__(self, *args: Any) -> Any:
         """A forward pass without gradients. Collective under ZeRO-3: all ranks call with equal shapes."""
@@ -206,12 +209,11 @@ class Strategy(ABC):
             average = self.weights()
         self._swap(average)
         self.module.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            self.module.train()
-            self._swap(average)
+        with torch.no_grad():
+            yield
+        # Not after an error, which ends the run: other ranks may be in another collective.
+        self.module.train()
+        self._swap(average)
 
     def _swap(self, average: Sequence[Tensor] | None) -> None:
         if average is None:

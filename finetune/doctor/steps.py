@@ -43,7 +43,7 @@ class Probe:
     def __init__(self, parts: Parts, world: World, steps: int) -> None:
         self.parts, self.world, self.left = parts, world, steps
         self.open_losses: list[float] = []
-        self.steps_not_finite = 0
+        self.steps_not_finite = self.steps_skipped = 0
         self.rates: list[list[float]] = []  # of each parameter group after each step
         self.loss_sums: list[float] = []
         self.norms: list[float] = []
