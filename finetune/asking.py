@@ -20,6 +20,7 @@ from finetune.data.shards import HOLE, LOWRES, MAP, MASKED
 from finetune.data.shards.files import npy_bytes
 from finetune.data.shards.images import PictureError, decode_rgb
 from finetune.models.autoencoder import encode_moments
+from finetune.tasks.super_resolution import lowres
 
 _NOISE_LEVEL = 20  # as Stable Diffusion's upscaler is used
 
@@ -70,6 +71,9 @@ def samples(parts: Components, asked: Asked, size: tuple[int, int]) -> list[Samp
             raise UserError(f"{OPTIONS[ask]} is missing: {task}")
     if asked.noise_level is not None and ("image" not in asks or "mask" in asks):
         raise UserError(f"--noise-level is not for this model: {task}, which enlarges no picture")
+    enlarges = lowres(parts.conditioner)
+    if asked.noise_level is not None and enlarges is not None and not enlarges.noise_levels:
+        raise UserError(f"--noise-level has no effect: {parts.source} was trained without noise; leave it out")
     count = max(map(len, given.values()), default=1)
     for name, values in given.items():
         if len(values) not in (1, count):
@@ -82,8 +86,10 @@ def samples(parts: Components, asked: Asked, size: tuple[int, int]) -> list[Samp
 
 def _sample(parts: Components, given: Mapping[str, str], size: tuple[int, int], noise_level: int | None) -> Sample:
     record: dict[str, Any] = {"captions": [given.get("prompt", "")]}
-    if "image" in given and "mask" not in given:
-        record["noise_level"] = _NOISE_LEVEL if noise_level is None else noise_level
+    enlarges = lowres(parts.conditioner)
+    if enlarges is not None and enlarges.noise_levels:
+        usual = min(_NOISE_LEVEL, enlarges.noise_levels - 1)
+        record["noise_level"] = usual if noise_level is None else noise_level
     members: dict[str, bytes] = {}
     if "label" in given:
         record["class"] = _class(parts, given["label"], "--label")

@@ -98,9 +98,14 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
     if arguments.negative and parts.text is None:
         raise UserError(f"--negative has no effect: task={parts.task.name} takes no text; leave it out")
     each = asking.samples(parts, asked, (arguments.height or height, arguments.width or width))
+    sizes = next((f"--{name}" for name in ("map", "image") if getattr(arguments, name)), None)
+    if sizes is not None and (arguments.height or arguments.width):
+        raise UserError(f"--height and --width have no effect: {sizes} says how large pictures are; leave them out")
     guidance = arguments.guidance
     if guidance is None:
         guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
+    if arguments.negative and guidance <= 1:
+        raise UserError("--negative has no effect at guidance 1, which is none: give a greater --guidance")
     rescale = arguments.guidance_rescale
     if rescale is None:
         rescale = parts.guidance_rescale
@@ -181,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
         "--noise-level",
         type=int,
         metavar="N",
-        help="of the noise on what is enlarged (default: 20)",
+        help="of the noise on what is enlarged (default: 20, or the highest that was trained)",
     )
     parser.add_argument("--negative", default="", metavar="TEXT", help="what to lead away from")
     parser.add_argument("--out", required=True, metavar="FILE.png|DIR", help="where the pictures go")

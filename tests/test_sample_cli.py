@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 from finetune import UserError, asking, cli, sample
+from finetune.components import load_components
+from finetune.models.unet import build_unet
 from finetune.pictures import save_png
+from finetune.tasks import Task
 from tests import fakes
 
 
@@ -104,6 +107,9 @@ def mistakes(run, tmp_path):
         "--guidance inf: must be at least 1": [str(run), *prompt, "--guidance", "inf"],
         "--height=1000000 must be at most 16384": [str(run), *prompt, "--height", "1000000"],
         "--count=1000000000000 must be at most": [str(run), *prompt, "--count", "1000000000000"],
+        "--negative has no effect at guidance 1, which is none": [
+            str(run), *prompt, "--negative", "y", "--guidance", "1",
+        ],
         "--noise-level is not for this model": [str(run), *prompt, "--noise-level", "3"],
         "--out is empty": [str(run), "--prompt", "x", "--out", ""],
         "the name of the model is empty": ["", *prompt],
@@ -118,7 +124,7 @@ def mistakes(run, tmp_path):
         "--device quantum: unknown": [str(run), *prompt, "--device", "quantum"],
         "the following arguments are required: --out": [str(run), "--prompt", "x"],
         "unrecognized arguments: --prmpt": [str(run), *prompt, "--prmpt", "y"],
-    }
+    }  # fmt: skip
 
 
 def test_every_mistake_has_its_line(run, tmp_path):
@@ -148,6 +154,43 @@ def test_short_memory_ends_in_one_line(run, tmp_path, monkeypatch, error, says):
         UserError, match=rf"the memory of --device auto is full \({says}.*: give a smaller --height"
     ):
         sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
+
+
+def enlarger(folder, **embeds):
+    """A model of captions and small pictures, trained with 10 levels of noise or with none."""
+    fakes.base_model(folder)
+    build_unet(fakes.UNET | {"in_channels": 7, **embeds}).save_pretrained(folder / "unet")
+    Task("super_resolution", {"noise_levels": 10 if embeds else 0}).save(folder)
+    return folder
+
+
+def test_a_picture_is_enlarged_with_a_noise_level_that_was_trained(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    asked = {"prompt": ["x"], "image": [str(tmp_path / "small.png")]}
+
+    def level(parts, noise_level=None):
+        (made,) = asking.samples(parts, asking.Asked(**asked, noise_level=noise_level), (32, 32))
+        return parts.conditioner.read(made).get("level")
+
+    parts = load_components(enlarger(tmp_path / "noised", num_class_embeds=1000))
+    assert (level(parts), level(parts, 3)) == (9, 3)
+    with pytest.raises(UserError, match="noise level 10: the model was trained with 0 to 9"):
+        level(parts, 10)
+    parts = load_components(enlarger(tmp_path / "plain"))
+    assert level(parts) is None
+    with pytest.raises(UserError, match="--noise-level has no effect: .*plain was trained without noise"):
+        level(parts, 3)
+
+
+def test_a_size_is_refused_where_the_condition_has_one(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    argv = [str(enlarger(tmp_path / "model")), "--image", str(tmp_path / "small.png"), "--steps", "1"]
+    argv += ["--out", str(tmp_path / "x.png")]
+    for size in ("--height", "--width"):
+        with pytest.raises(UserError, match="--height and --width have no effect: --image says how large"):
+            sample.main([*argv, size, "64"])
+    sample.main(argv)
+    assert Image.open(tmp_path / "x.png").size == (32, 32)
 
 
 def finetune(*argv):

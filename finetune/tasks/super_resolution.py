@@ -36,7 +36,6 @@ class LowRes(Conditioner):
     Args:
         factor: by which they are smaller than the picture; cell: pixels of a latent cell along each side.
         noise_levels: levels 0 to this, exclusive, are drawn in training; 0: no noise, no level.
-        embedded: levels that the U-Net embeds.
         seed: of the noise.
     """
 
@@ -45,10 +44,9 @@ class LowRes(Conditioner):
     guided = False
     channels = 3
 
-    def __init__(self, factor: int, cell: int, *, noise_levels: int = 0, embedded: int = 0, seed: int = 0) -> None:
+    def __init__(self, factor: int, cell: int, *, noise_levels: int = 0, seed: int = 0) -> None:
         super().__init__()
-        self.factor, self.cell, self.seed = factor, cell, seed
-        self.noise_levels, self.embedded = noise_levels, embedded
+        self.factor, self.cell, self.noise_levels, self.seed = factor, cell, noise_levels, seed
         # That of stabilityai/stable-diffusion-x4-upscaler, `low_res_scheduler`.
         betas_T = diffusion.betas(0.0001, 0.02, 1000, "scaled_linear")
         self.schedule = diffusion.variance_preserving(diffusion.alphas_cumprod(betas_T))
@@ -96,8 +94,8 @@ class LowRes(Conditioner):
         asked = sample.record.get("noise_level")
         if asked is None:
             return int(draw(sample, "lowres-level") * self.noise_levels)
-        if not isinstance(asked, int) or not 0 <= asked < self.embedded:
-            raise UserError(f"noise level {asked}: the model knows 0 to {self.embedded - 1}")
+        if not isinstance(asked, int) or not 0 <= asked < self.noise_levels:
+            raise UserError(f"noise level {asked}: the model was trained with 0 to {self.noise_levels - 1}")
         return asked
 
 
@@ -116,5 +114,10 @@ def make(options: Options, given: Given) -> Conditioner:
             f"task.options.noise_levels={levels} must be between 1 and {min(embedded, 1000)}: this U-Net is told "
             "of the level"
         )
-    own = LowRes(options.factor, given.downsample, noise_levels=levels, embedded=embedded, seed=given.seed)
+    own = LowRes(options.factor, given.downsample, noise_levels=levels, seed=given.seed)
     return beside(own, given, "super_resolution")
+
+
+def lowres(conditioner: Conditioner) -> LowRes | None:
+    """What of a conditioner is of this task; None where it is another's."""
+    return next((part for part in conditioner.modules() if isinstance(part, LowRes)), None)

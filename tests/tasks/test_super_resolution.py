@@ -132,8 +132,9 @@ def test_levels_are_drawn_in_training_and_asked_for_in_sampling() -> None:
             "lowres.png has 6x4 pixels, for pictures of 24x16 at task.options.factor=4, and",
         ),
         (Sample({}, (16, 24), {"lowres.png": b"?"}), "lowres.png cannot be read as a picture"),
-        (sample(pixels(), noise_level=1000), "noise level 1000: the model knows 0 to 999"),
-        (sample(pixels(), noise_level="much"), "noise level much: the model knows 0 to 999"),
+        (sample(pixels(), noise_level=1000), "noise level 1000: the model was trained with 0 to 349"),
+        (sample(pixels(), noise_level=350), "noise level 350: the model was trained with 0 to 349"),
+        (sample(pixels(), noise_level="much"), "noise level much: the model was trained with 0 to 349"),
     ],
 )
 def test_what_does_not_fit_is_refused(asked: Sample, error: str) -> None:
