@@ -106,6 +106,8 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
     if arguments.negative and guidance <= 1:
         raise UserError("--negative has no effect at guidance 1, which is none: give a greater --guidance")
+    if parts.text is not None and (cut := _cut(parts.text.tokenizer, [*prompts, arguments.negative])):
+        print(f"note: {cut}", file=sys.stderr)
     rescale = arguments.guidance_rescale
     if rescale is None:
         rescale = parts.guidance_rescale
@@ -232,6 +234,17 @@ def _prompts(arguments: argparse.Namespace) -> list[str]:
             raise UserError(f"--prompts {path} holds no prompt; write one caption on each line")
         prompts += listed
     return prompts
+
+
+def _cut(tokenizer: Any, prompts: Sequence[str]) -> str:
+    """Says what of prompts the text encoder is not told; empty where that is nothing."""
+    most = tokenizer.model_max_length
+    tokens = (tokenizer(prompt, verbose=False).input_ids for prompt in dict.fromkeys(prompts))
+    lost = [tokenizer.decode(ids[most - 1 : -1]) for ids in tokens if len(ids) > most]
+    if not lost:
+        return ""
+    more = f" and the ends of {len(lost) - 3} more" if len(lost) > 3 else ""
+    return f"the text encoder takes {most} tokens of a prompt, not: {'; '.join(lost[:3])}{more}"
 
 
 def _out(text: str) -> Path:

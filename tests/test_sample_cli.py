@@ -156,6 +156,20 @@ def test_short_memory_ends_in_one_line(run, tmp_path, monkeypatch, error, says):
         sample.main([str(run), "--prompt", "x", "--out", str(tmp_path / "x.png")])
 
 
+def test_what_the_text_encoder_is_not_told_is_said(run, tmp_path, capsys):
+    """12 tokens, two of which are begin and end."""
+    options = ["--steps", "1", "--guidance", "2", "--out", str(tmp_path)]
+    sample.main([str(run), "--prompt", "a red apple", *options])
+    assert "note" not in capsys.readouterr().err
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join("a " * (10 + over) + "heart" for over in range(4)))
+    sample.main([str(run), "--prompts", str(prompts), "--negative", "a " * 10 + "face", *options])
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: the text encoder takes 12 tokens of a prompt, not: heart; a heart; a a heart and the ends of 2 more"
+    ]
+
+
 def enlarger(folder, **embeds):
     """A model of captions and small pictures, trained with 10 levels of noise or with none."""
     fakes.base_model(folder)
