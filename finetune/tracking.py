@@ -67,7 +67,7 @@ class Tracker:
         self.grad_norm: float | None = None  # of the last step that was settled since the last line
         self.data_seconds = 0.0
         self.steps_since = 0
-        # In a row, up to the last line: steps whose loss, and whose gradients, are not finite. They move no weights.
+        # In a row, up to the last line: steps without a finite loss, or gradients. They move no weights.
         self.steps_not_finite = 0
         self.steps_skipped = 0
         self.since = time.perf_counter()

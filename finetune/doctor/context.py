@@ -23,7 +23,7 @@ LIMITS_S = {
     "network": 120.0,
     "data": 300.0,
     "build": 1200.0,  # a large model from a slow disk
-    "steps": 600.0,  # the first one may compile kernels
+    "steps": 600.0,  # a micro-batch; the first one may compile kernels
     "save": 1200.0,
     "weights": 300.0,
 }
@@ -66,7 +66,8 @@ class Context:
         self, kind: str, name: str, function: Callable[[], Any], *, collective: bool = False
     ) -> list[Outcome]:
         """`Board.exchange` within the bound of `kind`."""
-        return self.board.exchange(name, function, limit_s=LIMITS_S[kind], collective=collective)
+        times = self.parts.accumulation if kind == "steps" and self.parts is not None else 1
+        return self.board.exchange(name, function, limit_s=LIMITS_S[kind] * times, collective=collective)
 
     def joined(self) -> World:
         assert self.world is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import resource
-import sys
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,14 +61,13 @@ def memory_rows(context: Context, expected: Needs) -> list[Row]:
 
 def _measure(context: Context, expected: Needs) -> dict[str, Any]:
     world = context.joined()
-    host_now, host_peak, host_capacity = host_memory()
+    host_now, host_capacity = host_memory()
     found: dict[str, Any] = {
         "text": expected.text(),
         "device": sum(expected.device.values()),
         "host": sum(expected.host.values()),
         "copy": expected.host["checkpoint copy"],
         "host_now": host_now,
-        "host_peak": host_peak,
         "host_capacity": host_capacity,
     }
     if world.device.type == "cuda":
@@ -83,12 +82,18 @@ def _measure(context: Context, expected: Needs) -> dict[str, Any]:
     return found
 
 
-def host_memory() -> tuple[int, int, int]:
-    """Bytes: resident in this process now, at most so far, and what this process's machine or cgroup may use."""
+def host_memory() -> tuple[int, int]:
+    """Bytes: held by this process now, and what its machine or cgroup may use.
+
+    Pages of files, mapped weights above all, are left out: ranks share them, and the system takes them back.
+    """
     import psutil
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return psutil.Process().memory_info().rss, peak, memory.limit_bytes()
+    held = psutil.Process().memory_info().rss
+    with contextlib.suppress(OSError):  # no /proc
+        fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        held = sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    return held, memory.limit_bytes()
 
 
 def _device_row(context: Context, seen: list[dict[str, Any]]) -> Row:
@@ -118,7 +123,7 @@ def _host_row(context: Context, seen: list[dict[str, Any]]) -> Row:
         by_host.setdefault(host, []).append(each)
 
     def needed(ranks: list[dict[str, Any]]) -> int:
-        return sum(max(each["host_peak"], each["host_now"] + each["copy"]) for each in ranks)
+        return sum(each["host_now"] + each["copy"] for each in ranks)
 
     host = max(by_host, key=lambda name: needed(by_host[name]) / by_host[name][0]["host_capacity"])
     ranks = by_host[host]

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from finetune import UserError, build, loop
-from finetune.checkpoint import Progress, require_same
+from finetune.checkpoint import Progress, followed, require_same
 from finetune.checkpoint.snapshots import kept_averages
 from finetune.distributed import Strategy
 from finetune.doctor.context import Context, settle
@@ -150,16 +150,22 @@ def run_rows(context: Context) -> list[Row]:
     def look() -> tuple[str, str]:
         if context.rank != 0:
             return OK, ""
-        complete = complete_checkpoints(context.run)
-        if not complete:
+        wanted, complete = context.config.checkpoint.resume, complete_checkpoints(context.run)
+        if wanted not in ("auto", "never"):
+            path, _ = followed(context.run, wanted)
+        elif not complete:
             return OK, f"{context.run} has no checkpoint: a run starts anew"
-        step, path = list(complete.items())[-1]
-        if context.config.checkpoint.resume == "never":
+        else:
+            path = list(complete.values())[-1]
+        if wanted == "never":
             return FAIL, f"checkpoint.resume=never, but {path} is there"
-        require_same(parts.checkpoints.read(path).depends_on, build.depends_on(context.config, parts), path)
+        saved = parts.checkpoints.read(path)
+        require_same(saved.depends_on, build.depends_on(context.config, parts), path)
+        step = saved.step
         if step >= context.config.train.steps:
             return WARN, f"{context.run} is complete: {step} steps"
-        return OK, f"a run goes on from step {step} of {context.config.train.steps}"
+        where = "" if path.parent.parent == context.run else f" ({path})"
+        return OK, f"a run goes on from step {step}{where} of {context.config.train.steps}"
 
     outcomes = context.exchange("save", "looking at the run", look)
     if rows := context.failures("run", outcomes, "put it back, or choose another run.dir"):

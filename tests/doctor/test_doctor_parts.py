@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import mmap
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -314,10 +316,41 @@ def test_memory_that_did_not_do_fails_though_the_peak_is_below_what_is_there():
 
 def test_ranks_of_a_machine_share_its_memory():
     """Each rank fits alone; four of them with the copies for a checkpoint don't."""
-    one = {"host_now": 20, "host_peak": 21, "copy": 10, "host_capacity": 100}
+    one = {"host_now": 20, "copy": 10, "host_capacity": 100}
     assert memory._host_row(context_of("a", "b", "a", "b"), [one] * 4).result == OK
     row = memory._host_row(context_of("b", "a", "a", "a", "a"), [one] * 5)
     assert (row.result, row.seen[:15]) == (FAIL, "4 rank(s) on a ")
+
+
+def test_pages_of_files_are_not_held(tmp_path):
+    """Weights that all ranks map were counted once for each."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(64 << 20))
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        before, _ = memory.host_memory()
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        mapped_more = memory.host_memory()[0] - before
+        kept = bytearray(64 << 20)
+        kept[:: mmap.PAGESIZE] = b"1" * len(kept[:: mmap.PAGESIZE])
+        held_more = memory.host_memory()[0] - before
+    assert mapped_more < 16 << 20 and held_more > 48 << 20
+
+
+def test_what_a_run_begins_from_is_looked_at(tmp_path):
+    context = context_of("a")
+    context.run, context.parts = tmp_path / "run", SimpleNamespace(checkpoints=None)
+    assert saving.run_rows(context)[0].seen.endswith("has no checkpoint: a run starts anew")
+    context.config.checkpoint.resume = str(tmp_path / "step-00000005")
+    (row,) = saving.run_rows(context)
+    assert row.result == FAIL and "step-00000005 is no whole checkpoint: there is no such folder" in row.seen
+
+
+def test_a_step_of_many_micro_batches_has_more_time():
+    context = context_of("a")
+    context.parts = SimpleNamespace(accumulation=8)
+    for kind, limit_s in (("steps", 4800.0), ("save", 1200.0)):
+        context.exchange(kind, kind, lambda: None)
+        assert context.board._phase.limit_s == limit_s
 
 
 def test_versions_that_differ_are_named_with_their_ranks():
