@@ -97,7 +97,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             where = f" while writing {error.filename}" if error.filename else ""
             code = _complain(f"no space left on device{where}; free some space or choose another folder")
         elif error.errno in AWAY and error.filename:
-            _complain(f"{error.filename}: {error.strerror}; start the same command again when the disk answers")
+            _complain(f"{error.filename}: {error.strerror}; start the same command again when it answers")
             code = 74
         elif error.errno in REFUSED and error.filename:
             code = _complain(f"{error.filename}: {error.strerror}; choose another place or mend its permissions")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from finetune import run_cli
 from finetune.data.shards import (
     Cache,
     EncoderInfo,
@@ -36,6 +38,7 @@ from finetune.data.shards import (
     latent_bytes,
 )
 from finetune.data.shards import cache as cache_module
+from finetune.data.shards.store import StoreAwayError
 from tests.data.servers import Fault, Server
 
 QUICK = Retry(attempts=4, manifest_attempts=4, first_s=0.001, cap_s=0.002, stall_s=20.0)
@@ -211,7 +214,7 @@ def test_s3_says_what_is_not_allowed_or_absent(bucket: str, moto: str, monkeypat
 def test_pipe(far: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(f"pipe:cat {far}/set/{{}}", cache=Cache(tmp_path / "cache"))
     assert_same(shards, far / "set")
-    with pytest.raises(ShardError, match=r"pipe:cat .*/none/manifest.json"):
+    with pytest.raises(StoreAwayError, match=r"pipe:cat .*/none/manifest.json"):
         ShardSet.open(Store(f"pipe:cat {far}/none/{{}}", QUICK), cache=Cache(tmp_path / "cache"))
 
 
@@ -244,7 +247,7 @@ def test_the_manifest_is_never_taken_from_the_cache(server: Server, far: Path, t
     write_set(far / "set", seed=1)  # other samples under the same names
     assert_same(ShardSet.open(store_of(server), cache=cache), far / "set")
     server.close()
-    with pytest.raises(ShardError, match="check the network"), pytest.warns(UserWarning, match="trying on"):
+    with pytest.raises(StoreAwayError, match="and the network"), pytest.warns(UserWarning, match="trying on"):
         ShardSet.open(store_of(server), cache=cache)
 
 
@@ -307,6 +310,31 @@ def test_a_missing_shard_names_its_url(server: Server, far: Path, tmp_path: Path
     with pytest.raises(ShardError, match=f"{server.url}/set/00002.tar is missing"):
         shards.read(6)
     assert shards.read_json(0) == {"captions": ["0: 0"]}
+
+
+@pytest.mark.filterwarnings("ignore:.*trying on")
+def test_a_store_that_is_away_ends_a_command_as_a_disk_that_does_not_answer(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that a launcher starts the command again; what is absent or forbidden stays a mistake."""
+    shards = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
+
+    def end(status: int, function: Callable[[], Any]) -> tuple[int, str]:
+        server.faults = {name: [Fault("status", status=status)] * 4 for name in ("00000.tar", "classes.json")}
+        with pytest.raises(SystemExit) as ended:
+            run_cli(function)
+        (line,) = capsys.readouterr().err.splitlines()
+        return ended.value.code, line
+
+    for name, function in (("00000.tar", lambda: shards.read(0)), ("classes.json", shards.classes)):
+        shards.manifest = dataclasses.replace(shards.manifest, classes="0" * 64)
+        code, line = end(503, function)
+        assert (
+            code == 74 and f"{server.url}/set/{name}: HTTP 503" in line and "start the same command again" in line
+        )
+        assert [end(status, function)[0] for status in (403, 404)] == [2, 2]
+    away = pickle.loads(pickle.dumps(StoreAwayError("https://host/a.tar", "HTTP 503")))  # from rank 0 to others
+    assert str(away) == "cannot fetch https://host/a.tar: HTTP 503"
 
 
 def test_errors_of_samples_name_the_url(server: Server, tmp_path: Path) -> None:
@@ -646,6 +674,7 @@ def test_a_new_call_replaces_the_queue(server: Server, far: Path, tmp_path: Path
     assert {Path(r.path).name for r in server.requests if r.path.endswith(".tar")} == {"00000.tar", "00006.tar"}
 
 
+@pytest.mark.filterwarnings("ignore:.*trying on")
 def test_an_error_ahead_is_left_to_the_reader(server: Server, far: Path, tmp_path: Path) -> None:
     requested = threading.Event()
     server.on_request = lambda name: requested.set()
@@ -654,6 +683,10 @@ def test_an_error_ahead_is_left_to_the_reader(server: Server, far: Path, tmp_pat
     shards.prefetch([2, 3])
     wait_until(lambda: 2 in shards._prefetcher.errors, requested)
     assert "00002.tar is missing" in str(shards._prefetcher.errors[2])
+    server.faults = {"00004.tar": [Fault("status", status=503)] * 4}
+    shards.prefetch([4, 6])
+    wait_until(lambda: 4 in shards._prefetcher.errors, requested)
+    assert isinstance(shards._prefetcher.errors[4], StoreAwayError)
     assert_same(shards, far / "set")
     assert not shards._prefetcher.errors
     shards.close()

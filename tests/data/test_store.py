@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from finetune import BUNDLED
 from finetune.data.shards import Retry, ShardError, Store
-from finetune.data.shards.store import StoppedError, resolve
+from finetune.data.shards.store import StoppedError, StoreAwayError, resolve
 from tests.data.servers import Fault, Server
 
 QUICK = Retry(attempts=4, manifest_attempts=4, first_s=0.001, cap_s=0.002, stall_s=20.0)
@@ -90,7 +90,7 @@ def test_several_faults_in_a_row_and_one_too_many(server: Server, content: bytes
     server.faults = {"a.tar": list(faults)}
     assert copied(Store(server.url + "/far", QUICK), content, tmp_path) == 3
     server.faults = {"a.tar": [*faults, Fault("status", status=502)]}
-    with pytest.raises(ShardError, match=re.escape(f"cannot fetch {server.url}/far/a.tar: HTTP 502")):
+    with pytest.raises(StoreAwayError, match=re.escape(f"cannot fetch {server.url}/far/a.tar: HTTP 502")):
         copied(Store(server.url + "/far", QUICK), content, tmp_path)
 
 
@@ -115,22 +115,22 @@ def test_a_broken_body_is_taken_up_where_it_ended(
 
 @pytest.mark.filterwarnings("ignore:.*trying on")
 @pytest.mark.parametrize(
-    ("fault", "what"),
+    ("fault", "kind", "what"),
     [
-        (Fault("flip", after=5), "sha256 is [0-9a-f]{12}, the manifest says [0-9a-f]{12}"),
-        (Fault("short", after=100_000), "ends after 100000 of 300000 bytes"),
-        (Fault("long"), "more than the 300000 bytes"),
-        (Fault("stall", after=10), "no bytes for 0.3 s"),
-        (Fault("html"), "ends after 26 of 300000 bytes"),
-        (Fault("status", status=500), "HTTP 500"),
+        (Fault("flip", after=5), ShardError, "sha256 is [0-9a-f]{12}, the manifest says [0-9a-f]{12}"),
+        (Fault("short", after=100_000), ShardError, "ends after 100000 of 300000 bytes"),
+        (Fault("long"), ShardError, "more than the 300000 bytes"),
+        (Fault("html"), ShardError, "ends after 26 of 300000 bytes"),
+        (Fault("stall", after=10), StoreAwayError, "no bytes for 0.3 s"),
+        (Fault("status", status=500), StoreAwayError, "HTTP 500"),
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )
 def test_what_stays_wrong_is_one_line(
-    server: Server, content: bytes, tmp_path: Path, fault: Fault, what: str
+    server: Server, content: bytes, tmp_path: Path, fault: Fault, kind: type[Exception], what: str
 ) -> None:
     server.ranges, server.faults = False, {"a.tar": [fault] * 4}
-    with pytest.raises(ShardError, match=what) as caught:
+    with pytest.raises(kind, match=what) as caught:
         copied(Store(server.url + "/far", IMPATIENT), content, tmp_path)
     line = str(caught.value)
     assert "\n" not in line and f"{server.url}/far/a.tar" in line and "4 tries" in line
@@ -157,7 +157,7 @@ def test_nobody_there(tmp_path: Path, content: bytes) -> None:
     gone = Server(tmp_path)
     gone.close()
     trying = pytest.warns(UserWarning, match="trying on")
-    with pytest.raises(ShardError, match="4 tries; check the network"), trying:
+    with pytest.raises(StoreAwayError, match="4 tries; check the address and the network"), trying:
         Store(gone.url, QUICK).read("manifest.json")
 
 
@@ -210,7 +210,7 @@ def test_a_pipe_counts_only_if_its_command_succeeds(content: bytes, tmp_path: Pa
     assert copied(Store(f"pipe:{fails_once}", QUICK), content, tmp_path) == 1
     store = Store(f"pipe:cat {tmp_path}/far/{{}}; echo no such luck >&2; exit 3", QUICK)
     with (
-        pytest.raises(ShardError, match="the command ended with 3: no such luck, the last of 4"),
+        pytest.raises(StoreAwayError, match="the command ended with 3: no such luck, the last of 4"),
         pytest.warns(UserWarning, match="trying on"),
     ):
         copied(store, content, tmp_path)

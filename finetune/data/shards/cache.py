@@ -36,7 +36,7 @@ import numpy as np
 
 from finetune import DISK_FULL
 from finetune.data.shards.files import NPY_ERRORS, ShardError, index_name, parse_npy
-from finetune.data.shards.store import StoppedError, Store, WriteError, reset_after_fork
+from finetune.data.shards.store import StoppedError, Store, StoreAwayError, WriteError, reset_after_fork
 
 if TYPE_CHECKING:
     from finetune.data.shards.manifest import ShardInfo
@@ -151,6 +151,7 @@ class Cache:
 
         Raises:
             ShardError: the shard can't be had, is not what the manifest says, or there is no room for it.
+            StoreAwayError: the store does not answer.
         """
         opened = self._opened(self._entry(store, shard), shard, members)
         if opened is not None:
@@ -165,7 +166,7 @@ class Cache:
         """Have the shard here; see `open`.
 
         Raises:
-            ShardError: as `open` does.
+            ShardError, StoreAwayError: as `open` does.
             StoppedError: `stop` was set.
         """
         opened = self._opened(self._entry(store, shard), shard, members, ahead=True)
@@ -374,6 +375,8 @@ class Cache:
         """Errors of the cache's own files in one line that says what to set."""
         try:
             yield
+        except StoreAwayError:
+            raise
         except OSError as error:
             if error.errno in DISK_FULL:
                 what = f"no space left for the cache in {self.folder}; free some space, lower data.cache_gib"
@@ -477,7 +480,7 @@ class Prefetcher:
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
         self._pid = os.getpid()
-        self.errors: dict[int, ShardError] = {}
+        self.errors: dict[int, ShardError | StoreAwayError] = {}
 
     def want(self, shards: Sequence[int]) -> None:
         """Fetch these, in this order, instead of what was wanted before; what is being fetched goes on."""
@@ -532,10 +535,10 @@ class Prefetcher:
 
     def _work(self) -> None:
         while (shard := self._next()) is not None:
-            error: ShardError | None = None
+            error: ShardError | StoreAwayError | None = None
             try:
                 self._cache.fetch(self._store, self._shards[shard], self._members, self._stop)
-            except ShardError as problem:
+            except (ShardError, StoreAwayError) as problem:
                 error = problem
             except StoppedError:
                 return

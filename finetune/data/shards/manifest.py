@@ -130,8 +130,8 @@ class Manifest:
         """Read ROOT/manifest.json; `root` is a folder, a URL, a `pipe:`, or a `Store`.
 
         Raises:
-            ShardError: folder or manifest missing or out of reach, not JSON, without a field it needs, or of
-                another version.
+            ShardError: folder or manifest missing, not JSON, without a field it needs, or of another version.
+            StoreAwayError: the store does not answer.
         """
         home = resolve(root)
         path = home.url(MANIFEST) if isinstance(home, Store) else home / MANIFEST

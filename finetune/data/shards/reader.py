@@ -35,7 +35,7 @@ from finetune.data.shards.files import (
 )
 from finetune.data.shards.labels import CLASSES, parse_classes
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
-from finetune.data.shards.store import Root, Store, reset_after_fork, resolve
+from finetune.data.shards.store import Root, Store, StoreAwayError, reset_after_fork, resolve
 
 _DECODER = json.JSONDecoder()
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
@@ -150,7 +150,8 @@ class ShardSet:
         """Open the set in `root`; `kind` is what the caller needs. The manifest is read anew, never from a cache.
 
         Raises:
-            ShardError: no finished set there, one of the other kind, or one that can't be reached.
+            ShardError: no finished set there, or one of the other kind.
+            StoreAwayError: the store does not answer.
         """
         home = resolve(root)
         seen = None if isinstance(home, Store) else _identity(home / MANIFEST)
@@ -193,12 +194,15 @@ class ShardSet:
 
         Raises:
             ShardError: it is missing or can't be read.
+            StoreAwayError: the store does not answer.
         """
         where: Any = Path(self.root) / name if self.store is None else self.store.url(name)
         try:
             return where.read_bytes() if self.store is None else self.store.read(name)
         except FileNotFoundError:
             raise ShardError(f"{where} is missing; restore it or make the shards again") from None
+        except StoreAwayError:
+            raise
         except OSError as error:
             raise ShardError(f"cannot read {where}: {error}") from None
 
@@ -300,7 +304,7 @@ class ShardSet:
 
         Raises:
             ShardError: it is missing, is not what the manifest says, or the set was made anew meanwhile.
-            OSError: the disk does not answer, or refuses.
+            OSError: the disk or the store does not answer, or refuses.
         """
         self._tar(shard)
 
@@ -311,7 +315,7 @@ class ShardSet:
 
         Raises:
             ShardError: the sample is damaged, or as `open_shard`.
-            OSError: the disk does not answer, or refuses.
+            OSError: as `open_shard`.
         """
         tar, row = self._tar_of(sample_id)
         key = self._key(tar, row, sample_id)
@@ -549,7 +553,7 @@ class ShardSet:
             try:
                 tar = self._open_tar(shard)  # may take long: other threads go on with other shards
                 break
-            except ShardError as error:
+            except (ShardError, OSError) as error:
                 if not _lacks_descriptors(error) or not self._make_way():
                     raise
         with self._lock:

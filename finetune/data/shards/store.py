@@ -9,7 +9,8 @@ Credentials, endpoints and proxies are those of the libraries: for S3 the AWS va
 (`FSSPEC_S3='{"anon": true}'` for a public bucket, or ~/.config/fsspec/*.json).
 
 A file that can't be had now (a server error, a broken or silent connection, wrong bytes) is asked for again, later
-and later; one that will not be had (absent, forbidden) is an error at once.
+and later; one that will not be had (absent, forbidden) is an error at once. Where all tries fail the store is away,
+which is no mistake of the user's: the same command may go on later.
 """
 
 from __future__ import annotations
@@ -77,6 +78,19 @@ RETRY = Retry()
 
 class WriteError(Exception):
     """The local file could not be written (its cause is an `OSError`); asking again doesn't help."""
+
+
+class StoreAwayError(OSError):
+    """A store has not given a file after all tries: to be treated as a disk that does not answer."""
+
+    def __init__(self, url: str, why: str) -> None:
+        super().__init__(errno.EHOSTDOWN, why, url)
+
+    def __str__(self) -> str:
+        return f"cannot fetch {self.filename}: {self.strerror}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return StoreAwayError, (self.filename, self.strerror)
 
 
 class StoppedError(Exception):
@@ -224,7 +238,8 @@ class Store:
 
         Raises:
             FileNotFoundError: it is not there.
-            ShardError: it is forbidden, or can't be had after some tries.
+            ShardError: it is forbidden.
+            StoreAwayError: it can't be had after some tries.
         """
 
         def once() -> bytes:
@@ -244,7 +259,8 @@ class Store:
         """A file of at most `limit` bytes; `check` says what is wrong with them, or None.
 
         Raises:
-            ShardError: it is absent or forbidden, or nothing right came after all tries.
+            ShardError: it is absent or forbidden, or what comes is wrong after all tries.
+            StoreAwayError: it did not come after all tries.
             StoppedError: `stop` was set.
         """
 
@@ -276,7 +292,8 @@ class Store:
         A connection that breaks is taken up where it ended, if the store can; wrong bytes are fetched anew.
 
         Raises:
-            ShardError: the file is absent or forbidden, or nothing right came after all tries.
+            ShardError: the file is absent or forbidden, or what comes is wrong after all tries.
+            StoreAwayError: it did not come after all tries.
             WriteError: the local file can't be written.
             StoppedError: `stop` was set.
         """
@@ -327,7 +344,8 @@ class Store:
 
         Raises:
             FileNotFoundError: the file is not there.
-            ShardError: it is forbidden, or no try did it.
+            ShardError: it is forbidden, or wrong after all tries.
+            StoreAwayError: no try did it.
             StoppedError: `stop` was set.
         """
         attempts = attempts or self.retry.attempts
@@ -351,14 +369,11 @@ class Store:
                 if failures == 3:  # a hiccup is nobody's business; a store that is down is
                     warnings.warn(f"{self.url(name)}: {self._why(last)}; trying on", stacklevel=2)
                 stop.wait(self.retry.delay_s(failures, self._random.random()))
-        remedy = (
-            "restore the file; if a new set took its place, start again with that"
-            if isinstance(last, _WrongBytesError)
-            else "check the network"
-        )
-        raise ShardError(
-            f"cannot fetch {self.url(name)}: {self._why(last)}, the last of {attempts} tries; {remedy}"
-        ) from last
+        why = f"{self._why(last)}, the last of {attempts} tries"
+        if not isinstance(last, _WrongBytesError):
+            raise StoreAwayError(self.url(name), f"{why}; check the address and the network") from last
+        remedy = "restore the file; if a new set took its place, start again with that"
+        raise ShardError(f"cannot fetch {self.url(name)}: {why}; {remedy}") from last
 
     @contextmanager
     def _missing(self, name: str) -> Iterator[None]:
