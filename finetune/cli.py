@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from finetune import UserError, __version__, run_cli
+from finetune.terminal import stopped_at_once
 
 COMMANDS = {
     "train": "fine-tune a model, or train one from scratch",
@@ -16,6 +17,8 @@ COMMANDS = {
     "export": "write a run's result for other tools",
     "autoencoder": "train the first stage on pictures",
 }
+
+_MULTIRUN = {"--multirun", "-m"}
 
 _EXAMPLES = """examples:
   finetune train experiment=smoke data.shards=shards/latents run.dir=runs/first
@@ -45,35 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean `{near[0]}`?" if near else f"choose one of {', '.join(COMMANDS)}"
         what = "option" if name.startswith("-") else "command"
         raise UserError(f"unknown {what} `{name}`: {hint}")
-    return _run(name, rest)
+    with stopped_at_once():
+        command = _command(name, rest)
+    return command(rest)
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _command(name: str, arguments: list[str]) -> Callable[[list[str]], int]:
     match name:
-        case "train" if {"--multirun", "-m"} & {*arguments}:
+        case "train" if _MULTIRUN & {*arguments}:
             from finetune import sweep
 
-            return sweep.main([word for word in arguments if word not in ("--multirun", "-m")])
+            return lambda words: sweep.main([word for word in words if word not in _MULTIRUN])
         case "train":
             from finetune import train
 
-            return train.main(arguments)
+            return train.main
         case "doctor":
             from finetune.doctor import command as doctor
 
-            return doctor.main(arguments)
+            return doctor.main
         case "sample":
             from finetune import sample
 
-            return sample.main(arguments)
+            return sample.main
         case "export":
             from finetune import export
 
-            return export.main(arguments)
+            return export.main
         case "autoencoder":
             from finetune.autoencoder import train as autoencoder
 
-            return autoencoder.main(arguments)
+            return autoencoder.main
     raise AssertionError(name)
 
 

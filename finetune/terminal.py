@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finetune import STOPPED, UserError, is_by_all
+from finetune import INTERRUPTED, STOPPED, UserError, is_by_all
 
 _LATE_SECONDS = 5.0
 
@@ -71,10 +71,14 @@ def speak_in_turn(main: Callable[[], int]) -> int:
 
 @contextlib.contextmanager
 def stopped_at_once() -> Iterator[None]:
-    """While libraries are loaded, for seconds, there is nothing to save; `StopRequest` takes over after that."""
-    old = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    """While libraries are loaded, for seconds, there is nothing to save; `StopRequest` takes over after that.
+
+    Ctrl-C would be an exception inside of somebody's import, who may take it for a want of that library.
+    """
+    codes = {signal.SIGUSR1: STOPPED, signal.SIGTERM: STOPPED, signal.SIGINT: INTERRUPTED}
+    old = {number: signal.getsignal(number) for number in codes}
     for number in old:
-        signal.signal(number, lambda number, frame: os._exit(STOPPED))
+        signal.signal(number, lambda number, frame: os._exit(codes[signal.Signals(number)]))
     try:
         yield
     finally:

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from finetune import PEER_LOST, PeerLostError, UserError, run_cli
+from finetune import INTERRUPTED, PEER_LOST, PeerLostError, UserError, run_cli
 
 
 def of_disk(number: int) -> OSError:
@@ -46,3 +46,19 @@ def test_a_reader_that_has_gone_is_no_success() -> None:
     started.stdout.close()
     assert started.stderr.read() == b""
     assert started.wait() == 141
+
+
+def test_ctrl_c_while_libraries_are_loaded_ends_at_once() -> None:
+    """An import swallowed it, and the run trained on; or it ended in the traceback of somebody's ImportError."""
+    script = """
+import os, signal
+from finetune.terminal import stopped_at_once
+with stopped_at_once():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:  # as a library does that can go without another
+        pass
+print("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout + done.stderr) == (INTERRUPTED, "")
