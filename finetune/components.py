@@ -23,7 +23,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune import UserError, first_line, tasks
 from finetune.conditioning import Conditioner, Given
-from finetune.conditioning.text import Text
+from finetune.conditioning.text import Text, TextXL
 from finetune.config import data_sources
 from finetune.data.loader import largest_bucket
 from finetune.data.shards import MANIFEST, Manifest
@@ -40,14 +40,17 @@ from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_c
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch_file, has_part, local_folder
 from finetune.models.text import (
+    fitting,
     load_text_encoder,
     load_text_encoder_2,
     load_tokenizer,
+    take_trained,
     zeroes_null_caption,
 )
 from finetune.models.unet import context_width, load_unet
 from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Checkpoint, Weights, is_run
+from finetune.tasks.super_resolution import LowRes
 from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
 SAMPLING_FILE = "sampling.json"
@@ -140,7 +143,10 @@ def load_components(
         raise UserError(f"--revision {revision}: {source} is here, and only models on the hub have revisions")
     if folder is not None and is_run(folder):
         with chosen_checkpoint(folder, step, weights) as checkpoint:
-            parts = _from_run(folder, checkpoint, tokenizer)
+            try:
+                parts = _from_run(folder, checkpoint, tokenizer)
+            except UserError as error:
+                raise UserError(f"{error}{_begun_elsewhere(folder, str(error))}") from error
     elif step is not None:
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
     elif weights not in ("ema", "raw"):
@@ -180,22 +186,29 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
     unet = load_unet(place, revision=unet_revision)
 
     def text() -> Conditioner:
-        encoder = load_text_encoder(*origin("text_encoder"))
+        trained = checkpoint.weights / "text_encoder"
+        if base is not None and (trained / "config.json").is_file():
+            # Of XL's first encoder the last layer is not trained: a checkpoint has all but that.
+            encoder = load_text_encoder(base, revision)
+            take_trained(encoder, trained)
+        else:
+            encoder = load_text_encoder(*origin("text_encoder"))
         if (run / "tokenizer").is_dir():
-            return caption_conditioner(load_tokenizer(run / "tokenizer"), encoder)
+            return caption_conditioner(fitting(load_tokenizer(run / "tokenizer"), encoder, run), encoder)
         if base is None:
             raise UserError(
                 f"{run} has no tokenizer/ and its config.yaml names no base model: put that folder back, the text "
                 "encoder knows no other words"
             )
-        tokenizer = load_tokenizer(base, revision, words=words)
+        tokenizer = fitting(load_tokenizer(base, revision, words=words), encoder, base)
         if not has_part(base, "text_encoder_2", revision):
             return caption_conditioner(tokenizer, encoder)
+        encoder_2 = load_text_encoder_2(*origin("text_encoder_2"))
         return caption_conditioner_xl(
             tokenizer,
             encoder,
-            load_tokenizer(base, revision, "tokenizer_2", words=words),
-            load_text_encoder_2(*origin("text_encoder_2")),
+            fitting(load_tokenizer(base, revision, "tokenizer_2", words=words), encoder_2, base),
+            encoder_2,
             zero_null=zeroes_null_caption(base, revision),
         )
 
@@ -227,6 +240,26 @@ def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Co
         lora=lora,
         notices=checkpoint.notices,
     )
+
+
+def _begun_elsewhere(run: Path, error: str) -> str:
+    """What to add to an error of a run whose `config.yaml` names a relative path that is not here."""
+    config = read_config(run)
+    model = section(config, "model")
+    sources = [each for each in data_sources(section(config, "data")).values() if isinstance(each, Mapping)]
+    named = [
+        model.get("pretrained"),
+        model.get("vae"),
+        model.get("tokenizer"),
+        *(one.get("shards") for one in sources),
+    ]
+    for path in [str(each) for each in named if each]:
+        is_missing = path in error and ("no such f" in error or "are gone" in error)
+        if is_missing and not Path(path).expanduser().is_absolute() and not Path(path).exists():
+            return (
+                f"; as a path, {path} in {run / 'config.yaml'} begins where the run was started: go to that folder"
+            )
+    return ""
 
 
 def _from_model(source: str | Path, revision: str | None, words: str | Path | None) -> Components:
@@ -435,6 +468,33 @@ def _check_fit(parts: Components) -> None:
         raise UserError(
             f"{parts.source}: the U-Net attends to {context_width(unet)} features, the text encoder "
             f"has {parts.text.width}"
+        )
+    try:
+        require_told(parts.unet, parts.conditioner, parts.task.name)
+    except UserError as error:
+        raise UserError(f"{parts.source}: {error}") from None
+
+
+def require_told(unet: UNet2DConditionModel, conditioner: Conditioner, task: str) -> None:
+    """Refuse a U-Net that must be told more than its task tells it.
+
+    Raises:
+        UserError: names the setting of the U-Net that asks for it.
+    """
+    config, parts = unet.config, list(conditioner.modules())
+    asks = []
+    if unet.class_embedding is not None and not any(
+        isinstance(part, LowRes) and part.noise_levels for part in parts
+    ):
+        asks += ["num_class_embeds" if config.get("class_embed_type") is None else "class_embed_type"]
+    added = config.get("addition_embed_type")
+    is_xl = any(isinstance(part, TextXL) for part in parts)
+    if added not in (None, "text") and not (added == "text_time" and is_xl):  # text: of the context alone
+        asks += ["addition_embed_type"]
+    if asks:
+        raise UserError(
+            f"the U-Net has {asks[0]}={config[asks[0]]}: it must be told more than task={task} tells it here; "
+            "choose another model or task"
         )
 
 

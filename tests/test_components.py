@@ -16,8 +16,8 @@ from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, save_lora
 from finetune.models.autoencoder import encoder_sha256
 from finetune.models.schedulers import scheduler_config
-from finetune.models.text import load_text_encoder
-from finetune.models.unet import load_unet
+from finetune.models.text import load_text_encoder, save_tokenizer, tokenize
+from finetune.models.unet import build_unet, load_unet
 from finetune.runs import complete_checkpoints, latest_checkpoint
 from tests import fakes
 
@@ -213,3 +213,62 @@ def test_what_is_missing_of_a_run_without_its_tokenizer_is_the_tokenizer(tmp_pat
     shutil.rmtree(run / "tokenizer")
     with pytest.raises(UserError, match="run has no tokenizer/ .*: put that folder back"):
         load_components(run)
+
+
+@pytest.mark.parametrize("is_xl", [False, True])
+def test_words_without_a_length_have_that_of_the_text_encoder(base, tmp_path, is_xl):
+    """vocab.json and merges.txt say none: transformers takes 10^30, which the places of no encoder are."""
+    model = fakes.tiny_sdxl(tmp_path / "xl") if is_xl else base
+    save_tokenizer(fakes.tokenizer(), tmp_path / "words")
+    for path in (tmp_path / "words").iterdir():
+        if path.name not in ("vocab.json", "merges.txt"):
+            path.unlink()
+    made = fakes.config(model={"pretrained": str(model), "tokenizer": str(tmp_path / "words")})
+    run = tmp_path / "run"
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        if (model / part).is_dir():
+            shutil.copytree(model / part, run / "checkpoints" / "step-00000020" / "weights" / part)
+    (run / "config.yaml").write_text(yaml.safe_dump(made))
+    (run / "checkpoints" / "step-00000020" / "trainer.json").write_text(json.dumps({"format": 1, "step": 20}))
+    text = load_components(run).text
+    tokenizers = [text.tokenizer, *([text.tokenizer_2] if is_xl else [])]
+    assert [tokenizer.model_max_length for tokenizer in tokenizers] == [12] * len(tokenizers)
+    assert tokenize(tokenizers[-1], ["a red apple"]).shape == (1, 12)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"num_class_embeds": 10},
+        {"class_embed_type": "timestep"},
+        {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 64,
+        },
+    ],
+)
+def test_a_unet_that_must_be_told_more_is_refused(base, tmp_path, more):
+    shutil.copytree(base, tmp_path / "model")
+    build_unet(fakes.UNET | more).save_pretrained(tmp_path / "model" / "unet")
+    key, value = next(iter(more.items()))
+    with pytest.raises(UserError, match=f"model: the U-Net has {key}={value}: it must be told more") as caught:
+        load_components(tmp_path / "model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["models/tiny", "tiny"])
+def test_a_run_that_names_a_relative_path_says_where_that_begins(base, tmp_path, monkeypatch, name):
+    there, here = tmp_path / "there", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(base, there / name)
+    fakes.lora_run(there / "run", base)
+    (there / "run" / "config.yaml").write_text(
+        yaml.safe_dump(fakes.config(model={"pretrained": name}, adapter={"kind": "lora"}))
+    )
+    monkeypatch.chdir(there)
+    assert load_components(there / "run").lora is not None
+    monkeypatch.chdir(here)
+    says = f"{name} in {there}/run/config.yaml begins where the run was started"
+    with pytest.raises(UserError, match=rf"no such folder.*; as a path, {says}"):
+        load_components(there / "run")

@@ -480,6 +480,19 @@ Command = Callable[..., tuple[int, str]]
         (["train.precision=int8"], "train.precision=int8 is not known: choose one of auto, fp32, bf16, fp16"),
         (["model.pretrained=/nowhere/at/all"], "/nowhere/at/all"),
         (["model.unet.in_channels=9"], "takes 9 channels, the shards hold latents of 4"),
+        (["model.unet.num_class_embeds=10"], "the U-Net has num_class_embeds=10: it must be told more"),
+        (
+            ["model.unet.class_embed_type=timestep"],
+            "class_embed_type=timestep: it must be told more than task=text",
+        ),
+        (
+            [
+                "model.unet.addition_embed_type=text_time",
+                "model.unet.addition_time_embed_dim=8",
+                "model.unet.projection_class_embeddings_input_dim=64",
+            ],
+            "addition_embed_type=text_time: it must be told more",
+        ),
         (["train.device=cuda"], "torch sees no GPU"),
         (["--stpes", "3"], "unknown option --stpes"),
     ],

@@ -161,6 +161,8 @@ def test_weights_of_trained_text_encoders_are_drawn_with(
     for name, module in parts.text.parts().items():  # type: ignore[union-attr]
         own = before.text.parts()[name].state_dict()  # type: ignore[union-attr]
         assert any(not torch.equal(tensor, own[key]) for key, tensor in module.state_dict().items())
+    for module, own in zip(parts.text.unused(), before.text.unused(), strict=True):  # type: ignore[union-attr]
+        assert all(map(torch.equal, module.state_dict().values(), own.state_dict().values()))
     out = tmp_path / "a.png"
     assert command("sample", str(tmp_path / "run"), "--prompt", "a cat", "--steps", "1", "--out", str(out))[0] == 0
     assert out.is_file()

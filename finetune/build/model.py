@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.data import captions, classes
-from finetune.components import load_own_parts, own_parts
+from finetune.components import load_own_parts, own_parts, require_told
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
 from finetune.config import Config, SchedulerConfig
@@ -149,6 +149,7 @@ def conditioned(
         else:
             remedy = "choose a model for these latents or encode with another autoencoder"
         raise UserError(f"{takes}: {remedy}")
+    require_told(unet, conditioner, task.name)
     return unet, conditioner, made
 
 

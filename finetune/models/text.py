@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -26,7 +27,7 @@ from finetune import UserError, first_line
 from finetune.data.shards import TextInfo, write_atomic
 from finetune.models.single_file import open_file
 from finetune.models.sources import download, fetch, fetch_file, local_folder, relative_source, weights_sha256
-from finetune.models.weight_files import load_folder, write_weights
+from finetune.models.weight_files import load_folder, read_weights, write_weights
 
 CLIP = "openai/clip-vit-large-patch14"
 CLIP_EMBEDDING_STD = 0.02
@@ -59,7 +60,7 @@ def load_text(
         UserError: the source is absent, one of the two is missing or broken, or they don't fit each other.
     """
     encoder = load_text_encoder(source, revision, dtype)
-    return _fitting(load_tokenizer(source, revision, words=words), encoder, source), encoder
+    return fitting(load_tokenizer(source, revision, words=words), encoder, source), encoder
 
 
 def load_text_2(
@@ -71,7 +72,7 @@ def load_text_2(
 ) -> tuple[CLIPTokenizer, CLIPTextModelWithProjection]:
     """Load the second tokenizer and text encoder of a Stable Diffusion XL model, as `load_text`."""
     encoder = load_text_encoder_2(source, revision, dtype)
-    return _fitting(load_tokenizer(source, revision, "tokenizer_2", words=words), encoder, source), encoder
+    return fitting(load_tokenizer(source, revision, "tokenizer_2", words=words), encoder, source), encoder
 
 
 def load_tokenizer(
@@ -136,6 +137,22 @@ def load_text_encoder_2(
     return _load(CLIPTextModelWithProjection, folder, dtype)
 
 
+def take_trained(text_encoder: nn.Module, folder: Path) -> None:
+    """Load what a run trained of a text encoder, which may not be all of it.
+
+    Raises:
+        UserError: the file is broken or of another encoder.
+    """
+    file = folder / "model.safetensors"
+    names = {name.removeprefix("text_model."): name for name in text_encoder.state_dict()}
+    tensors, _ = read_weights(file)
+    try:
+        trained = {names[key.removeprefix("text_model.")]: tensor for key, tensor in tensors.items()}
+        text_encoder.load_state_dict(trained, strict=False)
+    except (KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{file} does not fit the text encoder that was trained: {first_line(error)}") from error
+
+
 def zeroes_null_caption(source: str | Path, revision: str | None = None) -> bool:
     """Whether an XL model takes zeros for the caption that is left out, not the empty caption's states.
 
@@ -152,8 +169,8 @@ def zeroes_null_caption(source: str | Path, revision: str | None = None) -> bool
         raise UserError(f"{folder / 'model_index.json'} cannot be read: {first_line(error)}") from error
 
 
-def _fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIPTokenizer:
-    """The tokenizer, if the encoder knows all of its words.
+def fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIPTokenizer:
+    """The tokenizer, if the encoder knows all of its words; its captions are no longer than the encoder takes.
 
     Raises:
         UserError: it does not.
