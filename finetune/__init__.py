@@ -75,8 +75,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run a command's `main` and exit: a user's mistake becomes one line on stderr and exit code 2.
 
     Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
-    a disk that is full or refuses, or a want of open files or memory, 69 for `PeerLostError`, 74 for a disk that
-    does not answer (sysexits' EX_IOERR), 130 after Ctrl-C, 141 where who reads the output has gone, as a shell says
+    a disk that is full or refuses, or a want of open files or memory, 69 for `PeerLostError`, 74 for a disk or
+    a store that does not answer (sysexits' EX_IOERR), 130 after Ctrl-C, 141 where who reads the output has gone, as a shell says
     of SIGPIPE.
     Anything else is a defect of ours and keeps its traceback.
     """

@@ -8,6 +8,7 @@ import pickle
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def test_a_fault_is_mended_by_another_try(
 
 @pytest.mark.filterwarnings("ignore:.*trying on")
 def test_several_faults_in_a_row_and_one_too_many(server: Server, content: bytes, tmp_path: Path) -> None:
-    faults = [Fault("status"), Fault("cut", after=1000), Fault("flip", after=7)]
+    faults = [Fault("status"), Fault("cut", after=0), Fault("flip", after=7)]
     server.faults = {"a.tar": list(faults)}
     assert copied(Store(server.url + "/far", QUICK), content, tmp_path) == 3
     server.faults = {"a.tar": [*faults, Fault("status", status=502)]}
@@ -111,6 +112,22 @@ def test_a_broken_body_is_taken_up_where_it_ended(
     copied(Store(server.url + "/far", QUICK), content, tmp_path, on_bytes=on_bytes)
     assert [request.range for request in server.requests] == [None] * (len(before) + 1) + ["bytes=100000-"]
     assert received == SIZE * (len(before) + 1)
+
+
+def test_tries_count_from_the_last_that_brought_more(
+    server: Server, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A proxy that ends every connection after 50 kB; a store that starts at the beginning again brings no more."""
+    monkeypatch.setattr("finetune.data.shards.store.CHUNK_BYTES", 10_000)
+    store = Store(server.url + "/far", replace(IMPATIENT, attempts=2))
+    server.faults = {"a.tar": [Fault("stall", after=50_000)] * 5}
+    assert copied(store, content, tmp_path) == 5
+    assert [request.range for request in server.requests[1:]] == [
+        f"bytes={n}-" for n in range(50_000, SIZE, 50_000)
+    ]
+    server.ranges, server.faults = False, {"a.tar": [Fault("stall", after=50_000)] * 2}
+    with pytest.raises(StoreAwayError, match="the last of 2 tries"):
+        copied(store, content, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*trying on")

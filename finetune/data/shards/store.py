@@ -54,7 +54,8 @@ class Retry:
     """How long to go on asking.
 
     The defaults ride out about a minute (at most two) of a store that is down, restarting, or asks for less: short
-    beside a run, long beside a load balancer's failover. An open set has fewer tries for its manifest, so that a
+    beside a run, long beside a load balancer's failover. Tries count from the last that brought more of a file: a
+    proxy may cut every connection after some megabytes. An open set has fewer tries for its manifest, so that a
     mistyped host is told in seconds.
     """
 
@@ -216,11 +217,11 @@ class Store:
     @property
     def name(self) -> str:
         """The root as it may be shown and logged: without user, password and query."""
-        return _shown(self.root)
+        return shown(self.root)
 
     def url(self, name: str) -> str:
         """A file's address as it may be shown."""
-        return self.address(name) if self.protocol == "pipe" else _shown(self.address(name))
+        return self.address(name) if self.protocol == "pipe" else shown(self.address(name))
 
     def address(self, name: str) -> str:
         """A file's address (or command), with all that it takes to be let in."""
@@ -297,10 +298,10 @@ class Store:
             WriteError: the local file can't be written.
             StoppedError: `stop` was set.
         """
-        digest, got = hashlib.sha256(), 0
+        digest, got, most = hashlib.sha256(), 0, 0
 
         def once() -> None:
-            nonlocal digest, got
+            nonlocal digest, got, most
             try:
                 with closing(self._open(name, got)) as body:
                     if body.offset != got:
@@ -315,6 +316,7 @@ class Store:
                         _write(file, chunk)
                         digest.update(chunk)
                         got += len(chunk)
+                        most = max(most, got)
                         if on_bytes is not None:
                             on_bytes(len(chunk))
                 if got < size:  # by a regular end: it is another file, or half of one
@@ -329,7 +331,7 @@ class Store:
                 raise
 
         with self._missing(name):
-            self.again(name, once, stop=stop, on_retry=on_retry)
+            self.again(name, once, stop=stop, on_retry=on_retry, received=lambda: most)
 
     def again(
         self,
@@ -339,8 +341,12 @@ class Store:
         attempts: int | None = None,
         stop: threading.Event | None = None,
         on_retry: Callable[[], None] | None = None,
+        received: Callable[[], int] = lambda: 0,
     ) -> T:
         """`once()`, tried again as `retry` says.
+
+        Args:
+            received: how far tries have come; one that came further is the first to be counted.
 
         Raises:
             FileNotFoundError: the file is not there.
@@ -350,7 +356,8 @@ class Store:
         """
         attempts = attempts or self.retry.attempts
         stop = stop or threading.Event()
-        for failures in range(1, attempts + 1):
+        failures = reached = 0
+        while failures < attempts:
             if stop.is_set():
                 raise StoppedError
             try:
@@ -363,6 +370,9 @@ class Store:
                     raise FileNotFoundError(errno.ENOENT, "no such file", self.url(name)) from error
                 if _is_hopeless(error):
                     raise ShardError(f"cannot fetch {self.url(name)}: {self._why(error)}") from error
+            came_further = received() > reached and not isinstance(last, _WrongBytesError)
+            failures = 1 if came_further else failures + 1
+            reached = received()
             if failures < attempts:
                 if on_retry is not None:
                     on_retry()
@@ -460,7 +470,8 @@ class Store:
             return self._filesystem
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
+    """A URL without user, password and query; a `pipe:` as it is."""
     if url.startswith("pipe:"):
         return url
     parts = urlsplit(url)
