@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `data-tools preview`."""
     parser.add_argument("shards", type=set_folder, metavar="SHARDS", help="folder with manifest.json")
     parser.add_argument("--vae", metavar="MODEL", help="autoencoder for latents (default: the manifest's)")
-    parser.add_argument("--out", type=Path, required=True, metavar="PNG", help="the sheet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the sheet: .png, .jpg or .webp")
     parser.add_argument("--count", type=positive, default=64, metavar="N", help="samples to show (default: 64)")
     parser.add_argument("--columns", type=positive, default=8, metavar="N", help="tiles in a row (default: 8)")
     parser.add_argument("--plain", action="store_true", help="pictures alone, without boxes, maps and masks")

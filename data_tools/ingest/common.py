@@ -276,7 +276,12 @@ def caption_columns(asked: list[str], columns: list[str], texts: list[str]) -> l
         check_columns("--caption-column", asked, columns)
         return asked
     found = choose_column("--caption-column", "captions", columns, named(texts, CAPTION_COLUMNS))
-    return [] if found is None else [found]
+    if found is None:
+        print(
+            f"note: no captions are taken; name their column with --caption-column (columns: {', '.join(columns)})"
+        )
+        return []
+    return [found]
 
 
 # --- pictures to shards

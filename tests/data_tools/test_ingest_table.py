@@ -154,6 +154,18 @@ def test_columns_that_were_not_chosen_are_no_captions(cli: Cli, pictures: Path, 
     assert [row["captions"] for row in records(tmp_path / "again").values()] == [["a cat"], []]
 
 
+def test_that_no_column_has_captions_is_said(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    (pictures / "t.csv").write_text("path,title,score\n0.png,a cat,5\n1.png,a dog,4\n")
+    result = cli("ingest", "table", pictures / "t.csv", "--out", tmp_path / "out")
+    assert result.code == 0
+    assert (
+        "note: no captions are taken; name their column with --caption-column (columns: path, title, score"
+        in result.out
+    )
+    named = cli("ingest", "table", pictures / "t.csv", "--out", tmp_path / "named", "--caption-column", "title")
+    assert named.code == 0 and "note:" not in named.out
+
+
 def test_captions_that_are_missing_are_none(cli: Cli, pictures: Path, tmp_path: Path) -> None:
     cells = [math.nan, -math.inf, [math.nan, "a cat"], True, 7.5]
     lines = [json.dumps({"path": f"{n}.png", "caption": cell}) for n, cell in enumerate(cells)]
