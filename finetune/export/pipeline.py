@@ -22,6 +22,7 @@ from finetune.components import Components, load_components, write_guidance
 from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_folder
 from finetune.models.text import save_text_encoder, save_tokenizer
+from finetune.models.unet import pixel_multiple
 from finetune.models.weight_files import write_weights
 from finetune.runs import Weights
 from finetune.sampling import make_scheduler
@@ -83,8 +84,7 @@ def export_pipeline(
     # The pipeline divides by what the VAE's configuration says; the run was trained with what its shards say.
     parts.vae.register_to_config(scaling_factor=parts.latents.scale)
     # Without height and width, the pipeline draws at this size.
-    height, width = (pixels // parts.downsample for pixels in parts.default_size)
-    parts.unet.register_to_config(sample_size=height if height == width else (height, width))
+    parts.unet.register_to_config(sample_size=_sample_size(parts, kind))
     parts.vae.to(dtype)
     scheduler = make_scheduler(None, parts.scheduler)
     with whole_folder(out) as folder:
@@ -110,6 +110,17 @@ def export_pipeline(
         return parts.notices
     what = f"knows task={parts.task.name}" if is_kl else f"draws through a {type(parts.vae).__name__}"
     return (*parts.notices, f"no pipeline of diffusers {what}: draw with `finetune sample {out}`")
+
+
+def _sample_size(parts: Components, kind: type[DiffusionPipeline] | None) -> int | tuple[int, int]:
+    """Latent cells along a side, or (height, width) where they differ and the reader takes two."""
+    height, width = (pixels // parts.downsample for pixels in parts.default_size)
+    if height == width:
+        return height
+    if kind in (None, StableDiffusionPipeline):
+        return height, width
+    multiple = pixel_multiple(parts.unet, parts.downsample) // parts.downsample
+    return max(1, round((height * width) ** 0.5 / multiple)) * multiple
 
 
 def _arguments(parts: Components, kind: type[DiffusionPipeline]) -> dict[str, Any]:

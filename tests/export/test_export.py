@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -328,6 +329,21 @@ def test_a_run_of_xl_is_a_pipeline_of_xl(tmp_path):
     assert isinstance(load_components(out).conditioner, TextXL)
     before.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     np.testing.assert_array_equal(drawn(pipe), drawn(before))
+
+
+@pytest.mark.parametrize(("size", "side"), [((40, 64), 48), ((64, 64), 64)])
+def test_a_pipeline_of_xl_draws_squares(tmp_path, monkeypatch, size, side):
+    """It knows one side alone: that of as many pixels as the run's pictures have."""
+
+    def sized(*arguments, **settings):
+        return replace(load_components(*arguments, **settings), size=size)
+
+    monkeypatch.setattr(pipeline, "load_components", sized)
+    model, out = fakes.tiny_sdxl(tmp_path / "xl"), tmp_path / "out"
+    export.main([str(model), "--format", "diffusers", "--out", str(out)])
+    pipe = StableDiffusionXLPipeline.from_pretrained(out)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe("a red apple", num_inference_steps=1).images[0].size == (side, side)
 
 
 def test_a_model_that_no_pipeline_knows_is_laid_out_for_sample(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import nn
 from finetune import UserError, export, sample, tasks
 from finetune.components import Components, load_components
 from finetune.conditioning import Conditioner, Given
+from finetune.export import pipeline
 from finetune.latents import LatentSpace
 from finetune.models.unet import build_unet
 from finetune.tasks import Task
@@ -79,6 +81,17 @@ def test_a_folder_is_the_tasks_pipeline(kind: str, model: Path, tmp_path: Path) 
         assert pipe.config.max_noise_level == 350
         assert (pipe.low_res_scheduler.config.beta_start, pipe.low_res_scheduler.config.beta_end) == (0.0001, 0.02)
         assert pipe.low_res_scheduler.config.beta_schedule == "scaled_linear"
+
+
+def test_a_folder_of_wide_pictures_is_loaded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These pipelines know one side: that of as many pixels, which the U-Net can halve."""
+
+    def sized(*arguments: Any, **settings: Any) -> Components:
+        return replace(load_components(*arguments, **settings), size=(40, 64))
+
+    monkeypatch.setattr(pipeline, "load_components", sized)
+    export.main([str(model), "--format", "diffusers", "--out", str(tmp_path / "out")])
+    assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 12
 
 
 def test_a_single_file_is_the_same_model(
