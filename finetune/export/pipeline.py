@@ -21,11 +21,13 @@ from finetune import UserError
 from finetune.components import Components, load_components, write_guidance
 from finetune.conditioning.text import TextXL
 from finetune.export.folder import whole_folder
+from finetune.models.single_file import SCALES
 from finetune.models.text import save_text_encoder, save_tokenizer
 from finetune.models.unet import pixel_multiple
 from finetune.models.weight_files import write_weights
 from finetune.runs import Weights
 from finetune.sampling import make_scheduler
+from finetune.tasks.super_resolution import lowres
 
 # By task, and whether the model has XL's two text encoders.
 PIPELINES: dict[tuple[str, bool], type[DiffusionPipeline]] = {
@@ -51,7 +53,8 @@ def export_pipeline(
 
     What no pipeline of diffusers knows (labels, layouts, label maps, nothing at all) is laid out likewise, with
     `task.json` beside, for `finetune sample` and `model.pretrained`; so is a model with a codebook, which Stable
-    Diffusion's pipelines cannot decode with. The guidance of a run's sample grids goes along as `sampling.json`.
+    Diffusion's pipelines cannot decode with. Super-resolution has that file always: no pipeline says its factor.
+    The guidance of a run's sample grids goes along as `sampling.json`.
 
     Returns:
         What the user should be told.
@@ -62,14 +65,14 @@ def export_pipeline(
     """
     parts = load_components(source, weights=weights, step=step, dtype=dtype, revision=revision, tokenizer=tokenizer)
     text = parts.text
-    xl = isinstance(text, TextXL)
-    kind = PIPELINES.get((parts.task.name, xl))
+    kind = PIPELINES.get((parts.task.name, isinstance(text, TextXL)))
     is_kl = isinstance(parts.vae, AutoencoderKL)
-    if (
-        text is None
-        or not is_kl
-        or (kind is StableDiffusionUpscalePipeline and not parts.unet.config["num_class_embeds"])
-    ):
+    what = f"knows task={parts.task.name}" if is_kl else f"draws through a {type(parts.vae).__name__}"
+    if kind is StableDiffusionUpscalePipeline and is_kl and text is not None and not _is_upscaler(parts):
+        scale = SCALES["upscaler"]
+        what += f" but with noise levels, a factor of {parts.downsample} and latents scaled by {scale}"
+        kind = None
+    if text is None or not is_kl:
         kind = None
     name = kind.__name__ if kind is not None else "the diffusers layout"
     if parts.latents.shift:
@@ -104,12 +107,18 @@ def export_pipeline(
         if isinstance(text, TextXL):
             save_tokenizer(text.tokenizer_2, folder / "tokenizer_2")
         write_guidance(folder, parts)
-        if kind is None:
+        if kind is None or parts.task.name == "super_resolution":
             parts.task.save(folder)
     if kind is not None:
         return parts.notices
-    what = f"knows task={parts.task.name}" if is_kl else f"draws through a {type(parts.vae).__name__}"
     return (*parts.notices, f"no pipeline of diffusers {what}: draw with `finetune sample {out}`")
+
+
+def _is_upscaler(parts: Components) -> bool:
+    """Whether diffusers' pipeline takes the small picture as the model does, and leaves the latents' scale."""
+    own = lowres(parts.conditioner)
+    fits = own is not None and own.noise_levels > 0 and own.factor == parts.downsample
+    return fits and abs(parts.latents.scale - SCALES["upscaler"]) < 1e-6
 
 
 def _sample_size(parts: Components, kind: type[DiffusionPipeline] | None) -> int | tuple[int, int]:
@@ -137,8 +146,10 @@ def _arguments(parts: Components, kind: type[DiffusionPipeline]) -> dict[str, An
     made |= {"safety_checker": None, "feature_extractor": None}
     if kind is not StableDiffusionUpscalePipeline:
         return made | {"requires_safety_checker": False}
+    own = lowres(parts.conditioner)
+    assert own is not None
     betas = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
     return made | {
         "low_res_scheduler": DDPMScheduler(**betas),
-        "max_noise_level": int(parts.task.options.get("noise_levels") or 350),
+        "max_noise_level": min(own.noise_levels, parts.unet.config["num_class_embeds"] - 1),
     }

@@ -75,7 +75,8 @@ def test_a_folder_is_the_tasks_pipeline(kind: str, model: Path, tmp_path: Path) 
     for name, module in modules(parts).items():
         assert_same(getattr(pipe, name), module, name)
         assert_same(modules(again)[name], module, name)
-    assert again.task == parts.task and parts.scheduler.items() <= again.scheduler.items()
+    assert (again.task.name, again.task.options) == (parts.task.name, parts.task.options)
+    assert parts.scheduler.items() <= again.scheduler.items()
     if kind == "upscaler":
         # What Stable Diffusion's upscaler has: how much, and by which schedule, the small picture is noised.
         assert pipe.config.max_noise_level == 350
@@ -92,6 +93,44 @@ def test_a_folder_of_wide_pictures_is_loaded(model: Path, tmp_path: Path, monkey
     monkeypatch.setattr(pipeline, "load_components", sized)
     export.main([str(model), "--format", "diffusers", "--out", str(tmp_path / "out")])
     assert DiffusionPipeline.from_pretrained(tmp_path / "out").unet.config.sample_size == 12
+
+
+def enlarger(folder: Path, scale: float, **options: Any) -> Path:
+    """A model of captions and small pictures that is told of 100 levels of noise."""
+    vae = fakes.base_model(folder) / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": scale}))
+    build_unet(fakes.UNET | {"in_channels": 7, "num_class_embeds": 100}).save_pretrained(folder / "unet")
+    Task("super_resolution", options).save(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scale", "options", "levels"),
+    [
+        (0.08333, {}, 99),  # the highest that the U-Net has
+        (0.08333, {"noise_levels": 30}, 30),
+        (0.08333, {"factor": 2}, None),
+        (0.5, {}, None),
+    ],
+)
+def test_super_resolution_keeps_what_no_pipeline_says(
+    scale: float, options: dict[str, Any], levels: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Diffusers' pipeline knows one factor, and sets the latents' scale to the published upscaler's."""
+    model, out = enlarger(tmp_path / "model", scale, **options), tmp_path / "out"
+    assert export.main([str(model), "--format", "diffusers", "--out", str(out)]) == 0
+    said = "no pipeline of diffusers knows task=super_resolution but with noise levels, a factor of 4 and latents"
+    assert (said in capsys.readouterr().out) == (levels is None)
+    assert (out / "model_index.json").is_file() == (levels is not None)
+    if levels is not None:
+        assert DiffusionPipeline.from_pretrained(out).config.max_noise_level == levels
+    parts, again = load_components(model), load_components(out)
+    assert (again.task, again.latents) == (parts.task, parts.latents)
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    side = 8 * options.get("factor", 4)
+    argv = [str(out), "--prompt", "x", "--image", str(tmp_path / "small.png"), "--steps", "1", "--device", "cpu"]
+    sample.main([*argv, "--out", str(tmp_path / "x.png")])
+    assert Image.open(tmp_path / "x.png").size == (side, side)
 
 
 def test_a_single_file_is_the_same_model(
