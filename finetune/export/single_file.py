@@ -17,6 +17,7 @@ from finetune.models import ldm_keys
 from finetune.models.single_file import CONFIG, SCALES
 from finetune.models.weight_files import write_weights
 from finetune.runs import Weights
+from finetune.tasks.super_resolution import UPSCALER_LEVELS, lowres
 
 _CLIP_WORDS = 49408
 _ARCHITECTURES = {
@@ -58,12 +59,19 @@ def export_single_file(
             "use --format diffusers"
         )
     text = parts.text
-    if text is None or parts.conditioner.parts().keys() != text.parts().keys():
+    own = lowres(parts.conditioner)
+    if text is None or (own is None and parts.task.name not in ("text_to_image", "inpainting")):
         raise UserError(
             f"{source} is conditioned by task={parts.task.name}, which has no place in a single file: it holds "
             "U-Net, autoencoder and text encoders; use --format diffusers"
         )
     kind = _kind(parts)
+    if own is not None and (kind, own.factor, own.noise_levels) != ("upscaler", 4, UPSCALER_LEVELS):
+        raise UserError(
+            f"{source} enlarges by task.options.factor={own.factor} with noise_levels={own.noise_levels}, which a "
+            f"single file cannot say: its readers take 4 and {UPSCALER_LEVELS}, of one text encoder; use --format "
+            "diffusers"
+        )
     if parts.latents.shift or abs(parts.latents.scale - SCALES[kind]) > 1e-6:
         raise UserError(
             f"latents of {source} are scaled by {parts.latents.scale:g}, which a single file cannot say: its "

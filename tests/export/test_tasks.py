@@ -133,6 +133,46 @@ def test_super_resolution_keeps_what_no_pipeline_says(
     assert Image.open(tmp_path / "x.png").size == (side, side)
 
 
+@pytest.mark.parametrize(
+    ("task", "more", "says"),
+    [
+        (
+            Task("semantic_synthesis", {"labels": 3}),
+            {"in_channels": 7},
+            "task=semantic_synthesis, which has no place",
+        ),
+        (
+            Task("super_resolution"),
+            {"in_channels": 7},
+            "enlarges by task.options.factor=4 with noise_levels=0, which",
+        ),
+        (
+            Task("super_resolution", {"factor": 2}),
+            {"in_channels": 7, "num_class_embeds": 1000},
+            "enlarges by task.options.factor=2 with noise_levels=350, which a single file cannot say",
+        ),
+        (
+            Task("super_resolution", {"noise_levels": 50}),
+            {"in_channels": 7, "num_class_embeds": 1000},
+            "with noise_levels=50, which a single file cannot say: its readers take 4 and 350",
+        ),
+    ],
+)
+def test_a_single_file_takes_no_task_that_it_cannot_hold(
+    task: Task, more: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    """All of these have no parts but text encoders; the scale is that of the kind that it would be taken for."""
+    model, out = fakes.base_model(tmp_path / "model"), tmp_path / "model.safetensors"
+    vae = model / "vae" / "config.json"
+    scale = SCALES["upscaler" if "num_class_embeds" in more else "inpainting"]
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": scale}))
+    build_unet(fakes.UNET | more).save_pretrained(model / "unet")
+    task.save(model)
+    with pytest.raises(UserError, match=says):
+        export.main([str(model), "--format", "single-file", "--out", str(out)])
+    assert not out.exists()
+
+
 def test_a_single_file_is_the_same_model(
     kind: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
