@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _ARCHITECTURES = {
     "xl": "stable-diffusion-xl-v1-base",
     "upscaler": "stable-diffusion-v2",
 }
+_PREDICTED = {"epsilon": "the noise", "v_prediction": "v", "sample": "x0"}
 
 
 def export_single_file(
@@ -88,7 +90,11 @@ def export_single_file(
     names = {"xl": ("xl_clip", "xl_openclip"), "sd1": ("clip",)}.get(kind, ("openclip",))
     for encoder, name in zip(encoders.values(), names, strict=True):
         tensors |= ldm_keys.text_to_ldm(_weights(encoder), name)
-    notices = parts.notices
+    if (kind, parts.scheduler["prediction_type"]) == ("xl", "v_prediction"):
+        # Marks that ComfyUI and WebUI look for; in files of other kinds they look for none.
+        marks = ["v_pred", *(["ztsnr"] if parts.scheduler.get("rescale_betas_zero_snr") else [])]
+        tensors |= {mark: torch.zeros(0) for mark in marks}
+    notices = (*parts.notices, *_unsaid(parts.scheduler, kind, out))
     words = len(text.tokenizer)
     if words != _CLIP_WORDS:
         notices += (
@@ -106,6 +112,26 @@ def _kind(parts: Components) -> str:
     if parts.unet.config["num_class_embeds"]:
         return "upscaler"
     return "sd1" if parts.text_encoder.config.hidden_act == "quick_gelu" else "sd2"
+
+
+def predicts(scheduler: Mapping[str, Any]) -> str:
+    """In words, what a model predicts that is sampled so."""
+    zero_snr = " at zero terminal SNR" if scheduler.get("rescale_betas_zero_snr") else ""
+    said = str(scheduler.get("prediction_type", "epsilon"))
+    return _PREDICTED.get(said, said) + zero_snr
+
+
+def _unsaid(scheduler: Mapping[str, Any], kind: str, out: Path) -> tuple[str, ...]:
+    """What readers take otherwise, since no tensor says it: XL's marks alone do. Of 2.x they guess."""
+    is_v = scheduler["prediction_type"] == "v_prediction"
+    taken = predicts({"prediction_type": "v_prediction" if kind == "upscaler" else "epsilon"})
+    if predicts(scheduler) == taken or (is_v and kind == "xl"):
+        return ()
+    yaml = f"in WebUI by a {out.stem}.yaml beside the file that has `parameterization: v`, " if is_v else ""
+    return (
+        f"it predicts {predicts(scheduler)}, and other tools may take it to predict {taken}: set it, {yaml}in "
+        "ComfyUI by ModelSamplingDiscrete",
+    )
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from finetune import UserError, export, sample
 from finetune.components import Components, load_components
@@ -98,6 +101,65 @@ def test_a_file_is_drawn_from_and_exported_to_a_folder(base: Path, tmp_path: Pat
     sample.main([str(file), *settings, *tokenizer, "--out", str(pictures[0])])
     sample.main([str(folder), *settings, "--out", str(pictures[1])])
     np.testing.assert_array_equal(*(np.asarray(Image.open(picture)) for picture in pictures))
+
+
+def sampled_as(model: Path, **settings: Any) -> Path:
+    """A model whose scheduler says so."""
+    config = model / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    return model
+
+
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "marks"),
+    [
+        ({}, set()),
+        ({"prediction_type": "v_prediction"}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", **ZERO_SNR}, {"v_pred", "ztsnr"}),
+    ],
+)
+def test_a_file_of_xl_has_the_marks_of_its_prediction(
+    settings: dict[str, Any], marks: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = sampled_as(scaled(fakes.tiny_sdxl(tmp_path / "xl"), 0.13025), **settings)
+    out, plain = tmp_path / "xl.safetensors", tmp_path / "plain.safetensors"
+    assert export.main([str(model), "--format", "single-file", "--out", str(out), "--dtype", "float16"]) == 0
+    assert "it predicts" not in capsys.readouterr().out
+    state = load_file(out)
+    assert {key for key in state if "." not in key} == marks
+    save_file(state, plain)  # without the metadata that only we read
+    assert single_file.open_file(plain).scheduler().items() >= settings.items()
+    StableDiffusionXLPipeline.from_single_file(out, config=str(model), local_files_only=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (
+            {"prediction_type": "v_prediction"},
+            "it predicts v, and .* in WebUI by a model.yaml .*`parameterization: v`",
+        ),
+        (
+            {"prediction_type": "v_prediction", **ZERO_SNR},
+            "it predicts v at zero terminal SNR, and other tools may take it to predict the noise: ",
+        ),
+        ({"prediction_type": "sample"}, "it predicts x0, and .*: set it, in ComfyUI by ModelSamplingDiscrete"),
+    ],
+)
+def test_a_prediction_that_no_tensor_says_is_noted(
+    settings: dict[str, Any], says: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = shutil.copytree(base, tmp_path / "model"), tmp_path / "model.safetensors"
+    argv = [str(model), "--format", "single-file", "--out", str(out)]
+    export.main(argv)
+    assert "it predicts" not in capsys.readouterr().out
+    sampled_as(model, **settings)
+    export.main([*argv, "--overwrite"])
+    assert re.search(says, capsys.readouterr().out)
+    assert not [key for key in load_file(out) if "." not in key]
 
 
 def weights_of(parts: Components) -> dict[str, torch.Tensor]:
