@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from finetune import UserError
 from finetune.components import read_config, section
 from finetune.export.folder import whole_folder
+from finetune.export.single_file import predicts
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
+from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, scheduler_config
 from finetune.models.weight_files import write_weights
 from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Weights, is_run
@@ -23,7 +27,7 @@ def export_lora(
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
-    """Write a LoRA run's adapter into a folder; the base model is not needed.
+    """Write a LoRA run's adapter into a folder; of the base model configurations are read, if it is there.
 
     Returns:
         What the user should be told.
@@ -81,7 +85,27 @@ def _adapter(
                 "--format diffusers"
             )
         lora = read_lora(checkpoint.weights)
-    notices = checkpoint.notices
-    if section(read_config(folder), "objective").get("prediction") == "flow":
-        notices += ("it predicts the flow, which no pipeline of its base model samples: draw from the run itself",)
+    notices = (*checkpoint.notices, *_unlike_base(read_config(folder)))
     return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), notices
+
+
+def _unlike_base(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a pipeline of the base model does not sample as the run was trained."""
+    model = section(config, "model")
+    prediction = str(section(config, "objective").get("prediction", "epsilon"))
+    if prediction == "flow":
+        return ("it predicts the flow, which no pipeline of its base model samples: draw from the run itself",)
+    own = scheduler_config(section(model, "scheduler"), prediction)
+    try:
+        base = load_scheduler(model.get("pretrained") or "", model.get("revision"))
+    except UserError:  # gone, or a U-Net alone: as most are
+        base = {}
+    taken = "the flow" if base.get("_class_name") == FLOW_SCHEDULER else predicts(base)
+    if predicts(own) == taken:
+        return ()
+    zero_snr = ', rescale_betas_zero_snr=True, timestep_spacing="trailing"' if "SNR" in predicts(own) else ""
+    return (
+        f"it predicts {predicts(own)}, and pipelines of its base model may take it to predict {taken}: set it, in "
+        f'diffusers by a scheduler with prediction_type="{own["prediction_type"]}"{zero_snr}, in ComfyUI by '
+        "ModelSamplingDiscrete",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -204,6 +205,45 @@ def test_a_lora_that_its_base_models_pipelines_cannot_sample_says_so(lora, tmp_p
     (run / "config.yaml").write_text(yaml.safe_dump(config | {"objective": {"prediction": "flow"}}))
     assert export.main([str(run), "--format", "lora", "--out", str(tmp_path / "out")]) == 0
     assert "it predicts the flow, which no pipeline of its base model samples" in capsys.readouterr().out
+
+
+TAKEN = "pipelines of its base model may take it to predict"
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+@pytest.mark.parametrize("format", ["lora", "kohya"])
+@pytest.mark.parametrize(
+    ("prediction", "of_run", "of_base", "says"),
+    [
+        ("epsilon", {}, {}, None),
+        ("v", ZERO_SNR, {"prediction_type": "v_prediction", **ZERO_SNR}, None),
+        ("v", {}, {}, f'predicts v, and {TAKEN} the noise: set it, in diffusers by .*="v_prediction", in ComfyUI'),
+        (
+            "v",
+            ZERO_SNR,
+            {"prediction_type": "v_prediction"},
+            f"predicts v at zero terminal SNR, and {TAKEN} v: .*rescale_betas_zero_snr=True",
+        ),
+        ("epsilon", {}, {"prediction_type": "v_prediction"}, f"predicts the noise, and {TAKEN} v: "),
+        ("x0", {}, {}, f'predicts x0, and {TAKEN} the noise: set it, .*prediction_type="sample"'),
+        ("v", {}, None, f"predicts v, and {TAKEN} the noise: "),
+    ],
+)
+def test_an_adapter_that_is_sampled_unlike_its_base_says_so(
+    lora, base, tmp_path, capsys, format, prediction, of_run, of_base, says
+):
+    run, model = shutil.copytree(lora, tmp_path / "run"), tmp_path / "model"
+    if of_base is not None:  # else it is gone
+        path = shutil.copytree(base, model) / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | of_base))
+    config = fakes.config(model={"pretrained": str(model), "scheduler": fakes.SCHEDULE | of_run})
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"objective": {"prediction": prediction}}))
+    out = tmp_path / ("out" if format == "lora" else "out.safetensors")
+    capsys.readouterr()
+    assert export.main([str(run), "--format", format, "--out", str(out)]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (says is not None)
+    assert says is None or re.search(says, notes[0])
 
 
 def test_others_may_read_what_the_umask_lets_them(full, lora, tmp_path):
