@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,20 @@ from finetune.export.folder import whole_folder
 from finetune.export.single_file import predicts
 from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, scheduler_config
+from finetune.models.single_file import open_file
+from finetune.models.sources import download, fetch_file, local_folder
 from finetune.models.weight_files import write_weights
 from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Weights, is_run
+
+# By the base's kind, what kohya's scripts write of it: WebUI hides an adapter from other models, and takes one that
+# says nothing for 1.x.
+_BASES = {
+    "sd1": {"ss_base_model_version": "sd_v1", "ss_v2": "False"},
+    "sd2": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    "upscaler": {"ss_base_model_version": "sd_v2", "ss_v2": "True"},
+    "xl": {"ss_base_model_version": "sdxl_base_v1-0", "ss_v2": "False"},
+}
 
 
 def export_lora(
@@ -57,6 +69,7 @@ def export_kohya(
     told = {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
     told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
     told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
+    told |= _BASES.get(_base_kind(section(read_config(Path(run).expanduser()), "model")), {})
     write_weights(out, lora_to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
         # On the outputs' axis it takes the norm of W, where LyCORIS and the paper (equation 5) take that of W + BA.
@@ -109,3 +122,18 @@ def _unlike_base(config: Mapping[str, Any]) -> tuple[str, ...]:
         f'diffusers by a scheduler with prediction_type="{own["prediction_type"]}"{zero_snr}, in ComfyUI by '
         "ModelSamplingDiscrete",
     )
+
+
+def _base_kind(model: Mapping[str, Any]) -> str:
+    """As `SingleFile.kind`, of a run's base model; empty where it is gone or has no text encoder."""
+    base, revision = model.get("pretrained") or "", model.get("revision")
+    try:
+        if (file := fetch_file(base, revision)) is not None:
+            return open_file(file).kind
+        folder = local_folder(base) or download(base, ["text_encoder*/config.json"], revision)
+        if (folder / "text_encoder_2" / "config.json").is_file():
+            return "xl"
+        activation = json.loads((folder / "text_encoder" / "config.json").read_text())["hidden_act"]
+    except (UserError, OSError, ValueError, KeyError):
+        return ""
+    return "sd1" if activation == "quick_gelu" else "sd2"

@@ -110,6 +110,7 @@ def test_diffusers_draws_the_same_from_kohyas_format(lora, base, tmp_path):
         alphas = {file.get_tensor(key).item() for key in keys if key.endswith(".alpha")}
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0.alpha" in keys
     assert (told["ss_network_dim"], told["ss_network_alpha"], alphas) == ("4", "10", {10.0})
+    assert (told["ss_base_model_version"], told["ss_v2"]) == ("sd_v1", "False")
     pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
     pipe.load_lora_weights(tmp_path, weight_name=out.name)
     assert np.abs(sampled(lora, tmp_path / "pictures") - drawn(pipe)).max() < 0.51
@@ -244,6 +245,32 @@ def test_an_adapter_that_is_sampled_unlike_its_base_says_so(
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     assert len(notes) == (says is not None)
     assert says is None or re.search(says, notes[0])
+
+
+def test_kohyas_format_names_the_base_that_tools_list_it_under(lora, base, tmp_path):
+    """As WebUI reads it: XL by a version that begins with sdxl_, 2.x by ss_v2, else 1.x if there is anything."""
+    openclip, single = shutil.copytree(base, tmp_path / "openclip"), tmp_path / "single.safetensors"
+    path = openclip / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_act": "gelu"}))
+    xl = fakes.tiny_sdxl(tmp_path / "xl")
+    vae = xl / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"scaling_factor": 0.13025}))
+    export.main([str(xl), "--format", "single-file", "--out", str(single)])
+    told = {}
+    for model in (base, openclip, xl, single, tmp_path / "gone"):
+        run, out = shutil.copytree(lora, tmp_path / f"of-{model.stem}"), tmp_path / f"{model.stem}-lora.safetensors"
+        (run / "config.yaml").write_text(yaml.safe_dump(fakes.config(model={"pretrained": str(model)})))
+        export.main([str(run), "--format", "kohya", "--out", str(out)])
+        with safe_open(out, "pt") as file:
+            said = file.metadata()
+        told[model] = said.get("ss_base_model_version"), said.get("ss_v2")
+    assert told == {
+        base: ("sd_v1", "False"),
+        openclip: ("sd_v2", "True"),
+        xl: ("sdxl_base_v1-0", "False"),
+        single: ("sdxl_base_v1-0", "False"),
+        tmp_path / "gone": (None, None),
+    }
 
 
 def test_others_may_read_what_the_umask_lets_them(full, lora, tmp_path):
