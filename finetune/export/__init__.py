@@ -10,6 +10,7 @@ from finetune.terminal import Parser, quiet_libraries
 
 FORMATS = ("diffusers", "lora", "kohya", "single-file")
 _FILES = ("kohya", "single-file")  # the others are folders
+_ADAPTERS = ("lora", "kohya")
 
 _EXAMPLES = """examples:
   finetune export runs/first --format diffusers --out models/first
@@ -48,6 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.format not in FORMATS:
         raise UserError(f"--format {arguments.format}: unknown; choose {' or '.join(FORMATS)}")
+
+    if arguments.format in _ADAPTERS and (arguments.tokenizer or arguments.revision):
+        option = "--tokenizer" if arguments.tokenizer else "--revision"
+        raise UserError(f"{option} has no effect on --format {arguments.format}, an adapter alone: leave it out")
 
     quiet_libraries()
     from finetune.export.folder import check_file, check_out

@@ -355,6 +355,12 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
         "no such run": [str(tmp_path / "none"), "--format", "lora", *out],
         "no such folder": [str(tmp_path / "none"), "--format", "diffusers", *out],
         "is no run folder": [str(base), "--format", "lora", *out],
+        "--tokenizer has no effect on --format lora": [
+            str(lora), "--format", "lora", *out, "--tokenizer", str(tmp_path / "none"),
+        ],
+        "--revision has no effect on --format kohya": [
+            str(lora), "--format", "kohya", "--out", str(tmp_path / "out.safetensors"), "--revision", "main",
+        ],
         "has no complete checkpoint yet": [str(empty), "--format", "diffusers", *out],
         "no complete checkpoint of step 3; there are 20": [
             str(lora), "--format", "lora", *out, "--checkpoint", "step-00000003",
