@@ -72,10 +72,12 @@ def export_kohya(
     told |= _BASES.get(_base_kind(section(read_config(Path(run).expanduser()), "model")), {})
     write_weights(out, lora_to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
-        # On the outputs' axis it takes the norm of W, where LyCORIS and the paper (equation 5) take that of W + BA.
+        # LyCORIS and the paper (equation 5) take the norms of the rows of W + BA: WebUI takes those of its columns,
+        # ComfyUI those of the rows of W.
         notices += (
-            "ComfyUI computes DoRA's magnitudes its own way, so that its pictures differ; a merged model has "
-            "them as they were trained: --format single-file",
+            "this DoRA is of no use in WebUI, which takes its magnitudes for those of inputs, and ComfyUI computes "
+            "them its own way, so that its pictures differ; a merged model has them as they were trained: --format "
+            "single-file",
         )
     return notices
 

@@ -209,7 +209,8 @@ def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
 
     `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and a scalar `.alpha`; `lora_te_` for the
     text encoder, `lora_te1_` and `lora_te2_` for two. DoRA's magnitudes are `.dora_scale`, [out, 1] (of
-    convolutions [out, 1, 1, 1]), as in LyCORIS; kohya's own scripts have none.
+    convolutions [out, 1, 1, 1]), as in LyCORIS; kohya's own scripts have none, and WebUI takes them for
+    those of columns.
     """
     made: dict[str, Tensor] = {}
     prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}

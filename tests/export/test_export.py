@@ -21,7 +21,7 @@ from finetune import UserError, cli, export, sample
 from finetune.components import load_components
 from finetune.conditioning.text import TextXL
 from finetune.export import folder, pipeline
-from finetune.models.adapters import LORA_FILE
+from finetune.models.adapters import LORA_FILE, read_lora, save_lora
 from finetune.models.unet import build_unet
 from finetune.tasks import Task
 from tests import fakes
@@ -271,6 +271,19 @@ def test_kohyas_format_names_the_base_that_tools_list_it_under(lora, base, tmp_p
         single: ("sdxl_base_v1-0", "False"),
         tmp_path / "gone": (None, None),
     }
+
+
+def test_a_dora_names_the_tools_that_compute_it_otherwise(lora, tmp_path, capsys):
+    run, out = shutil.copytree(lora, tmp_path / "run"), tmp_path / "out.safetensors"
+    for weights in run.glob("checkpoints/*/*/"):
+        adapter = read_lora(weights)
+        sizes = {name: len(adapter.state[f"{name}.lora_B.weight"]) for name in adapter.scales}
+        magnitudes = {f"{name}.lora_magnitude_vector.weight": torch.ones(size) for name, size in sizes.items()}
+        save_lora(weights, adapter.state | magnitudes, adapter.alphas)
+    export.main([str(run), "--format", "kohya", "--out", str(out)])
+    said = capsys.readouterr().out
+    assert "this DoRA is of no use in WebUI" in said and "ComfyUI computes them its own way" in said
+    assert "a merged model has them as they were trained: --format single-file" in said
 
 
 def test_others_may_read_what_the_umask_lets_them(full, lora, tmp_path):
