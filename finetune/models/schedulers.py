@@ -85,4 +85,9 @@ def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction:
     for key in () if prediction == "flow" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
         if key in own and own[key] != settings[key]:
             found.append(f"has {key}={own[key]}, not model.scheduler.{key}={settings[key]}")
+    key = "rescale_betas_zero_snr"
+    has, wanted = bool(own.get(key)), bool(settings[key])  # a model of before diffusers had it does not say
+    if own and prediction != "flow" and has != wanted:
+        remedy = " (objective=v_zero_snr has)" if has else ""
+        found.append(f"has {key}={has}, not model.scheduler.{key}={wanted}{remedy}")
     return found

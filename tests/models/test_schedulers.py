@@ -25,11 +25,28 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
         ({"_class_name": FLOW_SCHEDULER}, "flow", []),
         ({"_class_name": FLOW_SCHEDULER}, "v", ["predicts flow, not objective.prediction=v"]),
         (SD | {"beta_end": 0.02}, "epsilon", ["has beta_end=0.02, not model.scheduler.beta_end=0.012"]),
+        (
+            SD | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+            "v",
+            [
+                "has rescale_betas_zero_snr=True, not model.scheduler.rescale_betas_zero_snr=False "
+                "(objective=v_zero_snr has)"
+            ],
+        ),
+        (SD | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}, "epsilon", []),
         ({}, "v", []),
     ],
 )
 def test_what_a_model_was_trained_for_is_compared(own: dict[str, object], prediction: str, says: list[str]) -> None:
     assert differences(own, asdict(SchedulerConfig()), prediction) == says
+
+
+def test_a_model_that_never_saw_pure_noise_is_told_from_a_run_that_shows_it() -> None:
+    zero_snr = asdict(SchedulerConfig(rescale_betas_zero_snr=True))
+    v = SD | {"prediction_type": "v_prediction"}
+    says = ["has rescale_betas_zero_snr=False, not model.scheduler.rescale_betas_zero_snr=True"]
+    assert differences(v, zero_snr, "v") == says
+    assert differences(v | {"rescale_betas_zero_snr": True}, zero_snr, "v") == []
 
 
 def test_a_run_that_trains_otherwise_is_told(pipeline: Path, overrides: list[str], tmp_path: Path) -> None:
