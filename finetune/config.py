@@ -127,7 +127,7 @@ class ObjectiveConfig:
 
     prediction: str = "epsilon"  # epsilon | v | x0 | flow
     weighting: str = "uniform"  # uniform | min_snr | soft_min_snr | p2 | debiased
-    gamma: float = 5.0  # of min_snr and soft_min_snr; the exponent of p2
+    gamma: float | None = None  # null: 5, of min_snr and soft_min_snr; 1, the exponent of p2
     p2_k: float = 1.0
     loss: str = "mse"  # mse | l1 | huber
     huber_delta: float = 1.0

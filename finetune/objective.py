@@ -22,7 +22,7 @@ class Objective:
     """What is predicted, at which timesteps, and how errors count; names and sources are in `diffusion`.
 
     Attributes:
-        gamma: of min_snr and soft_min_snr; for p2 its exponent. p2_k: its k.
+        gamma: of min_snr and soft_min_snr; for p2 its exponent; None: see `used_gamma`. p2_k: p2's k.
         stratified: the timesteps of one optimizer step are spread evenly, over ranks and micro-batches.
         logit_mean, logit_std: of logit_normal timesteps.
         offset_noise: strength of a noise that is constant over each channel (0: none).
@@ -32,7 +32,7 @@ class Objective:
 
     prediction: str = "epsilon"
     weighting: str = "uniform"
-    gamma: float = 5.0
+    gamma: float | None = None
     p2_k: float = 1.0
     loss: str = "mse"
     huber_delta: float = 1.0
@@ -42,6 +42,13 @@ class Objective:
     logit_std: float = 1.0
     offset_noise: float = 0.0
     input_perturbation: float = 0.0
+
+    @property
+    def used_gamma(self) -> float:
+        """`gamma`; None is what the papers take: 5 (Hang et al. 2023), for p2 1 (Choi et al. 2022)."""
+        if self.gamma is not None:
+            return self.gamma
+        return 1.0 if self.weighting == "p2" else 5.0
 
 
 class LatentDiffusion(nn.Module):
@@ -109,7 +116,7 @@ class LatentDiffusion(nn.Module):
             objective.prediction,
             objective.weighting,
             *self.schedule.at(timesteps_B),
-            gamma=objective.gamma,
+            gamma=objective.used_gamma,
             k=objective.p2_k,
         ).float()
         return error_B * (level_weight_B if weight_B is None else level_weight_B * weight_B)

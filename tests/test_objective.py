@@ -147,6 +147,39 @@ def test_samples_count_by_their_weight_and_where_their_mask_says() -> None:
     assert torch.equal(nothing, torch.zeros(BATCH))
 
 
+@pytest.mark.parametrize(
+    ("more", "gamma"),
+    [
+        (["objective.weighting=p2"], 1.0),
+        (["objective.weighting=p2", "objective.gamma=0.5"], 0.5),
+        (["objective.weighting=min_snr"], 5.0),
+        (["objective.weighting=soft_min_snr"], 5.0),
+        ([], 5.0),
+    ],
+)
+def test_gamma_is_the_weightings_own_unless_it_is_given(more: list[str], gamma: float) -> None:
+    """P2's is an exponent, at most 1 in its paper."""
+    model, (moments, told, clock) = model_of(*more), batch()
+    t = rng.integers(SEED, "timestep", clock, 1000)
+    snr = compute_snr(DDPMScheduler(1000, 0.00085, 0.012, beta_schedule="scaled_linear"), t)
+    weight = {
+        "p2": 1 / (1 + snr) ** gamma,
+        "min_snr": snr.clamp(max=gamma) / snr,
+        "soft_min_snr": gamma / (snr + gamma),
+    }.get(model.objective.weighting, torch.ones(BATCH))
+    plain = model("loss_at", moments, told, clock, t, SEED)
+    torch.testing.assert_close(model("loss", moments, told, clock), weight * plain, rtol=2e-5, atol=1e-6)
+
+
+def test_gamma_in_another_word_is_the_same_run(overrides: list[str], command: Command) -> None:
+    """Runs of before it was null have its value in their checkpoints."""
+    settings = [*overrides, "objective.weighting=min_snr"]
+    assert command("train", *settings, "train.steps=1", "objective.gamma=5") == (0, "")
+    assert command("train", *settings, "train.steps=2") == (0, "")
+    code, line = command("train", *settings, "train.steps=3", "objective.gamma=4")
+    assert (code, "objective.gamma was 5.0 and is 4.0 now" in line) == (2, True), line
+
+
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
 def test_stratified_timesteps_are_spread_over_the_step_however_it_is_cut(distribution: str) -> None:
     model = model_of("objective.stratified=true", f"objective.timesteps={distribution}")

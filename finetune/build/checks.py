@@ -79,7 +79,7 @@ def check(config: Config) -> None:
         "optim.d0": config.optim.d0,
         "optim.d_coef": config.optim.d_coef,
         "model.scheduler.shift": schedule.shift,
-        "objective.gamma": objective.gamma,
+        "objective.gamma": 1 if objective.gamma is None else objective.gamma,
         "objective.p2_k": objective.p2_k,  # of 0, weights where there is no signal would be 0 / 0
         "objective.huber_delta": objective.huber_delta,
         "objective.logit_std": objective.logit_std,

@@ -55,5 +55,6 @@ def depends_on(config: Config, parts: Parts) -> dict[str, Any]:
         **{f"task.options.{name}": value for name, value in parts.task.options.items()},
         **{f"model.scheduler.{name}": value for name, value in asdict(config.model.scheduler).items()},
         **{f"objective.{name}": value for name, value in asdict(config.objective).items()},
+        "objective.gamma": parts.model.objective.used_gamma,
     }
     return json.loads(json.dumps(identity))  # type: ignore[no-any-return] # as a checkpoint has it
