@@ -30,7 +30,7 @@ class Fault:
     status: that answer instead. reset: the connection breaks. cut: it ends before Content-Length; cut on release:
     once `Server.release` is set. short: it ends, and Content-Length says so. flip: a byte is another. stall: no
     more bytes until `Server.release`. trickle: in many pieces with pauses. long: more bytes than there are. html: a
-    login page with status 200.
+    login page with status 200. garbled: no HTTP, as of a balancer that restarts.
     """
 
     kind: str
@@ -129,6 +129,10 @@ class Server:
             after = len(body)
         elif kind == "long":
             body, after = body + b"more", len(body) + 4
+        elif kind == "garbled":
+            handler.wfile.write(b"\x15\x03\x01 no HTTP\r\nat all\r\n\r\n")
+            handler.close_connection = True
+            return
         length = after if kind == "short" else len(body)
         handler.send_response(status)
         for header, value in headers.items():

@@ -71,6 +71,7 @@ FAULTS = [
     Fault("stall", after=50_000),
     Fault("html"),
     Fault("long"),
+    Fault("garbled"),
 ]
 
 
@@ -140,6 +141,7 @@ def test_tries_count_from_the_last_that_brought_more(
         (Fault("html"), ShardError, "ends after 26 of 300000 bytes"),
         (Fault("stall", after=10), StoreAwayError, "no bytes for 0.3 s"),
         (Fault("status", status=500), StoreAwayError, "HTTP 500"),
+        (Fault("garbled"), StoreAwayError, "an answer that is no HTTP"),
     ],
     ids=lambda value: value.kind if isinstance(value, Fault) else "",
 )

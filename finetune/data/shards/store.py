@@ -490,8 +490,15 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
 # what went wrong
 
 
+def _is_garbled(error: Exception) -> bool:
+    """Whether what came could not be parsed: aiohttp says 400 of that, and no server has."""
+    return any(type(each).__module__ == "aiohttp.http_exceptions" for each in (error, error.__cause__))
+
+
 def _status(error: Exception) -> int | None:
     """The HTTP status that an exception of aiohttp (`status`) or gcsfs (`code`) carries."""
+    if _is_garbled(error):
+        return None
     for field in ("status", "code"):
         value = getattr(error, field, None)
         if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
@@ -513,6 +520,8 @@ def _is_hopeless(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
+    if _is_garbled(error):
+        return "an answer that is no HTTP"
     status, reason = _status(error), getattr(error, "message", None)
     if status is not None and isinstance(reason, str):  # aiohttp's own text repeats the URL, query and all
         return f"HTTP {status} {reason}".strip()
