@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from yaml import YAMLError
 
 from finetune import UserError
 
@@ -119,3 +124,33 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
     if not (folder / name).is_dir():
         raise UserError(f"{folder} is broken: {name}/ is missing; choose another checkpoint")
     return Checkpoint(folder, chosen, folder / name, notices)
+
+
+def changed_settings(run: Path, settings: DictConfig) -> list[str]:
+    """What differs, "optim.lr was 0.0001, is 0.0003", of a run's config.yaml and settings that are given now.
+
+    Not where it lives and how long it goes on.
+    """
+    try:
+        before = dict(_leaves(OmegaConf.load(run / "config.yaml")))
+    except (OSError, YAMLError, UnicodeDecodeError):  # the run has none, or a broken one
+        return []
+    return [
+        f"{key} was {_short(before[key])}, is {_short(value)}"
+        for key, value in _leaves(settings)
+        if key in before and before[key] != value and not key.startswith(("run.", "train.steps"))
+    ]
+
+
+def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    plain: Any = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings
+    for key, value in plain.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -79,6 +79,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
     from finetune import build, distributed, loop, tracking
     from finetune.checkpoint import RunFolder, require_shared
     from finetune.data.shards import write_atomic
+    from finetune.runs import changed_settings
 
     bounds = distributed.Bounds(config.watch.lost_s, config.watch.stalled_s, config.watch.start_s)
     uses_deepspeed = config.strategy.kind == "zero"
@@ -94,6 +95,8 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         parts = build.build(config, world, path)
         world.watch.at("restoring the last checkpoint")
         progress = loop.resume(config, world, parts, build.depends_on(config, parts))
+        if progress.step and (changed := world.on_main(lambda: changed_settings(path, composed))):
+            parts.notices.append("settings since the last start: " + "; ".join(changed))
         world.on_main(lambda: parts.task.save(path))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))
         tracker = tracking.Tracker(

@@ -30,6 +30,7 @@ from finetune.distributed import World
 from finetune.distributed.watch import Watch
 from finetune.loop import Parts
 from finetune.step import optimizer_step
+from finetune.tracking import Tracker
 from tests.conftest import environment, launch, launch_command, metrics
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
@@ -545,6 +546,19 @@ def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command
     code, line = command("train", *overrides, "checkpoint.resume=never")
     assert code == 2
     assert "choose another run.dir" in line
+
+
+def test_settings_that_have_changed_are_named(overrides, command: Command, monkeypatch):
+    """A slip in the second command was taken without a word."""
+    said: list[str] = []
+    monkeypatch.setattr(Tracker, "say", lambda self, line: said.append(line))
+    assert command("train", *overrides, "train.steps=2")[0] == 0
+    for steps in (4, 6):
+        told = len(said)
+        assert command("train", *overrides, f"train.steps={steps}", "optim.lr=3e-4", "data.prefetch=2")[0] == 0
+        notes = [line for line in said[told:] if "settings since" in line]
+        wanted = "note: settings since the last start: optim.lr was 0.001, is 0.0003; data.prefetch was 8, is 2"
+        assert notes == ([wanted] if steps == 4 else [])
 
 
 @pytest.mark.parametrize("is_own", [False, True], ids=["of another run", "of this run"])

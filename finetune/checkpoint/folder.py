@@ -31,6 +31,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a+")  # held as long as the run
@@ -55,6 +56,12 @@ class RunFolder:
         self._lock.flush()
 
     def close(self) -> None:
+        """Let it go; where nothing came of a folder that was made for the run, as of a mistake, it goes too."""
+        with contextlib.suppress(OSError):
+            if self._made and os.listdir(self.path) == [".lock"]:
+                (self.path / ".lock").unlink()
+                for folder in self._made:
+                    folder.rmdir()
         self._lock.close()
 
 

@@ -419,6 +419,19 @@ def test_a_folder_is_held_until_it_is_let_go(tmp_path: Path) -> None:
     RunFolder(tmp_path / "a" / "run").close()
 
 
+def test_a_folder_that_nothing_came_of_goes_again(tmp_path: Path) -> None:
+    """After a refused start `runs/default/.lock` stayed where the user was."""
+    RunFolder(tmp_path / "a" / "run").close()
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "mine").mkdir()
+    RunFolder(tmp_path / "mine").close()
+    assert (tmp_path / "mine").exists()
+    used = RunFolder(tmp_path / "b" / "run")
+    (tmp_path / "b" / "run" / "config.yaml").write_text("")
+    used.close()
+    assert (tmp_path / "b" / "run" / "config.yaml").exists()
+
+
 def test_a_folder_without_locks_is_not_called_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, "Function not implemented")
