@@ -64,7 +64,7 @@ from finetune.data.shards.manifest import (
     TextInfo,
 )
 from finetune.data.shards.reader import ShardSet, most_open
-from finetune.data.shards.store import Retry, Store, is_remote, set_folder
+from finetune.data.shards.store import Retry, Store, is_remote, set_folder, shown
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 
@@ -106,6 +106,7 @@ __all__ = [
     "parse_classes",
     "parse_npy",
     "set_folder",
+    "shown",
     "verify",
     "write_atomic",
     "write_classes",
