@@ -265,7 +265,7 @@ def _begun_elsewhere(run: Path, error: str) -> str:
 def _from_model(source: str | Path, revision: str | None, words: str | Path | None) -> Components:
     unet = load_unet(source, revision=revision)
     vae = load_autoencoder(source, revision=revision)
-    space = _space(vae)
+    space = space_of(vae)
     folder = local_folder(source)
     task = (tasks.Task.load(folder) if folder is not None else None) or _task_of(unet, vae)
 
@@ -378,10 +378,11 @@ def _autoencoder(
                 f"{source} ({found[:12]}); set model.vae in the run's config.yaml to the one that made them"
             )
         return module, LatentSpace(float(trained_in["scale"]), float(trained_in["shift"]))
-    return module, _space(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
+    return module, space_of(module) if encoder is None else LatentSpace(encoder.scale, encoder.shift)
 
 
-def _space(vae: Autoencoder) -> LatentSpace:
+def space_of(vae: Autoencoder) -> LatentSpace:
+    """Scale and shift of an autoencoder's latents, as its configuration says."""
     return LatentSpace(float(vae.config["scaling_factor"]), float(vae.config.get("shift_factor") or 0.0))
 
 

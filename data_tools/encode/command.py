@@ -263,12 +263,20 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from finetune.models.autoencoder import encoder_info, load_autoencoder
+    from finetune.models.single_file import open_file
+    from finetune.models.sources import fetch_file
 
     device = choose_device(args.device)
     torch.backends.cudnn.benchmark = False  # it picks kernels by their speed, so bits may differ from run to run
     torch.backends.cudnn.deterministic = True
     vae = load_autoencoder(args.vae, dtype=getattr(torch, args.dtype), device=device)
     info = encoder_info(vae, args.vae, args.out)
+    if place.rank == 0 and (file := fetch_file(args.vae)) is not None and not open_file(file).says_scale:
+        print(
+            f"{args.vae} does not say its latents' scale: {info.scale:g} is taken, as Stable Diffusion 1.x and 2.x "
+            "have it; for another model give that model as --vae",
+            file=sys.stderr,
+        )
     if args.fast and (missing := make_fast(vae)) and place.rank == 0:
         print(f"--fast needs {missing}, which is not here: the VAE runs as diffusers wrote it", file=sys.stderr)
     fixed = bucket_table(source, args.size, args.aspect_buckets, args.bucket_step, info.downsample)

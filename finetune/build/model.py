@@ -14,10 +14,10 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.data import captions, classes
-from finetune.components import load_own_parts, own_parts, require_told
+from finetune.components import load_own_parts, own_parts, require_told, space_of
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
-from finetune.config import Config, SchedulerConfig
+from finetune.config import Config, ModelConfig, SchedulerConfig
 from finetune.data.loader import Data
 from finetune.distributed import ORDERED, World
 from finetune.models import fast
@@ -268,7 +268,8 @@ def load_decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder 
     """The autoencoder for sample grids, proven to be the one that made the latents.
 
     Raises:
-        UserError: another autoencoder made them, or a named one can't be loaded.
+        UserError: another autoencoder made them, or a named one can't be loaded; or they are scaled otherwise than
+            those of the pretrained model.
     """
     named = config.model.vae or config.model.pretrained
     shards = data.sources[0].shards
@@ -288,7 +289,29 @@ def load_decoder(config: Config, data: Data, notices: list[str]) -> Autoencoder 
         notices.append(f"no sample grids: {error}{remedy}")
         return None
     shards.manifest.require_encoder(encoder_sha256(vae), str(source))
+    if config.model.pretrained is not None:
+        _require_scale(config.model, data, vae)
     return vae
+
+
+def _require_scale(model: ModelConfig, data: Data, decoder: Autoencoder) -> None:
+    """Refuse latents that are scaled otherwise than those that the pretrained U-Net knows.
+
+    A file of an autoencoder alone does not say its scale: `encode` takes Stable Diffusion 1.x's.
+    """
+    try:
+        own = decoder if model.vae is None else load_autoencoder(str(model.pretrained), revision=model.revision)
+    except UserError:  # a U-Net alone
+        return
+    wanted, found = space_of(own), data.space
+    if wanted != found and encoder_sha256(own) == data.encoder.sha256:
+        root = data.sources[0].shards.root
+        raise UserError(
+            f"the latents in {root} have scale {found.scale:g} and shift {found.shift:g}, those of "
+            f"{model.pretrained} {wanted.scale:g} and {wanted.shift:g}: encode again with --vae "
+            f'{model.pretrained}, or, as shards keep latents unscaled, write "scale": {wanted.scale!r} and "shift": {wanted.shift!r} '
+            "into manifest.json there"
+        )
 
 
 def trained_otherwise(config: Config) -> list[str]:

@@ -130,6 +130,11 @@ class SingleFile:
             return "v_prediction"
         return told.get(self.metadata.get("modelspec.prediction_type", ""))
 
+    @property
+    def says_scale(self) -> bool:
+        """Whether the latents' scale is known: a file of an autoencoder by itself mostly does not say it."""
+        return self.has("unet") or "vae" in self.written or "scale_factor" in self.sidecar
+
     def scheduler(self) -> dict[str, Any]:
         """The noise schedule, in diffusers' terms: the sidecar's, else what the kind of model was trained with.
 
@@ -327,7 +332,7 @@ def vae_config(file: SingleFile) -> dict[str, Any]:
     widths = [file.shape(f"{prefix}encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     if any(".attn." in key for key in file.tensors if key.startswith(f"{prefix}encoder.down.")):
         raise UserError(f"{file.path} holds an autoencoder with attention between its levels, which is not known")
-    default = 0.18215 if not file.has("unet") else SCALES[file.kind]
+    default = SCALES[file.kind] if file.has("unet") else SCALES["sd1"]
     return {
         "in_channels": file.shape(f"{prefix}encoder.conv_in.weight")[1],
         "out_channels": file.shape(f"{prefix}decoder.conv_out.weight")[0],

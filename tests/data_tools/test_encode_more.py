@@ -16,17 +16,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 from data_tools.encode.encoder import Encoder
 from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, verify
 from finetune.data.shards.images import decode_rgb
 from finetune.latents import LatentSpace, RunningMoments
-from finetune.models import autoencoder
+from finetune.models import autoencoder, ldm_keys
 from finetune.models.autoencoder import encode_moments, load_autoencoder
 from finetune.models.text import encode_text, load_text, text_encoder_sha256, tokenize
 from tests.conftest import CAPTIONS
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 from tests.data_tools.test_encode import moments_of
+from tests.models.test_single_file import small
 
 Cli = Callable[..., Result]
 
@@ -240,6 +242,23 @@ def test_states_of_captions(cli: Cli, pipeline: Path, tmp_path: Path) -> None:
     assert Manifest.load(tmp_path / "plain").text is None
     assert '"text"' not in (tmp_path / "plain" / "manifest.json").read_text()
     assert not (tmp_path / "plain" / "empty.text.npy").exists()
+
+
+def test_the_scale_that_a_bare_file_does_not_say_is_said(cli: Cli, image_shards: Path, tmp_path: Path) -> None:
+    """SDXL's is another, and nothing in the file tells them apart."""
+    _, tensors = small("sd1")
+    alone = {k.removeprefix(ldm_keys.VAE): t.clone() for k, t in tensors.items() if k.startswith(ldm_keys.VAE)}
+    save_file(alone, tmp_path / "vae.safetensors")
+    save_file(tensors, tmp_path / "model.safetensors")
+    line = f"{tmp_path}/vae.safetensors does not say its latents' scale: 0.18215 is taken"
+    for name, notes in (("vae", 1), ("model", 0)):
+        result = cli("encode", image_shards, "--vae", tmp_path / f"{name}.safetensors", "--out", tmp_path / name)
+        assert (result.code, result.err.count(line)) == (0, notes), result.err
+    (tmp_path / "vae.yaml").write_text("model: {params: {scale_factor: 0.13025}}")
+    result = cli("encode", image_shards, "--vae", tmp_path / "vae.safetensors", "--out", tmp_path / "said")
+    assert (result.code, "does not say" in result.err) == (0, False)
+    encoder = Manifest.load(tmp_path / "said").encoder
+    assert encoder is not None and encoder.scale == 0.13025
 
 
 def test_foreign_tars_may_be_compressed(cli: Cli, vae_folder: Path, tmp_path: Path) -> None:
