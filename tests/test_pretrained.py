@@ -34,7 +34,7 @@ def test_latents_of_another_scale_than_the_models_are_refused(
     if is_named:
         assert parts_of(settings)[1].data.space.scale == 0.18215
     pretrained = [f"model.pretrained={pipeline}", "model.unet={}"]
-    says = f"the latents in {shards} have scale 0.18215 and shift 0, those of {pipeline} 0.5 and 0: encode again"
+    says = f"the latents in {shards} have scale 0.18215 and shift 0, those of {pipeline} 0.5 and 0: encode with --vae"
     with pytest.raises(UserError, match=says) as caught:
         parts_of(settings, *pretrained)
     assert 'write "scale": 0.5 and "shift": 0.0 into manifest.json there' in str(caught.value)

@@ -308,9 +308,9 @@ def _require_scale(model: ModelConfig, data: Data, decoder: Autoencoder) -> None
         root = data.sources[0].shards.root
         raise UserError(
             f"the latents in {root} have scale {found.scale:g} and shift {found.shift:g}, those of "
-            f"{model.pretrained} {wanted.scale:g} and {wanted.shift:g}: encode again with --vae "
-            f'{model.pretrained}, or, as shards keep latents unscaled, write "scale": {wanted.scale!r} and "shift": {wanted.shift!r} '
-            "into manifest.json there"
+            f"{model.pretrained} {wanted.scale:g} and {wanted.shift:g}: encode with --vae {model.pretrained}, "
+            f'or write "scale": {wanted.scale!r} and "shift": {wanted.shift!r} into manifest.json there, as latents '
+            "are kept unscaled"
         )
 
 

@@ -332,7 +332,7 @@ def vae_config(file: SingleFile) -> dict[str, Any]:
     widths = [file.shape(f"{prefix}encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
     if any(".attn." in key for key in file.tensors if key.startswith(f"{prefix}encoder.down.")):
         raise UserError(f"{file.path} holds an autoencoder with attention between its levels, which is not known")
-    default = SCALES[file.kind] if file.has("unet") else SCALES["sd1"]
+    default = SCALES[file.kind if file.has("unet") else "sd1"]
     return {
         "in_channels": file.shape(f"{prefix}encoder.conv_in.weight")[1],
         "out_channels": file.shape(f"{prefix}decoder.conv_out.weight")[0],
