@@ -575,6 +575,35 @@ def test_a_full_disk(server: Server, far: Path, tmp_path: Path, monkeypatch: pyt
     assert "\n" not in str(caught.value) and cache.held_bytes == 0
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(("call", "suffix"), [("mkdir", ".tmp"), ("open", ".lock")])
+def test_a_disk_too_full_for_a_name(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, suffix: str, number: int
+) -> None:
+    """Another program has filled it, the cache is far from its bound: shards make way before any byte comes."""
+    cache = Cache(tmp_path / "cache")
+    shards = ShardSet.open(store_of(server), cache=cache)
+    shards.read(0)
+    shards.close()
+    real, refused = getattr(os, call), []
+
+    def full(path: Any, *args: Any, **more: Any) -> Any:
+        name = Path(path).name
+        if name.endswith(suffix) and name != ".lock" and cache.stats.evictions < 1:
+            refused.append(path)
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **more)
+
+    monkeypatch.setattr(os, call, full)
+    shards.read(A_SHARD)
+    assert len(refused) == 1 and cache.stats.evictions == 1 and not temporaries(tmp_path / "cache")
+    shards.close()
+    cache.stats.evictions = -9  # it stays full
+    with pytest.raises(ShardError, match="no space left for the cache in .*LDM_FINETUNE_CACHE"):
+        shards.read(2 * A_SHARD)
+    assert cache.held_bytes == 0
+
+
 def test_where_the_cache_is_and_how_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)

@@ -185,24 +185,22 @@ class Cache:
                 f"{store.url(shard.name)} with its index is {need:,} bytes, the cache in {self.folder} may hold "
                 f"{self.max_bytes:,}; raise data.cache_gib"
             )
-        with self._naming(), self._locked(entry.with_name(entry.name + ".lock")):
-            opened = self._opened(entry, shard, members, ahead=ahead)
-            while opened is None:
+        with self._naming():
+            while True:
                 try:
-                    opened = self._download(store, shard, members, entry, stop)
-                except WriteError as error:
-                    cause = error.__cause__
-                    assert isinstance(cause, OSError)
-                    if cause.errno not in DISK_FULL or not self._give_way(need):
-                        raise cause from None
-            return opened
+                    with self._locked(entry.with_name(entry.name + ".lock")):
+                        opened = self._opened(entry, shard, members, ahead=ahead)
+                        return opened or self._download(store, shard, members, entry, stop)
+                except (OSError, WriteError) as error:  # even a lock, or an empty file, takes room in its folder
+                    if not _is_of_full_disk(error) or not self._give_way(need):
+                        raise
 
     def _download(
         self, store: Store, shard: ShardInfo, members: int, entry: Path, stop: threading.Event | None
     ) -> tuple[int, np.ndarray]:
         temporary = entry.with_name(f".{entry.name}.tmp")
-        self._keep_room(temporary, shard, members, stop)
         try:
+            self._keep_room(temporary, shard, members, stop)
             tar, index_path = temporary / shard.name, temporary / index_name(shard.name)
             with tar.open("r+b", buffering=0) as file:
                 store.copy(shard.name, file, shard.bytes, shard.sha256, stop, self._retried, self._received)
@@ -377,15 +375,15 @@ class Cache:
             yield
         except StoreAwayError:
             raise
-        except OSError as error:
-            if error.errno in DISK_FULL:
+        except (OSError, WriteError) as error:
+            if _is_of_full_disk(error):
                 what = f"no space left for the cache in {self.folder}; free some space, lower data.cache_gib"
                 raise ShardError(
                     f"{what} or set data.cache_dir or LDM_FINETUNE_CACHE to a folder on a larger disk"
                 ) from error
             raise self._unusable(error) from error
 
-    def _unusable(self, error: OSError) -> ShardError:
+    def _unusable(self, error: Exception) -> ShardError:
         return ShardError(
             f"cannot use {self.folder} as cache ({error}); give another data.cache_dir or LDM_FINETUNE_CACHE"
         )
@@ -402,6 +400,11 @@ class Cache:
         with self._lock:
             for field, change in changes.items():
                 setattr(self.stats, field, getattr(self.stats, field) + change)
+
+
+def _is_of_full_disk(error: Exception) -> bool:
+    cause = error.__cause__ if isinstance(error, WriteError) else error
+    return isinstance(cause, OSError) and cause.errno in DISK_FULL
 
 
 def _harmless(text: str) -> str:
