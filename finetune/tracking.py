@@ -119,7 +119,7 @@ class Tracker:
                 project=project,
                 name=name,
                 id=identity,
-                resume="allow" if mode == "online" else None,
+                resume="allow",  # offline too: else `wandb sync` of a later part writes over the earlier
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self.run),
                 config=config,

@@ -9,7 +9,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from finetune import UserError
 from finetune.distributed import World
 from finetune.tracking import Tracker, wandb_mode
 from tests.conftest import ROOT, environment
+from tests.wandb_server import WandbServer
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -339,6 +340,35 @@ def test_wandb_offline_is_one_run_over_a_restart(
     assert all(isinstance(line[key], float) for line in lines for key in keys)
     media = [path.name for path in run.glob("wandb/offline-run-*/files/media/images/*.png")]
     assert len(media) == 2
+
+
+@pytest.fixture
+def wandb_server(tmp_path: Path) -> Iterator[WandbServer]:
+    with WandbServer(gone=tmp_path / "gone").running() as server:
+        yield server
+
+
+def test_offline_parts_of_a_run_are_synced_as_one_history(wandb_server: WandbServer, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for first_step in (0, 3):
+        code, said = in_a_process(
+            "first = int(sys.argv[2])\n"
+            "tracker = tracker_of(Path(sys.argv[1]), first, wandb_mode='offline')\n"
+            "for step in range(first + 1, first + 4):\n"
+            "    tracker.write({'step': step})\n"
+            "tracker.close(goes_on=first == 0)\n",
+            run, first_step,
+        )  # fmt: skip
+        assert code == 0, said
+    parts = map(str, sorted(run.glob("wandb/offline-run-*")))
+    sync = [str(Path(sys.executable).with_name("wandb")), "sync", *parts]
+    done = subprocess.run(
+        sync, env=environment() | wandb_server.variables, capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (lines,) = wandb_server.lines.values()
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
 # --- where W&B goes -------------------------------------------------------------------------------
