@@ -31,6 +31,7 @@ PATIENCE_STEPS = 10
 PATIENCE_GRADIENTS = 40  # steps: fp16's search for a loss scale takes up to 20
 _NO_PROJECT = "/\\#?%:"  # signs that W&B takes in no project's name
 _LONGEST_PROJECT = 128
+FINISH_SECONDS = 30.0  # W&B takes one bound, at its start: what Slurm gives a job that is to end, by default
 
 
 class Tracker:
@@ -123,7 +124,9 @@ class Tracker:
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self.run),
                 config=config,
-                settings=wandb.Settings(silent=True, console="off"),
+                settings=wandb.Settings(
+                    silent=True, console="off", finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
+                ),
             )
             self.wandb.define_metric("step")
             self.wandb.define_metric("*", step_metric="step")
@@ -312,7 +315,14 @@ class Tracker:
             self.bar.close()
         if goes_on:
             self._to_wandb(lambda run: run.mark_preempting())
-        self._to_wandb(lambda run: run.finish(exit_code=int(failed or goes_on)))
+        self._to_wandb(lambda run: self._finish(run, exit_code=int(failed or goes_on)))
+
+    def _finish(self, run: Any, exit_code: int) -> None:
+        try:
+            run.finish(exit_code=exit_code)
+        except TimeoutError:
+            remedy = f"`wandb sync --include-online {Path(run.dir).parent}` sends the rest"
+            self.say(f"warning: W&B has not taken all within {FINISH_SECONDS:g} s; {remedy}")
 
 
 def _finite(value: Any) -> Any:

@@ -371,6 +371,27 @@ def test_offline_parts_of_a_run_are_synced_as_one_history(wandb_server: WandbSer
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
 
 
+def test_a_run_ends_though_wandbs_server_has_gone(wandb_server: WandbServer, tmp_path: Path) -> None:
+    code, said = in_a_process(
+        "from finetune import tracking\n"
+        "run, gone = map(Path, sys.argv[1:])\n"
+        "tracking.FINISH_SECONDS = 2.0\n"
+        "tracker = tracker_of(run, wandb_mode='online')\n"
+        "gone.touch()\n"
+        "tracker.write({'step': 1})\n"
+        "tracker.close(goes_on=True)\n"
+        "print('closed', flush=True)\n",
+        tmp_path, wandb_server.gone,
+        **wandb_server.variables,
+    )  # fmt: skip
+    assert code == 0 and "closed" in said, said
+    (folder,) = tmp_path.glob("wandb/run-*")
+    remedy = f"`wandb sync --include-online {folder}` sends the rest"
+    assert f"warning: W&B has not taken all within 2 s; {remedy}" in said
+    assert "W&B has ended" not in said
+    assert wandb_server.lines == {}
+
+
 # --- where W&B goes -------------------------------------------------------------------------------
 
 
