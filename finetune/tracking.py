@@ -11,8 +11,9 @@ import json
 import math
 import os
 import secrets
+import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune import UserError, by_all, first_line
-from finetune.data.shards import write_atomic
+from finetune.data.shards import is_remote, shown, write_atomic
 from finetune.distributed import World
 from finetune.pictures import save_png
 
@@ -114,6 +115,7 @@ class Tracker:
         path = self.run / "wandb-id"
         again = path.exists()
         identity = path.read_text().strip() if again else secrets.token_hex(4)
+        told, words = without_secrets(config), sys.argv
 
         def start(mode: str) -> None:
             self.wandb = wandb.init(
@@ -123,7 +125,7 @@ class Tracker:
                 resume="allow",  # offline too: else `wandb sync` of a later part writes over the earlier
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self.run),
-                config=config,
+                config=told,
                 settings=wandb.Settings(
                     silent=True, console="off", finish_timeout=FINISH_SECONDS, finish_timeout_raises=True
                 ),
@@ -131,6 +133,8 @@ class Tracker:
             self.wandb.define_metric("step")
             self.wandb.define_metric("*", step_metric="step")
 
+        if told != config:
+            sys.argv = words[:1]  # W&B records the command line, which has what the config is told without
         try:
             start(mode)
         except Exception as error:
@@ -138,6 +142,8 @@ class Tracker:
                 remedy = "tracker=none" if mode == "offline" else "tracker.mode=offline or tracker=none"
                 raise UserError(f"W&B cannot start ({first_line(error)}); use {remedy}") from None
             self._start_offline(start, first_line(error))
+        finally:
+            sys.argv = words
         if not again:
             write_atomic(path, f"{identity}\n".encode())
 
@@ -328,6 +334,19 @@ class Tracker:
 def _finite(value: Any) -> Any:
     """JSON has no NaN or infinity: they become null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config as others may see it: addresses of data without user, password and query, and no commands."""
+
+    def hide(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: hide(each) for name, each in value.items()}
+        if not isinstance(value, str) or not is_remote(value):
+            return value
+        return "pipe:..." if value.startswith("pipe:") else shown(value)
+
+    return {name: hide(value) if name == "data" else value for name, value in config.items()}
 
 
 def require_project(project: str) -> None:

@@ -392,6 +392,26 @@ def test_a_run_ends_though_wandbs_server_has_gone(wandb_server: WandbServer, tmp
     assert wandb_server.lines == {}
 
 
+def test_wandb_is_not_told_how_data_is_let_in_to(tmp_path: Path) -> None:
+    """Not in the config, nor in the command line that W&B records by itself."""
+    data = {
+        "shards": "https://me:open-sesame@host.example.org/set?sig=open-sesame",
+        "sources": {"a": {"shards": "pipe:curl -H 'X-Key: open-sesame' https://host.example.org/{}"}},
+    }
+    code, said = in_a_process(
+        "run, data = Path(sys.argv[1]), json.loads(sys.argv[2])\n"
+        "words = list(sys.argv)\n"
+        "Tracker(run, ALONE, config={'data': data}, name='test', project='test', wandb_mode='offline',\n"
+        "    first_step=0, total_steps=1, global_batch=1).close()\n"
+        "assert sys.argv == words\n",
+        tmp_path, json.dumps(data),
+    )  # fmt: skip
+    assert code == 0, said
+    content = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"open-sesame" not in content
+    assert b"https://host.example.org/set" in content and b"pipe:..." in content
+
+
 # --- where W&B goes -------------------------------------------------------------------------------
 
 
