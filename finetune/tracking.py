@@ -32,6 +32,7 @@ PATIENCE_STEPS = 10
 PATIENCE_GRADIENTS = 40  # steps: fp16's search for a loss scale takes up to 20
 _NO_PROJECT = "/\\#?%:"  # signs that W&B takes in no project's name
 _LONGEST_PROJECT = 128
+_FORMER_HOSTS = {"api.forge.coreweave.com": "api.wandb.ai"}  # W&B's own server; logins are under either name
 FINISH_SECONDS = 30.0  # W&B takes one bound, at its start: what Slurm gives a job that is to end, by default
 
 
@@ -373,7 +374,19 @@ def wandb_mode(wanted: str) -> str:
     import netrc
 
     try:
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        return "online" if netrc.netrc(os.environ.get("NETRC")).authenticators(host) else "offline"
+        logins, host = netrc.netrc(os.environ.get("NETRC")), wandb_host()
+        known = logins.authenticators(host) or logins.authenticators(_FORMER_HOSTS.get(host, host))
+        return "online" if known else "offline"
     except (OSError, netrc.NetrcParseError):
         return "offline"
+
+
+def wandb_host() -> str:
+    """HOST or HOST:PORT of W&B's server: the environment's, or the one that `wandb login --host` has kept."""
+    import wandb
+
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR", "~/.config/wandb")).expanduser()
+    settings = wandb.Settings(silent=True, settings_system=str(folder / "settings"))
+    settings.update_from_system_settings()
+    url: str = os.environ.get("WANDB_BASE_URL") or settings.base_url
+    return url.split("//")[-1].split("/")[0]

@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune import UserError
 from finetune.distributed import World
-from finetune.tracking import Tracker, wandb_mode
+from finetune.tracking import Tracker, wandb_host, wandb_mode
 from tests.conftest import ROOT, environment
 from tests.wandb_server import WandbServer
 
@@ -417,7 +417,7 @@ def test_wandb_is_not_told_how_data_is_let_in_to(tmp_path: Path) -> None:
 
 @pytest.fixture
 def logged_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "NETRC"):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     return tmp_path
@@ -435,14 +435,30 @@ def test_offline_unless_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_netrc_entry_is_a_login(logged_out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     netrc = logged_out / ".netrc"
-    netrc.write_text("machine api.wandb.ai login user password k\n")
-    netrc.chmod(0o600)
-    assert wandb_mode("auto") == "online"
+    netrc.touch(0o600)
+    for host in (wandb_host(), "api.wandb.ai"):  # W&B's server has had two names
+        netrc.write_text(f"machine {host} login user password k\n")
+        assert wandb_mode("auto") == "online"
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org/")
     assert wandb_mode("auto") == "offline"  # logged in elsewhere
     netrc.write_text("machine wandb.example.org login user password k\n")
     assert wandb_mode("auto") == "online"
     netrc.write_text("this is no netrc file\n")
+    assert wandb_mode("auto") == "offline"
+
+
+def test_a_login_to_another_host_is_found_where_wandb_keeps_it(
+    logged_out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `wandb login --host https://wandb.example.org` leaves it."""
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(logged_out / "config"))
+    (logged_out / "config").mkdir()
+    (logged_out / "config" / "settings").write_text("[default]\nbase_url = https://wandb.example.org\n")
+    assert wandb_mode("auto") == "offline"
+    (logged_out / ".netrc").write_text("machine wandb.example.org login user password k\n")
+    (logged_out / ".netrc").chmod(0o600)
+    assert wandb_mode("auto") == "online"
+    monkeypatch.delenv("WANDB_CONFIG_DIR")
     assert wandb_mode("auto") == "offline"
 
 

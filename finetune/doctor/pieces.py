@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import socket
 import time
@@ -16,7 +15,7 @@ from finetune.distributed import DataParallel, ZeRO
 from finetune.doctor.context import Context, odd_ones, settle, skipped
 from finetune.doctor.memory import whole_numel
 from finetune.doctor.table import FAIL, OK, WARN, Row
-from finetune.tracking import wandb_mode
+from finetune.tracking import wandb_host, wandb_mode
 
 _READ_SECONDS = 1.0
 _MARGIN = 1.3  # readers must be that much faster than the steps
@@ -192,8 +191,7 @@ def tracking_rows(context: Context) -> list[Row]:
         mode = wandb_mode(settings.mode)
         if context.rank != 0 or mode != "online":
             return mode
-        host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
-        name, _, port = host.partition(":")
+        name, _, port = wandb_host().partition(":")
         with socket.create_connection((name, int(port or 443)), timeout=10):
             return mode
 
