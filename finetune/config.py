@@ -85,7 +85,8 @@ class ModelConfig:
     vae: str | None = (
         None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
     )
-    # Arguments of diffusers' UNet2DConditionModel; in_channels and out_channels follow from latents and task.
+    # Arguments of diffusers' UNet2DConditionModel; in_channels and out_channels follow from latents and task. With
+    # `pretrained` those that a group of choices gives are left out.
     unet: dict[str, Any] = field(default_factory=dict)
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
@@ -353,7 +354,31 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T], folder:
         except (HydraException, OmegaConfBaseException, ValueError) as error:
             raise UserError(_first_lines(error)) from None
     assert isinstance(typed, schema)
+    model = getattr(typed, "model", None)
+    if isinstance(model, ModelConfig) and model.pretrained is not None:
+        composed.model.unet = model.unet = _of_pretrained(model.unet, overrides)
     return typed, composed
+
+
+def _of_pretrained(unet: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """What the overrides ask of a pretrained U-Net; what a choice says (the default is model=tiny) builds one anew.
+
+    Raises:
+        UserError: they ask something of the text encoder, which is not built either.
+    """
+    asked: list[str] = []
+    for override in (parse_override(text)[0] for text in overrides):
+        key, value = override.key_or_group, override.value()
+        if key == "model.text_encoder" or key.startswith("model.text_encoder."):
+            raise UserError(
+                f"{key}={override.get_value_element_as_str()} has no effect: it is of a text encoder that is built "
+                "anew, and model.pretrained has its own; leave it out"
+            )
+        if key == "model.unet":
+            asked = list(value) if isinstance(value, dict) else []
+        elif key.startswith("model.unet."):
+            asked.append(key.split(".")[2])
+    return {name: unet[name] for name in asked if name in unet}
 
 
 def groups(config_name: str = "train", folder: str = "") -> dict[str, list[str]]:

@@ -32,6 +32,7 @@ def depends_on(config: Config, parts: Parts) -> dict[str, Any]:
     # With what was left to defaults.
     made: Any = {} if config.model.pretrained is not None else parts.model.unet.config
     unet = {name: value for name, value in made.items() if not name.startswith("_")}
+    text_encoder = {} if config.model.pretrained is not None else asdict(config.model.text_encoder)
     identity = {
         "seed": config.seed,
         "train.global_batch": config.train.global_batch,
@@ -49,7 +50,7 @@ def depends_on(config: Config, parts: Parts) -> dict[str, Any]:
         "model.pretrained (its weights)": parts.pretrained,
         "model.tokenizer": config.model.tokenizer,
         **{f"model.unet.{name}": value for name, value in unet.items()},
-        **{f"model.text_encoder.{name}": value for name, value in asdict(config.model.text_encoder).items()},
+        **{f"model.text_encoder.{name}": value for name, value in text_encoder.items()},
         "model.train_text_encoder": config.model.train_text_encoder,
         "task.name": config.task.name,
         **{f"task.options.{name}": value for name, value in parts.task.options.items()},

@@ -103,12 +103,12 @@ def conditioned(
     """
     model, task, channels = config.model, config.task, data.encoder.channels
     unet = load_unet(model.pretrained, revision=model.revision) if model.pretrained is not None else None
-    dropout = model.unet.get("dropout")
-    if unet is not None and dropout is not None and dropout != unet.config.get("dropout", 0.0):
-        raise UserError(
-            f"model.unet.dropout={dropout} has no effect: the U-Net of model.pretrained has "
-            f"{unet.config.get('dropout', 0.0)}; leave it out"
-        )
+    for name, value in model.unet.items() if unet is not None else ():
+        has = unet.config.get(name)  # type: ignore[union-attr]
+        if value != (list(has) if isinstance(has, tuple) else has):
+            raise UserError(
+                f"model.unet.{name}={value} has no effect: the U-Net of model.pretrained has {has}; leave it out"
+            )
     width = context_width(model.unet if unet is None else unet.config)
     has_text = width is not None and (
         model.pretrained is None or has_part(model.pretrained, "text_encoder", model.revision)
@@ -204,6 +204,12 @@ def check_fit(config: Config, unet: UNet2DConditionModel, text: Text | None, dat
 def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict[str, nn.Module]:
     """Let what is trained require gradients, with adapters where they are trained; these parts, by name."""
     train_text = text is not None and text.trained
+    text_lr = config.optim.text_encoder_lr
+    if text_lr is not None and not train_text:
+        raise UserError(
+            f"optim.text_encoder_lr={text_lr:g} has no effect, no text encoder is trained: set "
+            f"it to null{'' if text is None else ', or model.train_text_encoder=true'}"
+        )
     unet.requires_grad_(config.adapter.kind == "full")
     adapted: dict[str, nn.Module] = {"unet": unet, **(text.parts() if text is not None and train_text else {})}
     if text is not None:
@@ -309,8 +315,8 @@ def _require_scale(model: ModelConfig, data: Data, decoder: Autoencoder) -> None
         raise UserError(
             f"the latents in {root} have scale {found.scale:g} and shift {found.shift:g}, those of "
             f"{model.pretrained} {wanted.scale:g} and {wanted.shift:g}: encode with --vae {model.pretrained}, "
-            f'or write "scale": {wanted.scale!r} and "shift": {wanted.shift!r} into manifest.json there, as latents '
-            "are kept unscaled"
+            f'or write "scale": {wanted.scale!r} and "shift": {wanted.shift!r} into manifest.json there: '
+            "latents are kept unscaled"
         )
 
 
