@@ -29,9 +29,9 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     """
     named = _sources(config)
     cache = None
-    if any(is_remote(each.root) for each in named.values()):
+    if remote := sum(is_remote(each.root) for each in named.values()):
         gib = config.data.cache_gib
-        cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30))
+        cache = Cache(config.data.cache_dir, None if gib is None else int(gib * 2**30), sets=remote)
     most = most_open(len(named))
     opened = {name: _open_latents(each.root, cache, most) for name, each in named.items()}
     first, *others = opened

@@ -462,6 +462,22 @@ def test_mistakes_about_sources_get_one_line(folder: Path, tmp_path: Path, overr
     assert says in str(caught.value)
 
 
+def test_remote_sets_of_a_mixture_share_the_cache(folder: Path, tmp_path: Path) -> None:
+    """What all of them keep open, and fetch ahead, fits; a set on this machine takes no share."""
+    from finetune.build import open_data
+    from finetune.config import Config, compose
+
+    settings = ["train.global_batch=6", "validation.samples=0", f"data.cache_dir={tmp_path}", "data.cache_gib=1"]
+    for remote in (1, 3):
+        roots = [f"'pipe:cat {folder}/{{}}'"] * remote + [str(folder)]
+        named = [f"data.sources.s{number}.shards={root}" for number, root in enumerate(roots)]
+        data = open_data(compose("train", [*settings, *named], Config)[0], held_out_batch=4)
+        caches = [source.shards.cache for source in data.sources if source.shards.cache is not None]
+        assert len(caches) == remote
+        shared = sum(2 * cache.sharers * cache.share_bytes for cache in caches)
+        assert 0.99 * (1 << 30) < shared <= 1 << 30
+
+
 def test_memory_is_used_again_only_when_no_view_is_left(folder: Path) -> None:
     data = data_of(folder)
     loader = data.loader(seed=0, micro_batch=6)

@@ -622,6 +622,7 @@ def test_where_the_cache_is_and_how_large(tmp_path: Path, monkeypatch: pytest.Mo
         Cache(tmp_path / "file")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Cache(max_bytes=1600).share_bytes == 100
+    assert pickle.loads(pickle.dumps(Cache(max_bytes=1600, sets=2))).share_bytes == 50
 
 
 # --- fetching ahead
@@ -685,6 +686,22 @@ def test_no_more_than_half_of_the_cache_is_fetched_ahead(
     assert cache.stats.downloads == 8 and cache.stats.wait_s == 0
     tars = [Path(request.path).name for request in server.requests if request.path.endswith(".tar")]
     assert sorted(tars) == [shard.name for shard in shards.manifest.shards]
+    shards.close()
+
+
+def test_a_shard_larger_than_the_share_is_fetched_ahead_alone(server: Server, far: Path, tmp_path: Path) -> None:
+    requested = threading.Event()
+    server.on_request = lambda name: requested.set()
+    bound = 6 * shard_bytes(Manifest.load(far / "set"))
+    cache = Cache(tmp_path / "cache", bound, sharers=4)
+    assert cache.share_bytes < bound // 6
+    shards = ShardSet.open(store_of(server), cache=cache)
+    shards.prefetch(range(8))
+    for shard in range(8):
+        wait_until(lambda shard=shard: cache.stats.downloads == shard + 1, requested)
+        assert len(shards._prefetcher._ahead) == 1
+        shards.read(shard * A_SHARD)
+    assert cache.stats.wait_s == 0
     shards.close()
 
 

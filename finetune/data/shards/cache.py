@@ -87,7 +87,9 @@ class Cache:
             are not counted). Null: 100 GiB, but at most 80% of what is free on that disk and what the folder
             holds already.
         sharers: processes of this machine that use it; null: $LOCAL_WORLD_SIZE, which torchrun, accelerate and
-            DeepSpeed set, or 1. Each keeps open, and fetches ahead, its share of half of `max_bytes`.
+            DeepSpeed set, or 1.
+        sets: remote sets that each of them reads at once. Of each set a process keeps open, and fetches ahead, its
+            share of half of `max_bytes`.
 
     Raises:
         ShardError: the folder can't be made or written.
@@ -99,6 +101,7 @@ class Cache:
         max_bytes: int | None = None,
         *,
         sharers: int | None = None,
+        sets: int = 1,
     ) -> None:
         self.folder = (Path(folder) if folder is not None else default_folder()).absolute()
         try:
@@ -112,10 +115,11 @@ class Cache:
             raise ShardError(f"a cache of {max_bytes} bytes holds nothing; give data.cache_gib a positive number")
         self.max_bytes = max_bytes
         self.sharers = max(1, sharers or int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+        self.sets = max(1, sets)
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: self.__dict__[key] for key in ("folder", "max_bytes", "sharers")}
+        return {key: self.__dict__[key] for key in ("folder", "max_bytes", "sharers", "sets")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -128,8 +132,8 @@ class Cache:
 
     @property
     def share_bytes(self) -> int:
-        """How much one process may keep open, and how much it may fetch ahead."""
-        return self.max_bytes // (2 * self.sharers)
+        """How much one process may keep open of one set, and how much it may fetch ahead."""
+        return self.max_bytes // (2 * self.sharers * self.sets)
 
     @property
     def held_bytes(self) -> int:
@@ -471,7 +475,8 @@ class Prefetcher:
     """Fetches the shards needed next into the cache, by threads of its own.
 
     At most the process's share of half the cache is fetched ahead of the readers, and they keep open no more than
-    as much: together they fit. Errors are left to the reader who needs the shard and tries it again.
+    as much: together they fit. Where a share is less than a shard, one is fetched ahead all the same. Errors are
+    left to the reader who needs the shard and tries it again.
     """
 
     def __init__(self, cache: Cache, store: Store, shards: Sequence[ShardInfo], members: int) -> None:
@@ -528,7 +533,7 @@ class Prefetcher:
             while not self._stop.is_set():
                 if self._queue:
                     size = self._cache.need_bytes(self._shards[self._queue[0]], self._members)
-                    if sum(self._ahead.values()) + size <= self._cache.share_bytes:
+                    if not self._ahead or sum(self._ahead.values()) + size <= self._cache.share_bytes:
                         shard = self._queue.popleft()
                         self._ahead[shard] = size
                         self._running.add(shard)

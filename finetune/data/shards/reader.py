@@ -121,7 +121,7 @@ class ShardSet:
     """Random access to the samples of a folder of shards, on this machine or elsewhere.
 
     Safe in threads and over `fork`; a pickled copy opens its own files. Of a remote set at most the process's share
-    of the cache's bytes is open at a time.
+    of the cache's bytes is open at a time, and one shard always.
 
     Args:
         root: a local folder, or what `store.resolve` takes: a URL, `pipe:COMMAND {}`, a `Store`.
@@ -279,8 +279,8 @@ class ShardSet:
         """Fetch the shards (their numbers) needed next into the cache, in the order of first use, by threads.
 
         A later call replaces what is still to be fetched. At most the process's share of half the cache is fetched
-        ahead of reading; a shard that can't be fetched is an error for its reader alone, who tries again. Does
-        nothing where the shards are local.
+        ahead of reading, but one shard always is; one that can't be fetched is an error for its reader alone, who
+        tries again. Does nothing where the shards are local.
         """
         if self.store is None or self.cache is None:
             return
