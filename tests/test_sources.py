@@ -6,7 +6,9 @@ import contextlib
 import http.server
 import itertools
 import json
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +17,10 @@ import torch
 from PIL import Image
 
 from data_tools.cli import main as data_tools
-from finetune import UserError, build
+from finetune import UserError, build, is_by_all
 from finetune.conditioning import dropped
 from finetune.config import Config, compose
-from finetune.data.shards import ShardSet
+from finetune.data.shards import Manifest, ShardSet
 from finetune.distributed import World
 from finetune.loop import Parts
 from tests.conftest import CAPTIONS, launch, metrics
@@ -92,11 +94,6 @@ def test_a_trained_or_another_encoder_makes_its_own_states(
 def test_states_of_another_encoder_are_left_alone_with_a_note(
     pipeline: Path, with_states: Path, overrides: list[str], tmp_path: Path
 ) -> None:
-    import shutil
-    from dataclasses import replace
-
-    from finetune.data.shards import Manifest
-
     other = tmp_path / "other"
     shutil.copytree(with_states, other)
     manifest = Manifest.load(other)
@@ -133,6 +130,31 @@ def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str
     more = ["train.global_batch=4", "validation.every=1", "validation.samples=9"]
     parts = parts_of([*overrides, f"data.shards={with_states}", *more])[1]
     assert "2 samples are held out, not 9: a tenth of each bucket at most" in parts.notices
+
+
+def test_data_of_one_process_alone_is_refused_by_all(overrides: list[str]) -> None:
+    class Odd(World):
+        def is_same(self, text: str) -> bool:
+            return text != manifests
+
+    config, parts = parts_of(overrides)
+    manifests = repr([source.shards.manifest.sha256 for source in parts.data.sources])
+    with pytest.raises(UserError, match="the processes read different data: .*; make them the same") as caught:
+        build.build(config, Odd(0, 1, 0, torch.device("cpu")), Path(config.run.dir))
+    assert is_by_all(caught.value)
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_data_are_refused(latents: Path, overrides: list[str], tmp_path: Path) -> None:
+    """As where a machine has an older copy on its own disk: the last shard is not there yet."""
+    shutil.copytree(latents, tmp_path / "0")
+    shutil.copytree(latents, tmp_path / "1")
+    manifest = Manifest.load(latents)
+    replace(manifest, shards=manifest.shards[:-1]).save(tmp_path / "1")
+    done = launch(2, [*overrides, f"data.shards={tmp_path}/${{oc.env:RANK}}", f"run.dir={tmp_path / 'run'}"])
+    assert done.returncode != 0
+    assert done.stderr.count("error: the processes read different data: a machine has another set") == 1
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 @pytest.fixture

@@ -177,6 +177,13 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         readers=config.data.readers,
     )
     with closing(pictures), contextlib.ExitStack() as stack:
+        if not world.is_same(pictures.sha256):
+            raise by_all(
+                UserError(
+                    f"the processes read different data: {config.data.shards} is another set on a machine, or an "
+                    "older copy; make them the same (compare manifest.json)"
+                )
+            )
         require_room(config, min(map(min, pictures.buckets)))
         # What is measured is measured by rank 0, which writes too: its folder's lock stays with it.
         of_main: list[FeatureNetwork | None] = []

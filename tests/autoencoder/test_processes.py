@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.autoencoder.train import main
+from finetune.data.shards import Manifest
 from tests.autoencoder.runs import arguments, assert_same_run, losses
 from tests.conftest import ROOT, environment
 
@@ -156,4 +158,17 @@ def test_a_batch_that_two_cannot_share_is_refused_in_one_line(shards: Path, tmp_
     assert done.returncode != 0
     line = "error: train.global_batch=3 cannot be shared equally by 2 processes; give a multiple"
     assert done.stderr.count(line) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_with_different_pictures_are_refused(shards: Path, tmp_path: Path) -> None:
+    """As where a machine has an older copy on its own disk: the last shard is not there yet."""
+    shutil.copytree(shards, tmp_path / "0")
+    shutil.copytree(shards, tmp_path / "1")
+    manifest = Manifest.load(shards)
+    replace(manifest, shards=manifest.shards[:-1]).save(tmp_path / "1")
+    done = on_two(arguments(tmp_path / "${oc.env:RANK}", tmp_path / "run", *COMMON))
+    assert done.returncode != 0
+    assert done.stderr.count("error: the processes read different data: ") == 1
     assert not (tmp_path / "run").exists()
