@@ -130,6 +130,9 @@ def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str
     more = ["train.global_batch=4", "validation.every=1", "validation.samples=9"]
     parts = parts_of([*overrides, f"data.shards={with_states}", *more])[1]
     assert "2 samples are held out, not 9: a tenth of each bucket at most" in parts.notices
+    parts = parts_of([*overrides, f"data.shards={with_states}", *more, "validation.every=0"])[1]
+    assert any("2 samples are held out though validation.every=0" in notice for notice in parts.notices)
+    assert parts.data.order.sizes.sum() == 22
 
 
 def test_data_of_one_process_alone_is_refused_by_all(overrides: list[str]) -> None:

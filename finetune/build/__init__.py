@@ -76,7 +76,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     notices: list[str] = []
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
-    notices += left_out(data, config.validation.samples if config.validation.every else 0)
+    notices += left_out(data, config.validation.samples, is_validated=config.validation.every > 0)
     notices += fetched_again(data, world.size)
     decoder: list[Autoencoder | None] = []  # on rank 0 alone: it is not sent to the others
     world.on_main(lambda: decoder.append(load_decoder(config, data, notices)))

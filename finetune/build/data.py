@@ -230,11 +230,16 @@ def with_text_states(data: Data, text: Text, notices: list[str]) -> Data:
     return replace(data, wanted=replace(data.wanted, text_states=True))
 
 
-def left_out(data: Data, wanted: int = 0) -> list[str]:
-    """What is not trained on, or not in every epoch; and whether fewer than `wanted` are held out."""
+def left_out(data: Data, wanted: int, *, is_validated: bool) -> list[str]:
+    """What is not trained on, or not in every epoch; whether fewer than `wanted` are held out, or for nothing."""
     notices = []
     held_out = sum(len(batch.captions) for batch in data.held_out)
-    if 0 < held_out < wanted:
+    if held_out and not is_validated:  # what is trained on must not change with it
+        notices.append(
+            f"{held_out} samples are held out though validation.every=0: to train on them too, begin with "
+            "validation.samples=0"
+        )
+    elif 0 < held_out < wanted:
         notices.append(f"{held_out} samples are held out, not {wanted}: a tenth of each bucket at most")
     order = data.order
     never_SK = order.left_out == order.sizes
