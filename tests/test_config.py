@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, build, tasks
 from finetune.autoencoder import config as autoencoder
+from finetune.build.checks import unused
 from finetune.config import Config, compose, conf_dir, groups, parse_override, quoted
 
 CHOICES = [f"{group}={choice}" for group, choices in groups().items() for choice in choices]
@@ -242,6 +243,8 @@ def test_a_missing_value_is_named() -> None:
         ("objective.gamma", 3.0, "choose objective.weighting=min_snr, soft_min_snr or p2"),
         ("objective.huber_delta", 0.2, "choose objective.loss=huber"),
         ("optim.d0", 1e-3, "optim.d0=0.001 has no effect here: choose optim=prodigy"),
+        ("data", {"shuffle": False, "lanes": 8}, "data.lanes=8 has no effect here: choose data.shuffle=true"),
+        ("data", {"shuffle": False, "shuffle_window": 1000}, "data.shuffle_window=1000 has no effect here"),
         ("optim.schedule", "linear", "choose one of constant, cosine"),
         ("objective.prediction", "noise", "objective.prediction=noise is not known"),
         ("sample.prompts", [], "sample.prompts is empty"),
@@ -257,6 +260,38 @@ def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value
         build.check(made)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.cache_dir=/cache"], "no effect of data.cache_dir: all shards are on this machine"),
+        (["data.cache_dir=/cache", "data.shards=https://example.org/set"], None),
+        (["ema=none", "ema.halflife_images=5"], "no effect of ema.halflife_images: ema.enabled=false"),
+        (
+            ["experiment=smoke", "sample.every=0", "sample.guidance=2"],  # which `finetune sample` takes
+            "no effect of sample.prompts, sample.steps: sample.every=0",
+        ),
+        (["experiment=smoke", "validation.every=0"], "no effect of validation.timesteps: validation.every=0"),
+        (["tracker=none", "tracker.project=mine"], "no effect of tracker.project: tracker=none"),
+        (["data.sources.a.shards=x", "data.shards=null", "data.sources.a.weight=1.0"], None),
+        (
+            ["data.sources.a.shards=x", "data.shards=null", "data.sources.a.weight=4"],
+            "no effect of data.sources.a.weight=4: it is the only source",
+        ),
+        (["data.sources={a: {shards: x, weight: 4}, b: {shards: y}}", "data.shards=null"], None),
+    ],
+)
+def test_settings_of_what_is_turned_off_are_told_of(overrides: list[str], says: str | None) -> None:
+    """Not refused: an experiment, or a file for many runs, may have set them."""
+    made = composed(*overrides)
+    build.check(made)
+    assert unused(made) == ([says] if says is not None else [])
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice.startswith("experiment=")])
+def test_experiments_set_nothing_for_nothing(choice: str) -> None:
+    assert unused(composed(choice)) == []
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from finetune import UserError, by_all, memory
 from finetune.build.averages import profiles
-from finetune.build.checks import OUT_OF_MEMORY, check
+from finetune.build.checks import OUT_OF_MEMORY, check, unused
 from finetune.build.data import fetched_again, left_out, open_data, with_condition, with_text_states
 from finetune.build.identity import depends_on
 from finetune.build.model import (
@@ -73,7 +73,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
                 "copy; make them the same (`finetune doctor` says where they differ)"
             )
         )
-    notices: list[str] = []
+    notices = unused(config)
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
     notices += left_out(data, config.validation.samples, is_validated=config.validation.every > 0)
@@ -91,7 +91,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     data = with_condition(data, conditioner, config, micro_batch * world.size)
     if text is not None and config.data.text_states and not train_text:
         data = with_text_states(data, text, notices)
-    if config.sample.prompts is not None and conditioner.asks != ("prompt",):
+    if config.sample.every and config.sample.prompts is not None and conditioner.asks != ("prompt",):
         notices.append(f"sample.prompts are not used: task={config.task.name} draws what held-out samples say")
 
     pretrained: str | None = None

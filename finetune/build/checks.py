@@ -13,11 +13,13 @@ from finetune.config import (
     AdapterConfig,
     Config,
     ModelConfig,
+    data_sources,
     require,
     require_choice,
     require_finite,
     require_sizes,
 )
+from finetune.data.shards import is_remote
 from finetune.models.parts import flat
 from finetune.models.schedulers import most_steps, scheduler_config
 from finetune.ranges import require_seeds, require_shared
@@ -213,11 +215,36 @@ def _check_use(config: Config) -> None:
         ("objective", ("p2_k",), is_p2, "objective.weighting=p2"),
         ("objective", ("huber_delta",), objective.loss == "huber", "objective.loss=huber"),
         ("optim", ("d0", "d_coef"), is_prodigy, "optim=prodigy"),
+        ("data", ("lanes", "shuffle_window"), config.data.shuffle, "data.shuffle=true"),
     ):
         for name in names:
             given = getattr(getattr(config, section), name)
             if not is_used and given != getattr(getattr(usual, section), name):
                 raise UserError(f"{section}.{name}={given} has no effect here: choose {chooses}, or leave it out")
+
+
+def unused(config: Config) -> list[str]:
+    """Settings of what is turned off: told of, since an experiment or a file for many runs may have set them."""
+    sources = data_sources(asdict(config.data))
+    fetches = any(is_remote(str(each["shards"])) for each in sources.values())
+    guides = {"guidance", "guidance_rescale"}  # `finetune sample` does so too
+    of_samples = asdict(config.sample).keys() - guides - {"every"}
+    usual, notices = Config(), []
+    for section, names, is_used, why in (
+        ("data", {"cache_dir", "cache_gib"}, fetches, "all shards are on this machine"),
+        ("ema", asdict(config.ema).keys() - {"enabled"}, config.ema.enabled, "ema.enabled=false"),
+        ("sample", of_samples, config.sample.every > 0, "sample.every=0"),
+        ("validation", {"timesteps"}, config.validation.every > 0, "validation.every=0"),
+        ("tracker", {"project", "mode"}, config.tracker.wandb, "tracker=none"),
+    ):
+        mine, its = getattr(config, section), getattr(usual, section)
+        given = sorted(f"{section}.{name}" for name in names if getattr(mine, name) != getattr(its, name))
+        if given and not is_used:
+            notices.append(f"no effect of {', '.join(given)}: {why}")
+    for name, source in sources.items():
+        if len(sources) == 1 and source.get("weight", 1) != 1:
+            notices.append(f"no effect of data.sources.{name}.weight={source['weight']}: it is the only source")
+    return notices
 
 
 def _check_optimizer(config: Config) -> None:
