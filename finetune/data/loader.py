@@ -13,7 +13,8 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -180,7 +181,7 @@ def read_batch(
 
     Raises:
         ShardError: naming what can't be read.
-        UserError: a sample does not have what the condition needs.
+        UserError: a sample, which it names, does not have what the condition needs.
     """
     manifest = sources[0].shards.manifest
     encoder = manifest.encoder
@@ -205,11 +206,27 @@ def read_batch(
         shards, sample_id = located(place)
         return shards.read_member(sample_id, name)
 
+    @contextmanager
+    def naming(place: int) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            shards, sample_id = located(place)
+            raise UserError(f"{shards.root}: sample {shards.key(sample_id)}: {error}") from None
+
+    def condition_of(place: int, sample: Sample) -> dict[str, np.ndarray]:
+        assert wanted.read is not None
+        full = replace(sample, members={name: member(place, name) for name in wanted.members})
+        with naming(place):
+            return wanted.read(full)
+
     def mask(place: int) -> np.ndarray:
         shards, sample_id = located(place)
         if not shards.has_member(sample_id, MASK):
             return np.ones(shape[2:], np.float32)
-        return shrink(picture(shards.read_member(sample_id, MASK), "L", MASK), shape[2:])
+        data = shards.read_member(sample_id, MASK)
+        with naming(place):
+            return shrink(picture(data, "L", MASK), shape[2:])
 
     def pinned(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.pin_memory() if pin else tensor
@@ -231,11 +248,7 @@ def read_batch(
 
     condition = {}
     if wanted.read is not None:
-        full = [
-            replace(sample, members={name: member(place, name) for name in wanted.members})
-            for place, sample in enumerate(samples)
-        ]
-        condition = stack([wanted.read(sample) for sample in full])
+        condition = stack([condition_of(place, sample) for place, sample in enumerate(samples)])
     loss_weight = None
     if any(weight != 1 for weight in wanted.loss_weights):
         loss_weight = pinned(torch.tensor(wanted.loss_weights, dtype=torch.float32)[torch.from_numpy(chosen)])

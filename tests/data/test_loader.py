@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 
 from finetune import UserError, rng
-from finetune.batch import Batch, Sample
+from finetune.batch import Batch, Sample, array
 from finetune.conditioning import draw
 from finetune.data.loader import Data, Loader, Samples, Wanted, hold_out, largest_bucket, read_batch, shrink
 from finetune.data.order import Order, Source
@@ -33,6 +34,7 @@ from finetune.data.shards import (
     json_bytes,
     latent_bytes,
 )
+from finetune.data.shards.files import npy_bytes
 from finetune.latents import LatentSpace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -602,10 +604,47 @@ def test_each_source_has_its_loss_weight(labelled: Path) -> None:
     assert seen == {1.0, 0.25}
 
 
-def test_what_a_condition_lacks_ends_the_loader_with_its_line(labelled: Path) -> None:
+def test_what_a_condition_lacks_ends_the_loader_with_the_sample_named(labelled: Path, folder: Path) -> None:
     def read(sample: Sample) -> dict[str, np.ndarray]:
-        raise UserError("a sample has no boxes")
+        if sample.record.get("class") == 70:
+            raise UserError("a sample's class is 70: correct it")
+        return {}
 
-    data = replace(data_of(labelled, global_batch=4), wanted=Wanted(read=read))
-    with pytest.raises(UserError, match="has no boxes"):
-        take(data.loader(seed=0, micro_batch=4), 1)
+    def failing(wanted: Wanted, *folders: Path) -> Loader:
+        return replace(data_of(*folders, global_batch=4), wanted=wanted).loader(seed=0, micro_batch=4)
+
+    with pytest.raises(UserError, match=f"^{labelled}: sample 0007: a sample's class is 70: correct it$"):
+        take(failing(Wanted(read=read), labelled), 3)
+    with pytest.raises(UserError, match=f"^{labelled}: sample 0007: a sample's class is 70: correct it$"):
+        take(failing(Wanted(read=read), folder, labelled), 60)  # ids go on behind those of the first source
+
+
+def test_a_mask_that_is_no_picture_names_its_sample(labelled: Path, tmp_path: Path) -> None:
+    whole = ShardSet.open(labelled)
+    with ShardWriter(tmp_path / "set", "latents", members=["latent.npy", "json", "mask.png"]) as writer:
+        for index in range(12):
+            sample = whole.read(index)
+            if index == 7:
+                sample["mask.png"] = sample["mask.png"][:40]
+            writer.write(sample.pop("__key__"), sample, bucket=(16, 16))
+        writer.finish(encoder=ENCODER)
+    data = replace(data_of(tmp_path / "set", global_batch=4), wanted=Wanted(loss_masks=True))
+    with pytest.raises(UserError, match=f"^{tmp_path}/set: sample 0007: mask.png cannot be read as a picture: "):
+        take(data.loader(seed=0, micro_batch=4), 3)
+
+
+def test_a_damaged_array_is_a_line_whatever_is_wrong_with_it() -> None:
+    whole = npy_bytes(np.zeros((2, 8, 8), np.uint8))
+    assert array(whole, "hole.npy").shape == (2, 8, 8)
+    draws = np.random.default_rng(0)
+    lines = []
+    for _ in range(3000):
+        damaged = bytearray(whole)
+        for at in draws.integers(128, size=3):
+            damaged[at] = draws.integers(256)
+        try:
+            array(bytes(damaged), "hole.npy")
+        except UserError as error:
+            lines.append(str(error))
+    assert len(lines) > 1000
+    assert all(re.fullmatch("hole.npy cannot be read as an array: .+", line) for line in lines)
