@@ -90,10 +90,18 @@ def hold_out(sizes: Sequence[int], samples: int) -> list[np.ndarray]:
     The choice depends on the sizes alone, not on the run's seed, so runs over one set of shards compare.
 
     Args:
-        samples: how many to hold out; at most a tenth of each bucket is taken.
+        samples: how many to hold out; fewer only where a tenth of each bucket, which is the most, are fewer.
     """
     total = max(1, sum(sizes))
-    counts = [min(size // 10, round(samples * size / total)) for size in sizes]
+    quotas = [samples * size / total for size in sizes]
+    most = [size // 10 for size in sizes]
+    counts = [min(limit, round(quota)) for limit, quota in zip(most, quotas, strict=True)]
+    if sum(counts) != samples:  # largest remainders (Hamilton): each of many buckets may round to none
+        counts = [min(limit, int(quota)) for limit, quota in zip(most, quotas, strict=True)]
+        order = sorted(range(len(sizes)), key=lambda bucket: counts[bucket] - quotas[bucket])
+        while room := [bucket for bucket in order if counts[bucket] < most[bucket]][: samples - sum(counts)]:
+            for bucket in room:
+                counts[bucket] += 1
     return [
         np.sort(permute(np.arange(count), size, size)) if count else np.empty(0, np.int64)
         for size, count in zip(sizes, counts, strict=True)

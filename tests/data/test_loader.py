@@ -11,11 +11,14 @@ import sys
 import threading
 from dataclasses import replace
 from itertools import islice
+from operator import le
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from finetune import UserError, rng
@@ -181,9 +184,32 @@ def test_hold_out_is_small_and_in_proportion() -> None:
         for size, positions in zip(sizes, held, strict=True):
             assert len(positions) <= size // 10
             assert (np.diff(positions) > 0).all() and (positions < size).all()
-        assert sum(map(len, held)) <= max(samples + len(sizes), 0)
-    assert [len(positions) for positions in hold_out(sizes, 16)] == [10, 5, 0, 0]
+    assert [len(positions) for positions in hold_out(sizes, 16)] == [11, 5, 0, 0]
     assert [len(positions) for positions in hold_out(sizes, 10**6)] == [20, 10, 0, 0]
+
+
+@given(st.lists(st.integers(0, 30_000), min_size=1, max_size=60), st.integers(0, 300))
+def test_as_many_are_held_out_as_is_asked(sizes: list[int], samples: int) -> None:
+    counts = [len(positions) for positions in hold_out(sizes, samples)]
+    most = [size // 10 for size in sizes]
+    assert sum(counts) == min(samples, sum(most)) and all(map(le, counts, most))
+    quotas = [samples * size / max(1, sum(sizes)) for size in sizes]
+    if all(map(le, quotas, most)):  # no bucket is at its limit: each is within one of its share
+        assert all(abs(count - quota) < 1 for count, quota in zip(counts, quotas))
+
+
+def test_many_buckets_of_one_size_hold_out_what_is_asked() -> None:
+    """Each bucket's share is less than half a sample."""
+    assert sum(map(len, hold_out([25_000] * 40, 16))) == 16
+    assert [len(positions) for positions in hold_out([9] * 100 + [1000], 64)] == [0] * 100 + [64]
+
+
+def test_where_rounding_gives_what_is_asked_it_stays() -> None:
+    """So a run that began before remainders were looked at goes on with the same samples."""
+    for sizes, samples in (([1234], 64), ([300], 64), ([30_000, 10_000], 64), ([700, 200, 100], 10)):
+        total = sum(sizes)
+        old = [min(size // 10, round(samples * size / total)) for size in sizes]
+        assert [len(positions) for positions in hold_out(sizes, samples)] == old
 
 
 def test_training_rows_are_all_but_those_held_out(folder: Path) -> None:
