@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, first_line, is_by_all, outliving_readers, run_cli
-from finetune.config import Config, compose, describe, describe_tasks
+from finetune.config import Config, compose, describe, describe_tasks, parse_override
 from finetune.terminal import quiet_libraries, speak_in_turn, stopped_at_once
 
 if TYPE_CHECKING:
@@ -56,11 +57,11 @@ def _main(argv: list[str]) -> int:
         print(OmegaConf.to_yaml(composed), end="")
         return 0
     with stopped_at_once():
-        return run(config, composed)
+        return run(config, composed, {parse_override(word)[0].key_or_group for word in overrides})
 
 
-def run(config: Config, composed: DictConfig) -> int:
-    """Train one configuration, from the start or from its last checkpoint."""
+def run(config: Config, composed: DictConfig, asked: Collection[str] = ()) -> int:
+    """Train one configuration, from the start or from its last checkpoint; `asked`: keys that the user gave."""
     from finetune import build, distributed
 
     build.check(config)
@@ -70,10 +71,10 @@ def run(config: Config, composed: DictConfig) -> int:
 
         torch.set_num_threads(config.train.threads)
     with outliving_readers(), distributed.StopRequest(int(os.environ.get("RANK", 0))) as request:
-        return _run(config, composed, request)
+        return _run(config, composed, asked, request)
 
 
-def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
+def _run(config: Config, composed: DictConfig, asked: Collection[str], request: StopRequest) -> int:
     import torch
 
     from finetune import build, distributed, loop, tracking
@@ -113,7 +114,7 @@ def _run(config: Config, composed: DictConfig, request: StopRequest) -> int:
         )
         failed, stop = True, 0
         try:
-            for notice in parts.notices:
+            for notice in (*build.unused(config, asked), *parts.notices):
                 tracker.say(f"note: {notice}")
             if progress.step >= config.train.steps:
                 tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")

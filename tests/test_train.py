@@ -608,3 +608,12 @@ def test_a_full_disk_ends_in_one_line_and_keeps_the_last_checkpoint(
     assert "cannot save" in line
     assert "No space left on device" in line
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["step-00000002"]
+
+
+def test_a_run_says_which_settings_have_no_effect(overrides, command, monkeypatch):
+    said = []
+    monkeypatch.setattr(Tracker, "say", lambda self, line: said.append(line))
+    assert command("train", *overrides, "train.steps=1", "data.cache_gib=5") == (0, "")
+    assert [line for line in said if "no effect" in line] == [
+        "note: no effect of data.cache_gib: all shards are on this machine"
+    ]

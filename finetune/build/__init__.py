@@ -52,6 +52,7 @@ __all__ = [
     "noise_schedule",
     "open_data",
     "precision",
+    "unused",
 ]
 
 
@@ -73,7 +74,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
                 "copy; make them the same (`finetune doctor` says where they differ)"
             )
         )
-    notices = unused(config)
+    notices: list[str] = []
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")
     notices += left_out(data, config.validation.samples, is_validated=config.validation.every > 0)

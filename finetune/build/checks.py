@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -223,27 +224,25 @@ def _check_use(config: Config) -> None:
                 raise UserError(f"{section}.{name}={given} has no effect here: choose {chooses}, or leave it out")
 
 
-def unused(config: Config) -> list[str]:
-    """Settings of what is turned off: told of, since an experiment or a file for many runs may have set them."""
+def unused(config: Config, asked: Collection[str]) -> list[str]:
+    """Which of the keys that were asked for have no effect, since what they are of is turned off.
+
+    They are told of, not refused: a command for many runs may say them all. What an experiment says is no wish.
+    """
     sources = data_sources(asdict(config.data))
     fetches = any(is_remote(str(each["shards"])) for each in sources.values())
-    guides = {"guidance", "guidance_rescale"}  # `finetune sample` does so too
-    of_samples = asdict(config.sample).keys() - guides - {"every"}
-    usual, notices = Config(), []
-    for section, names, is_used, why in (
-        ("data", {"cache_dir", "cache_gib"}, fetches, "all shards are on this machine"),
-        ("ema", asdict(config.ema).keys() - {"enabled"}, config.ema.enabled, "ema.enabled=false"),
-        ("sample", of_samples, config.sample.every > 0, "sample.every=0"),
-        ("validation", {"timesteps"}, config.validation.every > 0, "validation.every=0"),
-        ("tracker", {"project", "mode"}, config.tracker.wandb, "tracker=none"),
+    draws, validates = config.sample.every > 0, config.validation.every > 0
+    notices = []
+    for names, is_used, why in (
+        (("data.cache_dir", "data.cache_gib"), fetches, "all shards are on this machine"),
+        (("ema.halflife_images", "ema.rampup_ratio"), config.ema.enabled, "ema.enabled=false"),
+        (("sample.prompts", "sample.seed", "sample.steps"), draws, "sample.every=0"),
+        (("validation.timesteps",), validates, "validation.every=0"),
+        (("tracker.mode", "tracker.project"), config.tracker.wandb, "tracker=none"),
+        ([f"data.sources.{name}.weight" for name in sources], len(sources) > 1, "it is the only source"),
     ):
-        mine, its = getattr(config, section), getattr(usual, section)
-        given = sorted(f"{section}.{name}" for name in names if getattr(mine, name) != getattr(its, name))
-        if given and not is_used:
+        if not is_used and (given := [name for name in names if name in asked]):
             notices.append(f"no effect of {', '.join(given)}: {why}")
-    for name, source in sources.items():
-        if len(sources) == 1 and source.get("weight", 1) != 1:
-            notices.append(f"no effect of data.sources.{name}.weight={source['weight']}: it is the only source")
     return notices
 
 
