@@ -76,8 +76,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 
     Exit codes: what `main` returns (None is 0; training knows STOPPED and PEER_LOST), 2 for `UserError` and
     a disk that is full or refuses, or a want of open files or memory, 69 for `PeerLostError`, 74 for a disk or
-    a store that does not answer (sysexits' EX_IOERR), 130 after Ctrl-C, 141 where who reads the output has gone, as a shell says
-    of SIGPIPE.
+    a store that does not answer (sysexits' EX_IOERR), 130 after Ctrl-C, 141 where who reads the output has gone,
+    as a shell says of SIGPIPE.
     Anything else is a defect of ours and keeps its traceback.
     """
     try:

@@ -7,7 +7,6 @@ schema from its own folder of choices, and every mistake into one line. Componen
 
 from __future__ import annotations
 
-import ast
 import difflib
 import json
 import re
@@ -43,17 +42,17 @@ LARGEST_SIDE = 16384
 class RunConfig:
     """Where a run lives. The same command with the same folder continues the run."""
 
-    name: str = "default"
-    dir: str = "runs/${run.name}"
+    name: str = "default"  # what W&B and the progress bar call it
+    dir: str = "runs/${run.name}"  # its folder, on a disk that all machines share
 
 
 @dataclass
 class SchedulerConfig:
     """The noise schedule, in diffusers' terms; the default is Stable Diffusion's."""
 
-    num_train_timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    num_train_timesteps: int = 1000  # noise levels
+    beta_start: float = 0.00085  # noise added at the first level
+    beta_end: float = 0.012  # and at the last
     beta_schedule: str = "scaled_linear"  # scaled_linear | linear
     rescale_betas_zero_snr: bool = False  # the last timestep is pure noise (Lin et al. 2024, arXiv 2305.08891)
     timestep_spacing: str = "leading"  # which timesteps are sampled at: leading | trailing | linspace
@@ -64,11 +63,11 @@ class SchedulerConfig:
 class TextEncoderConfig:
     """A CLIP-style text transformer trained from scratch beside the U-Net."""
 
-    vocab_size: int = 2048
-    max_length: int = 77
-    hidden_size: int = 64
-    layers: int = 2
-    heads: int = 4
+    vocab_size: int = 2048  # tokens that it knows
+    max_length: int = 77  # tokens of a caption; longer ones are cut
+    hidden_size: int = 64  # features of a token, which the U-Net attends to
+    layers: int = 2  # transformer layers
+    heads: int = 4  # of attention; they divide hidden_size
     embedding_std: float = 0.02  # of words at the start, CLIP's; 4 keeps all words of a caption apart in short runs
 
 
@@ -79,8 +78,8 @@ class ModelConfig:
     Without it `unet` and `text_encoder` are built anew.
     """
 
-    pretrained: str | None = None
-    revision: str | None = None
+    pretrained: str | None = None  # a folder, file or hub id; null: built anew
+    revision: str | None = None  # of a hub id: branch, tag or commit
     tokenizer: str | None = None  # a folder with vocab.json and merges.txt; null: the pretrained model's, or CLIP's
     vae: str | None = (
         None  # decodes samples; null: the pretrained model's, else the one the shards were encoded with
@@ -91,7 +90,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # activations computed twice: SDXL takes half the memory, 1.3 times as long
     fast: bool = True  # on GPUs from Ampere on, kernels of our own
     graphs: bool = True  # with `fast`: micro-batches that wait for the host as CUDA graphs, in memory of their own
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster
@@ -103,9 +102,9 @@ class AdapterConfig:
     """What is trained: all weights (`full`) or low-rank updates (`lora`)."""
 
     kind: str = "full"  # full | lora
-    rank: int = 16
-    alpha: float = 16.0
-    dropout: float = 0.0
+    rank: int = 16  # of the update of each weight
+    alpha: float = 16.0  # the update counts alpha / rank times
+    dropout: float = 0.0  # share of a layer's inputs that the update does not see
     rank_stabilized: bool = False  # alpha / sqrt(rank), for high ranks (Kalajdzievski 2023, arXiv 2312.03732)
     ranks: dict[str, Any] = field(default_factory=dict)  # of parts: adapter.ranks.up_blocks=32; 0 leaves one alone
     dora: bool = False  # magnitudes of their own for weights (Liu et al. 2024, arXiv 2402.09353)
@@ -117,7 +116,7 @@ class AdapterConfig:
 class TaskConfig:
     """What the U-Net is conditioned on; `finetune/tasks/` has a file for each."""
 
-    name: str = "text_to_image"
+    name: str = "text_to_image"  # one of those below
     dropout: float = 0.1  # share of samples whose condition is left out, for classifier-free guidance
     options: dict[str, Any] = field(default_factory=dict)  # the task's own: see `finetune train --help`
 
@@ -129,13 +128,13 @@ class ObjectiveConfig:
     prediction: str = "epsilon"  # epsilon | v | x0 | flow
     weighting: str = "uniform"  # uniform | min_snr | soft_min_snr | p2 | debiased
     gamma: float | None = None  # null: 5, of min_snr and soft_min_snr; 1, the exponent of p2
-    p2_k: float = 1.0
+    p2_k: float = 1.0  # of p2: its weight is (k + snr) to the power of -gamma
     loss: str = "mse"  # mse | l1 | huber
-    huber_delta: float = 1.0
+    huber_delta: float = 1.0  # of huber: errors above it count as in l1
     timesteps: str = "uniform"  # uniform | logit_normal
     stratified: bool = False  # the timesteps of one step are spread evenly over ranks and micro-batches
-    logit_mean: float = 0.0
-    logit_std: float = 1.0
+    logit_mean: float = 0.0  # of logit_normal: above 0, more noise
+    logit_std: float = 1.0  # of logit_normal: spread
     offset_noise: float = 0.0  # strength; 0: none
     input_perturbation: float = 0.0  # share of the noise; 0: none
 
@@ -144,14 +143,14 @@ class ObjectiveConfig:
 class OptimConfig:
     """AdamW, or what `kind` names. The learning rate is a function of images seen."""
 
-    lr: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 1e-2
+    lr: float = 1e-4  # learning rate, at its peak
+    beta1: float = 0.9  # decay of the average of gradients
+    beta2: float = 0.999  # decay of the average of their squares
+    eps: float = 1e-8  # added to the root of the latter
+    weight_decay: float = 1e-2  # lr times this share of a weight is taken away each step
     max_grad_norm: float = 1.0  # 0: no clipping
     schedule: str = "constant"  # constant | cosine
-    warmup_images: int = 0
+    warmup_images: int = 0  # lr rises over so many
     final_lr_ratio: float = 0.0  # cosine ends at lr times this
 
 
@@ -170,9 +169,9 @@ class JointOptimConfig(OptimConfig):
 class EmaConfig:
     """Karras et al. 2022 (arXiv 2206.00364), appendix F: a half-life in images, shorter at the start of a run."""
 
-    enabled: bool = True
-    halflife_images: int = 500_000
-    rampup_ratio: float = 0.05
+    enabled: bool = True  # keep one
+    halflife_images: int = 500_000  # after so many, a step counts half
+    rampup_ratio: float = 0.05  # the half-life is at most this share of the images seen so far
 
 
 @dataclass
@@ -197,10 +196,10 @@ class AveragesConfig(EmaConfig):
 class DataConfig:
     """One set of latent shards (`shards`), or several mixed by weight (`sources`); folders or URLs."""
 
-    shards: str | None = None
+    shards: str | None = None  # one set: a folder, or s3://, gs://, az://, hf://, https:// or pipe: to it
     # data.sources.NAME.shards=..., .weight=1 (how often), .loss_weight=1 (how much a sample's loss counts)
     sources: dict[str, Any] = field(default_factory=dict)
-    shuffle: bool = True
+    shuffle: bool = True  # false: in the order of the shards
     shuffle_window: int = 262_144  # samples of a bucket that are shuffled together; shards are shuffled as a whole
     lanes: int = 64  # as many nodes read shards of their own; fewer lanes read from fewer shards at a time
     readers: int = 1  # threads that read ahead; each asks the disk for a whole batch at once
@@ -217,8 +216,9 @@ class DataConfig:
 class StrategyConfig:
     kind: str = "ddp"  # ddp | zero
     stage: int = 0  # of zero: 1 | 2 | 3
-    offload: str = "none"  # none | cpu: of zero, moments and (stage 3) weights in host memory, where updates run
+    # none | cpu: of zero, moments and (stage 3) weights in host memory, where updates run
     # | nvme: of stage 3, the same, but masters and moments in files
+    offload: str = "none"
     offload_path: str | None = None  # of nvme: a folder for these on a disk of each machine's own
     # fp32 | bf16: what ddp's gradients are summed over ranks in, with half the traffic; zero's: train.precision
     reduce_dtype: str = "fp32"
@@ -226,8 +226,8 @@ class StrategyConfig:
 
 @dataclass
 class LoopConfig:
-    steps: int = 1000
-    global_batch: int = 16
+    steps: int = 1000  # of the optimizer, in all
+    global_batch: int = 16  # samples a step, over all ranks and micro-batches
     micro_batch: int | None = None  # samples in one rank's forward pass; null: its whole share of global_batch
     precision: str = "auto"  # auto: bf16 on a GPU that has it, else fp32 | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda
@@ -237,7 +237,7 @@ class LoopConfig:
 @dataclass
 class CheckpointConfig:
     every: int = 500  # steps; a run's end is always saved
-    keep: int = 3
+    keep: int = 3  # newest ones; older ones are removed
     resume: str = "auto"  # auto | never | a checkpoint folder
 
 
@@ -252,8 +252,8 @@ class CopiedCheckpointConfig(CheckpointConfig):
 class SampleConfig:
     every: int = 500  # steps; 0: never
     prompts: list[str] | None = None  # null: captions of held-out samples
-    seed: int = 0
-    steps: int = 25
+    seed: int = 0  # of the noise that pictures are drawn from
+    steps: int = 25  # of the sampler
     guidance: float = 5.0  # 1: none
     guidance_rescale: float = 0.0  # Lin et al. 2024, eq. 15 and 16; 0.7 with zero terminal SNR
     height: int | None = None  # pixels; null: that of the bucket with most samples
@@ -269,8 +269,8 @@ class ValidationConfig:
 
 @dataclass
 class TrackerConfig:
-    wandb: bool = True
-    project: str = "ldm-finetune"
+    wandb: bool = True  # metrics and pictures to W&B, beside RUN/metrics.jsonl
+    project: str = "ldm-finetune"  # W&B's
     mode: str = "auto"  # auto: online when logged in, else offline | online | offline
     every: int = 10  # steps between two lines of metrics
 
@@ -288,7 +288,7 @@ class WatchConfig:
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: int = 0  # of weights, noise, order and all else that is drawn
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
@@ -341,7 +341,7 @@ def compose(config_name: str, overrides: Sequence[str], schema: type[T], folder:
             if missing:
                 raise UserError(f"no value for {', '.join(missing)}: give {missing[0]}=...")
             OmegaConf.resolve(composed)
-            for key, node in list(_nodes(composed)):
+            for key, node in list(nodes(composed)):
                 if not str(node).strip():  # as a path it would be the current folder
                     raise UserError(
                         f"{key} is empty (a shell variable that is not set?): give a value or leave it out"
@@ -387,38 +387,6 @@ def groups(config_name: str = "train", folder: str = "") -> dict[str, list[str]]
     listed = OmegaConf.load(root / f"{config_name}.yaml").defaults
     names = [str(name) for entry in listed if isinstance(entry, DictConfig) for name in entry]
     return {name: sorted(path.stem for path in (root / name).glob("*.yaml")) for name in names}
-
-
-def describe(config_name: str, schema: type, folder: str = "") -> str:
-    """For `--help`: config groups with their choices, and each key with its default."""
-    choices = groups(config_name, folder)
-    width = max(map(len, choices))
-    lines = ["config groups (GROUP=CHOICE):"]
-    lines += [f"  {name:<{width}}  {', '.join(names)}" for name, names in choices.items()]
-    lines += ["", "keys and their defaults (KEY=VALUE; ??? must be given):"]
-    lines += [f"  {key}={default}" for key, default in defaults(schema)]
-    return "\n".join(lines)
-
-
-def describe_tasks() -> str:
-    """For `--help`: each task, what it is, and its own keys with their defaults, as its source says."""
-    lines = ["tasks (task=NAME) and their keys (task.options.KEY=VALUE):"]
-    for path in sorted((Path(__file__).parent / "tasks").glob("[!_]*.py")):
-        module = ast.parse(path.read_text(encoding="utf-8"))
-        (options,) = [each for each in module.body if isinstance(each, ast.ClassDef) and each.name == "Options"]
-        keys = [
-            f"{ast.unparse(each.target)}={json.dumps(ast.literal_eval(each.value))}"
-            for each in options.body
-            if isinstance(each, ast.AnnAssign) and each.value is not None
-        ]
-        said = (ast.get_docstring(module) or "").splitlines()[0]
-        lines += [f"  {path.stem}: {said}", *([f"      {'  '.join(keys)}"] if keys else [])]
-    return "\n".join(lines)
-
-
-def defaults(schema: type) -> list[tuple[str, str]]:
-    """(dotted key, default as it is written on the command line) of every value."""
-    return [(key, _written(value)) for key, value in _nodes(OmegaConf.structured(schema)) if not _is_section(value)]
 
 
 def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str, *, most: float = LARGEST) -> None:
@@ -497,8 +465,8 @@ def _check_keys(
     Returns:
         The overrides, where those of free-form keys (`model.unet.*`) may add what is not there yet.
     """
-    nodes = dict(_nodes(OmegaConf.structured(schema)))
-    names = {*nodes, *choices}
+    there = dict(nodes(OmegaConf.structured(schema)))
+    names = {*there, *choices}
     checked = []
     for text in overrides:
         override, text = parse_override(text)
@@ -506,7 +474,7 @@ def _check_keys(
         if override.is_sweep_override() or (key in choices and isinstance(override.value(), list)):
             raise UserError(f"'{text}' names several values: a run takes one")
         value = override.value()
-        if isinstance(nodes.get(key), ListConfig) and isinstance(value, str) and not value.startswith("${"):
+        if isinstance(there.get(key), ListConfig) and isinstance(value, str) and not value.startswith("${"):
             raise UserError(f"{key}={value} must be a list: {_quoted_list(key, value)}")
         free = is_free_form(key, schema)
         checked.append(f"++{text}" if free and text.startswith(key) else text)
@@ -522,8 +490,8 @@ def _check_keys(
 
 def is_free_form(key: str, schema: type) -> bool:
     """Whether a dotted key is, or is inside, a dictionary of the schema that takes any key (`model.unet.*`)."""
-    nodes = _nodes(OmegaConf.structured(schema))
-    free = [name for name, node in nodes if isinstance(node, DictConfig) and not _is_section(node)]
+    there = nodes(OmegaConf.structured(schema))
+    free = [name for name, node in there if isinstance(node, DictConfig) and not is_section(node)]
     return any(key == name or key.startswith(f"{name}.") for name in free)
 
 
@@ -562,21 +530,21 @@ def _quoted_list(key: str, value: str) -> str:
     return shlex.quote(f"{key}=[{','.join(items)}]")
 
 
-def _nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything, sections included."""
     for name in map(str, config):
         node = "???" if OmegaConf.is_missing(config, name) else config._get_node(name)
         yield f"{prefix}{name}", node
-        if _is_section(node):
-            yield from _nodes(node, f"{prefix}{name}.")
+        if is_section(node):
+            yield from nodes(node, f"{prefix}{name}.")
 
 
-def _is_section(node: Any) -> bool:
+def is_section(node: Any) -> bool:
     """Whether a node is a dataclass of the schema, not a value (free-form dictionaries are values)."""
     return isinstance(node, DictConfig) and OmegaConf.get_type(node) is not dict
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A default as an override says it: `null`, `true`, `[1,2]`."""
     if isinstance(value, str):
         return value

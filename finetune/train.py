@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import UserError, first_line, is_by_all, outliving_readers, run_cli
-from finetune.config import Config, compose, describe, describe_tasks, parse_override
+from finetune.config import Config, compose, parse_override
+from finetune.help import describe, describe_tasks
 from finetune.terminal import quiet_libraries, speak_in_turn, stopped_at_once
 
 if TYPE_CHECKING:

@@ -29,6 +29,7 @@ FLOORS: dict[str, float] = {
     "batch": 0,
     "runs": 0,
     "memory": 0,
+    "help": 1,
     "posthoc": 1,
     "terminal": 0,
     "data/order": 0,

@@ -36,12 +36,13 @@ class AutoencoderConfig:
     of a given autoencoder: a folder, a hub id, or a single file.
     """
 
-    pretrained: str | None = None
+    pretrained: str | None = None  # a folder, file or hub id; null: built anew
+    # Channels of each level; each level after the first halves height and width.
     block_out_channels: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
-    layers_per_block: int = 2
-    latent_channels: int = 4
-    norm_num_groups: int = 32
-    mid_block_add_attention: bool = True
+    layers_per_block: int = 2  # residual blocks of each level
+    latent_channels: int = 4  # of a latent
+    norm_num_groups: int = 32  # of group norm; they divide all channels
+    mid_block_add_attention: bool = True  # between encoder and latents, and latents and decoder
     initial_logvar: float = 0.0  # of KL's posterior at the start; below 0 the decoder meets less noise at first
     codebook_size: int | None = None  # entries of a VQModel's codebook, latent_channels wide; null: AutoencoderKL
 
@@ -50,7 +51,7 @@ class AutoencoderConfig:
 class PicturesConfig:
     """Image shards, and what is done to a picture before the encoder sees it."""
 
-    shards: str = MISSING
+    shards: str = MISSING  # image shards: a folder or an address
     size: int | None = None  # pixels: shorter side resized to it, centre cropped; null: as stored
     flip: bool = False  # mirror half of the pictures, drawn anew each time
     held_out: int = 64  # pictures kept out of training for PSNR, SSIM and grids, at most a tenth of the set
@@ -66,27 +67,27 @@ class LossConfig:
     The discriminator has an AdamW of its own, with the eps, weight decay and clipping of `optim`.
     """
 
-    kl_weight: float = 1e-6
+    kl_weight: float = 1e-6  # of KL
     # What a VQModel has in place of KL: what draws entries to latents, and, as a share of it, latents to entries
     # (van den Oord et al. 2017, arXiv 1711.00937, equation 3).
     codebook_weight: float = 1.0
-    commitment: float = 0.25
+    commitment: float = 0.25  # the share in codebook_weight
     lpips: str | None = None  # file of torchvision's VGG16 with the linear heads of LPIPS 0.1; null: no LPIPS
     lpips_heads: str | None = None  # file of the heads, when they are not in the other
-    lpips_weight: float = 1.0
+    lpips_weight: float = 1.0  # of LPIPS
     # How hard a patch discriminator pulls on the last layer, as a share of the reconstruction; 0: none. Paper: 0.5.
     discriminator_weight: float = 0.0
     discriminator_start: int = 0  # steps without it at first; the paper's code waits for 50,001
     discriminator_layers: int = 3  # of stride 2: a logit sees 70 pixels with 3, 34 with 2, 16 with 1
     discriminator_width: int = 64  # channels of the first layer; they double up to eight times that
     discriminator_lr: float | None = None  # at the schedule's peak; null: optim.lr
-    discriminator_beta1: float = 0.5
-    discriminator_beta2: float = 0.9
+    discriminator_beta1: float = 0.5  # of the discriminator's AdamW
+    discriminator_beta2: float = 0.9  # of the discriminator's AdamW
 
 
 @dataclass
 class TrainConfig:
-    steps: int = 10_000
+    steps: int = 10_000  # of the optimizer, in all
     global_batch: int = 16  # pictures a step, over all processes
     decoder_only: bool = False  # of model.pretrained: latents, scale and shift stay as they are
     precision: str = "fp32"  # fp32 | bf16 (autocast; the weights stay fp32)
@@ -98,7 +99,7 @@ class TrainConfig:
 @dataclass
 class GridConfig:
     every: int = 1000  # steps between two reconstruction grids; 0: only at the end
-    pictures: int = 8
+    pictures: int = 8  # in a grid
 
 
 @dataclass
@@ -115,7 +116,7 @@ class EvalConfig:
 
 @dataclass
 class Config:
-    seed: int = 0
+    seed: int = 0  # of weights, order and all else that is drawn
     run: RunConfig = field(default_factory=lambda: RunConfig(name="autoencoder"))
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     data: PicturesConfig = field(default_factory=PicturesConfig)

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         UserError: a mistake in the overrides, the shards or the run folder.
     """
     from finetune.autoencoder import config as schema
-    from finetune.config import describe
+    from finetune.help import describe
     from finetune.terminal import speak_in_turn
 
     if any(argument in ("-h", "--help") for argument in argv):

@@ -9,7 +9,8 @@ from finetune import UserError
 from finetune.autoencoder import config as schema
 from finetune.autoencoder.build import build
 from finetune.autoencoder.train import main
-from finetune.config import defaults, groups
+from finetune.config import groups
+from finetune.help import defaults
 
 CHOICES = groups(schema.NAME, schema.FOLDER)
 
