@@ -65,9 +65,12 @@ def open_data(config: Config, held_out_batch: int) -> Data:
 
 def _held_out(data: Data, size: int) -> list[Batch]:
     """The samples held out, in batches of `size`; their ids are their clock."""
+    held = [[each.held_out_ids(index) for index in range(len(data.buckets))] for each in data.sources]
+    # Not by whole shards: each may lie in another, and all would be fetched before the first step.
+    sources = [each.excerpt(np.concatenate(ids)) for each, ids in zip(data.sources, held, strict=True)]
     return [
         read_batch(
-            data.sources,
+            sources,
             np.full(len(piece), number),
             piece,
             bucket,
@@ -75,9 +78,8 @@ def _held_out(data: Data, size: int) -> list[Batch]:
             seed=0,
             wanted=replace(data.wanted, text_states=False, loss_masks=False, loss_weights=()),
         )
-        for number, each in enumerate(data.sources)
-        for index, bucket in enumerate(data.buckets)
-        for ids in [each.held_out_ids(index)]
+        for number, by_bucket in enumerate(held)
+        for bucket, ids in zip(data.buckets, by_bucket, strict=True)
         for piece in np.split(ids, range(size, len(ids), size))
         if len(piece)
     ]

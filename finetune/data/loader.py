@@ -15,6 +15,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -143,6 +144,12 @@ class Samples:
     def held_out_ids(self, bucket: int) -> np.ndarray:
         """Sample ids (int64) held out of a bucket."""
         return self._ids(bucket, self._held[bucket])
+
+    def excerpt(self, sample_ids: np.ndarray) -> Samples:
+        """The same for reading these samples alone, in this order (see `ShardSet.excerpt`)."""
+        part = copy(self)
+        part.shards = self.shards.excerpt(sample_ids - self.first_id)
+        return part
 
     def _ids(self, bucket: int, positions: np.ndarray) -> np.ndarray:
         shards = np.searchsorted(self._ends[bucket], positions, side="right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -39,6 +40,7 @@ from finetune.data.shards import (
 )
 from finetune.data.shards.files import npy_bytes
 from finetune.latents import LatentSpace
+from tests.data.servers import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKETS = {(32, 32): 30, (24, 40): 21}  # height, width in pixels: samples
@@ -488,6 +490,26 @@ def test_mistakes_about_sources_get_one_line(folder: Path, tmp_path: Path, overr
     with pytest.raises(UserError) as caught:
         open_data(compose("train", [*named, "train.global_batch=6"], Config)[0], held_out_batch=4)
     assert says in str(caught.value)
+
+
+def test_held_out_samples_are_read_without_their_shards(folder: Path, tmp_path: Path) -> None:
+    """The same batches; else a shard for each of them would be fetched before the first step."""
+    from finetune.build import open_data
+    from finetune.config import Config, compose
+
+    with contextlib.closing(Server(folder.parent)) as server:
+
+        def opened(*roots: str) -> Data:
+            settings = ["train.global_batch=6", "validation.samples=9", f"data.cache_dir={tmp_path}"]
+            named = [f"data.sources.s{number}.shards={root}" for number, root in enumerate(roots)]
+            return open_data(compose("train", [*settings, *named], Config)[0], held_out_batch=2)
+
+        near, far = opened(str(folder), str(folder)), opened(str(folder), f"{server.url}/{folder.name}")
+        assert len(near.held_out) > 3
+        assert all(same(a, b) for a, b in zip(near.held_out, far.held_out, strict=True))
+        cache = far.sources[1].shards.cache
+        assert cache is not None and cache.held_bytes == 0
+        assert same(take(near.loader(seed=0, micro_batch=6), 9)[8], take(far.loader(seed=0, micro_batch=6), 9)[8])
 
 
 def test_remote_sets_of_a_mixture_share_the_cache(folder: Path, tmp_path: Path) -> None:

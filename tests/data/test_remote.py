@@ -480,6 +480,57 @@ def test_a_used_set_works_in_a_child(server: Server, far: Path, tmp_path: Path, 
     shards.close()
 
 
+# --- a few samples alone
+
+
+FEW = np.array([20, 4, 5, 0, 13])
+
+
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_an_excerpt_reads_the_same_samples(server: Server, far: Path, tmp_path: Path, ranges: bool) -> None:
+    server.ranges = ranges
+    server.faults = {"00001.tar": [Fault("status", status=503)]}
+    whole = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
+    part = whole.excerpt(FEW)
+    assert_same(part, far / "set", FEW)
+    ranged = [request for request in server.requests if request.path.endswith(".tar") and request.range]
+    if ranges:
+        assert len(ranged) == len(FEW) + 1 == sum(request.path.endswith(".tar") for request in server.requests)
+        assert whole.cache.held_bytes == 0 and whole.cache.stats.downloads == 0
+        with pytest.raises(ShardError, match="sample 1 is ''"):
+            part.read(1)  # a hole
+    else:
+        assert whole.cache.stats.downloads == 4
+    assert_same(whole, far / "set")
+    assert not temporaries(tmp_path / "cache")
+
+
+def test_an_excerpt_takes_what_is_here(server: Server, far: Path, tmp_path: Path) -> None:
+    whole = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
+    assert_same(whole, far / "set")
+    before = len(server.requests)
+    assert_same(whole.excerpt(FEW), far / "set", FEW)
+    assert len(server.requests) == before
+    local = ShardSet.open(far / "set")
+    assert local.excerpt(FEW) is local
+
+
+def test_an_excerpt_over_s3(bucket: str, master: Path, tmp_path: Path) -> None:
+    whole = ShardSet.open(bucket, cache=Cache(tmp_path / "cache"))
+    assert_same(whole.excerpt(FEW), master / "set", FEW)
+    assert whole.cache.held_bytes == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*trying on")
+def test_an_excerpt_of_a_store_that_goes_away(server: Server, tmp_path: Path) -> None:
+    whole = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
+    for name in ("00004.tar", "00001.index.npy"):
+        server.faults = {name: [Fault("status", status=503)] * 4}
+        with pytest.raises(StoreAwayError, match=f"{name}: HTTP 503"):
+            whole.excerpt(FEW)
+    assert whole.cache.held_bytes == 0
+
+
 # --- room
 
 

@@ -167,6 +167,23 @@ def test_what_will_not_be_had_is_asked_for_once(
     assert server.url in str(caught.value) and server.count("a.tar") == 1
 
 
+@pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
+def test_a_part_of_a_file(server: Server, content: bytes, ranges: bool) -> None:
+    store, server.ranges = Store(server.url + "/far", QUICK), ranges
+    for begin, end in ((0, 512), (70_000, 70_001), (1000, SIZE)):
+        server.faults = {"a.tar": [Fault("status", status=503)]}
+        assert store.read_range("a.tar", begin, end) == (content[begin:end] if ranges or begin == 0 else None)
+        assert server.requests[-1].range == f"bytes={begin}-{end - 1}"
+    with pytest.raises(ShardError, match="b.tar is missing"):
+        store.read_range("b.tar", 0, 10)
+
+
+def test_a_part_of_a_file_that_is_shorter(server: Server, content: bytes) -> None:
+    store = Store(server.url + "/far", QUICK)
+    with pytest.raises(ShardError, match=f"ends after {SIZE} bytes"), pytest.warns(UserWarning, match="trying on"):
+        store.read_range("a.tar", SIZE - 10, SIZE + 10)
+
+
 def test_slow_is_not_stalled(server: Server, content: bytes, tmp_path: Path) -> None:
     server.faults = {"a.tar": [Fault("trickle")]}  # 0.6 s in all, 0.05 s between two pieces
     assert copied(Store(server.url + "/far", IMPATIENT), content, tmp_path) == 0
@@ -295,6 +312,10 @@ def test_stores_without_a_stream_are_read_by_ranges(content: bytes, tmp_path: Pa
     assert copied(Store("ranged://far", QUICK), content, tmp_path) == 2
     cuts = [(0, 100_000), (0, 100_000), (100_000, 200_000), (100_000, 200_000), (200_000, 300_000)]
     assert asked == cuts
+    asked.clear()
+    failures[:] = [OSError("503"), None]
+    assert Store("ranged://far", QUICK).read_range("a.tar", 250, 1234) == content[250:1234]
+    assert asked == [(250, 1234)] * 2
     with pytest.raises(ShardError, match="is missing"):
         Store("ranged://far", QUICK).read_checked("b.npy", 10, lambda data: None)
 

@@ -24,6 +24,7 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import threading
 import time
 from collections import deque
@@ -35,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from finetune import DISK_FULL
-from finetune.data.shards.files import NPY_ERRORS, ShardError, index_name, parse_npy
+from finetune.data.shards.files import BLOCK, NPY_ERRORS, ShardError, index_name, parse_npy
 from finetune.data.shards.store import StoppedError, Store, StoreAwayError, WriteError, reset_after_fork
 
 if TYPE_CHECKING:
@@ -165,6 +166,39 @@ class Cache:
             return self._fetched(store, shard, members, None)
         finally:
             self._count(wait_s=time.perf_counter() - begin)
+
+    def open_rows(
+        self, store: Store, shard: ShardInfo, members: int, rows: Sequence[int]
+    ) -> tuple[int, np.ndarray] | None:
+        """As `open`, but of a shard that is not here only the bytes of some rows are fetched: the rest is holes.
+
+        These have no checksum, and are not kept. None where the store gives whole files only.
+
+        Raises:
+            ShardError, StoreAwayError: as `open` does.
+        """
+        if (opened := self._opened(self._entry(store, shard), shard, members)) is not None:
+            return opened
+        limit = _index_bytes(shard, members)
+        index = parse_npy(
+            store.read_checked(index_name(shard.name), limit, lambda data: _wrong_index(data, shard, members))
+        )
+        assert index is not None
+        with self._naming(), tempfile.TemporaryFile(dir=self.folder) as file:
+            file.truncate(shard.bytes)
+            for spans in index[list(rows)]:
+                offsets, sizes = spans[spans[:, 0] >= 0].T
+                if not len(offsets):
+                    continue
+                begin = max(0, int(offsets.min()) - BLOCK)  # with its tar header
+                data = store.read_range(shard.name, begin, int((offsets + sizes).max()))
+                if data is None:
+                    return None
+                self._received(len(data))
+                file.seek(begin)
+                file.write(data)
+            file.flush()
+            return os.dup(file.fileno()), index
 
     def fetch(self, store: Store, shard: ShardInfo, members: int, stop: threading.Event | None = None) -> None:
         """Have the shard here; see `open`.

@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -40,6 +41,7 @@ from finetune.data.shards.store import Root, Store, StoreAwayError, reset_after_
 _DECODER = json.JSONDecoder()
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 _ADVISE = getattr(os, "posix_fadvise", None)
+_RANGES_AT_ONCE = 16  # requests are small: their latency counts
 _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
 
 
@@ -291,6 +293,35 @@ class ShardSet:
                 weakref.finalize(self, self._prefetcher.stop)
             wanted = [shard for shard in shards if int(shard) not in self._tars]
             self._prefetcher.want(wanted)
+
+    def excerpt(self, sample_ids: np.ndarray) -> ShardSet:
+        """The same set for reading a few samples, in this order: of remote shards that are not here only they come.
+
+        Others may not be read from it. Where the store gives whole files only, the shards are fetched ahead.
+
+        Raises:
+            ShardError: a shard can't be had, or is not what the manifest says.
+            OSError: the store does not answer.
+        """
+        if self.store is None or self.cache is None:
+            return self
+        store, cache, members = self.store, self.cache, len(self.manifest.members)
+        rows: dict[int, list[int]] = {}
+        for sample_id in sample_ids.tolist():
+            shard, row = self.locate(sample_id)
+            rows.setdefault(shard, []).append(row)
+
+        def opened(shard: int) -> tuple[int, np.ndarray] | None:
+            return cache.open_rows(store, self.manifest.shards[shard], members, rows[shard])
+
+        part = ShardSet(store, self.manifest, max_open=self.max_open, cache=cache)
+        few = list(rows)[: self.max_open]
+        with ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
+            for shard, found in zip(few, pool.map(opened, few), strict=True):
+                if found is not None:
+                    part._tars[shard] = _Tar(self.manifest.shards[shard].name, *found)
+        part.prefetch(list(rows))  # what is open is not fetched
+        return part
 
     @property
     def starts(self) -> np.ndarray:

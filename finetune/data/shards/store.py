@@ -278,6 +278,31 @@ class Store:
         with self._missing(name):
             return self.again(name, once, stop=stop, on_retry=on_retry)
 
+    def read_range(self, name: str, begin: int, end: int) -> bytes | None:
+        """Bytes `begin` to `end` of a file; None where the store gives whole files only.
+
+        Raises:
+            ShardError: it is absent or forbidden, or stays shorter after all tries.
+            StoreAwayError: it did not come after all tries.
+        """
+        if self.protocol == "pipe":
+            return None
+
+        def once() -> bytes | None:
+            data = bytearray()
+            with closing(self._open(name, begin, end)) as body:
+                if body.offset != begin:
+                    return None
+                while missing := end - begin - len(data):
+                    chunk = body.read(missing)
+                    if not chunk:
+                        raise _WrongBytesError(f"ends after {begin + len(data)} bytes, its index says {end}")
+                    data += chunk
+            return bytes(data)
+
+        with self._missing(name):
+            return self.again(name, once)
+
     def copy(
         self,
         name: str,
@@ -413,18 +438,18 @@ class Store:
 
     # the libraries
 
-    def _open(self, name: str, offset: int) -> _Body:
+    def _open(self, name: str, offset: int, end: int | None = None) -> _Body:
         address, stall_s = self.address(name), self.retry.stall_s
         if self.protocol == "pipe":
             return _Pipe(address.removeprefix("pipe:"), stall_s)
         filesystem = self._connect()
         if self.protocol in ("http", "https"):
-            return _Stream(filesystem, _open_http(filesystem, address, offset), stall_s)
+            return _Stream(filesystem, _open_http(filesystem, address, offset, end), stall_s)
         path = filesystem._strip_protocol(address)
         if self.protocol in ("s3", "s3a"):
-            return _Stream(filesystem, _open_s3(filesystem, path, offset), stall_s)
+            return _Stream(filesystem, _open_s3(filesystem, path, offset, end), stall_s)
         if getattr(filesystem, "async_impl", False):
-            return _Blocks(filesystem, path, offset, stall_s)
+            return _Blocks(filesystem, path, offset, stall_s, end)
         return _File(filesystem, path, offset, stall_s)
 
     def _class(self) -> Any:
@@ -568,13 +593,12 @@ class _Stream:
         self._loop.call_soon_threadsafe(self._close)
 
 
-async def _open_http(filesystem: Any, url: str, offset: int) -> tuple[int, Any, Any]:
+async def _open_http(filesystem: Any, url: str, offset: int, end: int | None) -> tuple[int, Any, Any]:
     session = await filesystem.set_session()
     settings = dict(filesystem.kwargs)
     # Compressed on the way, sizes and ranges would be those of other bytes.
     headers = {**settings.pop("headers", {}), "Accept-Encoding": "identity"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
+    headers |= _range(offset, end)
     response = await session.get(filesystem.encode_url(url), headers=headers, **settings)
     try:
         response.raise_for_status()
@@ -585,9 +609,9 @@ async def _open_http(filesystem: Any, url: str, offset: int) -> tuple[int, Any, 
     return (offset if ranged else 0), response.content.read, response.close
 
 
-async def _open_s3(filesystem: Any, path: str, offset: int) -> tuple[int, Any, Any]:
+async def _open_s3(filesystem: Any, path: str, offset: int, end: int | None) -> tuple[int, Any, Any]:
     bucket, key, version = filesystem.split_path(path)
-    asked = {"Range": f"bytes={offset}-"} if offset else {}
+    asked = _range(offset, end)
     if version:
         asked["VersionId"] = version
     response = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
@@ -595,13 +619,17 @@ async def _open_s3(filesystem: Any, path: str, offset: int) -> tuple[int, Any, A
     return (offset if ranged else 0), response["Body"].read, response["Body"].close
 
 
+def _range(offset: int, end: int | None) -> dict[str, str]:
+    return {"Range": f"bytes={offset}-{'' if end is None else end - 1}"} if offset or end else {}
+
+
 class _Blocks:
     """Ranged reads of an async file system that has no stream of its own (Google's, Azure's)."""
 
-    def __init__(self, filesystem: Any, path: str, offset: int, stall_s: float) -> None:
+    def __init__(self, filesystem: Any, path: str, offset: int, stall_s: float, end: int | None) -> None:
         self._filesystem, self._path, self._stall_s = filesystem, path, stall_s
         self.offset = self._at = offset
-        self._size: int | None = None
+        self._size = end
 
     def read(self, size: int) -> bytes:
         from fsspec.asyn import sync
