@@ -90,7 +90,7 @@ class ModelConfig:
     text_encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     pad_input: bool = False  # let a pretrained U-Net take a task's channels beside the latents, by zero weights
     train_text_encoder: bool = False  # a text encoder built anew is always trained
-    gradient_checkpointing: bool = False  # activations computed twice: SDXL takes half the memory, 1.3 times as long
+    gradient_checkpointing: bool = False  # activations computed twice: for SDXL half the memory, 1.3 times as long
     fast: bool = True  # on GPUs from Ampere on, kernels of our own
     graphs: bool = True  # with `fast`: micro-batches that wait for the host as CUDA graphs, in memory of their own
     channels_last: bool | None = None  # NHWC convolutions; null: where they are faster

@@ -105,8 +105,8 @@ def latents(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_latents(tmp_path_factory.mktemp("data") / "latents", pipeline)
 
 
-def write_latents(folder: Path, source: Path) -> Path:
-    """96 pictures of 32 px as latents of `source`'s autoencoder, in shards of 40."""
+def write_latents(folder: Path, source: Path, texts: Sequence[str] = CAPTIONS) -> Path:
+    """96 pictures of 32 px as latents of `source`'s autoencoder, in shards of 40; two captions each, or none."""
     import torch
 
     from finetune.data.shards import LatentStats, ShardWriter, json_bytes, latent_bytes
@@ -122,7 +122,9 @@ def write_latents(folder: Path, source: Path) -> Path:
             image = (colour + 0.2 * torch.randn(3, 32, 32, generator=generator)).clamp(-1, 1)
             moments = encode_moments(vae, image[None])[0].numpy().astype(np.float16)
             statistics.add(moments[None])
-            captions = [CAPTIONS[index % len(CAPTIONS)], f"{CAPTIONS[index % len(CAPTIONS)]} on a table"]
+            captions = [
+                text for text in texts[index % max(1, len(texts)) :][:1] for text in (text, f"{text} on a table")
+            ]
             members = {"latent.npy": latent_bytes(moments), "json": json_bytes({"captions": captions})}
             writer.write(f"{index:05d}", members, bucket=(32, 32))
         info = encoder_info(vae, str(source), folder)

@@ -31,7 +31,7 @@ from finetune.distributed.watch import Watch
 from finetune.loop import Parts
 from finetune.step import optimizer_step
 from finetune.tracking import Tracker
-from tests.conftest import environment, launch, launch_command, metrics
+from tests.conftest import environment, launch, launch_command, metrics, write_latents
 
 ALONE = World(0, 1, 0, torch.device("cpu"))
 
@@ -546,6 +546,14 @@ def test_a_run_that_would_not_be_the_same_is_refused(overrides, command: Command
     code, line = command("train", *overrides, "checkpoint.resume=never")
     assert code == 2
     assert "choose another run.dir" in line
+
+
+def test_a_set_without_captions_is_no_surprise(overrides, pipeline, tmp_path, command: Command, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Tracker, "say", lambda self, line: said.append(line))
+    latents = write_latents(tmp_path / "latents", pipeline, texts=())
+    assert command("train", *overrides, "train.steps=1", f"data.shards={latents}")[0] == 0
+    assert any("none of the 8 held-out samples has a caption" in line for line in said), said
 
 
 def test_settings_that_have_changed_are_named(overrides, command: Command, monkeypatch):

@@ -90,6 +90,12 @@ def build(config: Config, world: World, run: Path) -> Parts:
         raise UserError("model.train_text_encoder=true: this model has no text encoder; leave it out")
     check_fit(config, unet, text, data)
     data = with_condition(data, conditioner, config, micro_batch * world.size)
+    captions = [caption for batch in data.held_out for caption in batch.captions]
+    if text is not None and captions and not any(captions):
+        notices.append(
+            f"none of the {len(captions)} held-out samples has a caption, so that prompts mean nothing to what is "
+            "trained: were captions lost when the set was made? `data-tools inspect` counts them"
+        )
     if text is not None and config.data.text_states and not train_text:
         data = with_text_states(data, text, notices)
     if config.sample.every and config.sample.prompts is not None and conditioner.asks != ("prompt",):
