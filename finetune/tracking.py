@@ -123,7 +123,7 @@ class Tracker:
                 project=project,
                 name=name,
                 id=identity,
-                resume="allow",  # offline too: else `wandb sync` of a later part writes over the earlier
+                resume="allow" if mode == "online" else None,  # offline it is ignored; `wandb sync` appends
                 mode=mode,  # type: ignore[arg-type]
                 dir=str(self.run),
                 config=told,
