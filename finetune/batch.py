@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune import UserError, first_line
+from finetune import UserError, first_line, npy
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,6 @@ def array(data: bytes, name: str) -> np.ndarray:
         UserError: it is no array.
     """
     try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
+        return npy.load(data)
     except Exception as error:  # numpy parses a header as Python, and damage there raises errors of many types
         raise UserError(f"{name} cannot be read as an array: {first_line(error)}") from error

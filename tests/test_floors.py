@@ -18,6 +18,7 @@ ASIDE = 4.5  # may use floors 0 to 4; only entry points (floors 6 to 8) may use 
 # A name ending in "/" is a sub-package: all of its files share the floor and may import each other.
 FLOORS: dict[str, float] = {
     "__init__": -1,
+    "npy": -1,
     "data/__init__": -1,
     "config": 0,
     "rng": 0,

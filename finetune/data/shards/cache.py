@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from finetune import DISK_FULL
+from finetune import DISK_FULL, npy
 from finetune.data.shards.files import BLOCK, NPY_ERRORS, ShardError, index_name, parse_npy
 from finetune.data.shards.store import StoppedError, Store, StoreAwayError, WriteError, reset_after_fork
 
@@ -257,7 +257,7 @@ class Cache:
             try:
                 # Open and locked before others can see it: nobody can take it away from whom it was fetched for.
                 fcntl.flock(fd, fcntl.LOCK_SH)
-                index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
+                index = npy.load(index_path, mmap_mode="r")
                 with self._locked(self.folder / ".lock"):
                     self._remove(entry)  # a copy that was there and could not be used
                     temporary.rename(entry)
@@ -278,7 +278,7 @@ class Cache:
         try:
             fd = os.open(entry / shard.name, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(fd, fcntl.LOCK_SH)
-            index = np.asarray(np.load(entry / index_name(shard.name), mmap_mode="r", allow_pickle=False))
+            index = npy.load(entry / index_name(shard.name), mmap_mode="r")
             whole = os.fstat(fd).st_size == shard.bytes and index.dtype == np.int64
             if whole and index.shape == (shard.samples, members, 2):
                 if not ahead:

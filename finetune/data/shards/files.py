@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import math
 import os
@@ -13,11 +12,11 @@ import tarfile
 import tokenize
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from finetune import UserError
+from finetune import UserError, npy
 
 MANIFEST = "manifest.json"
 LATENT = "latent.npy"
@@ -106,6 +105,6 @@ def npy_header(shape: tuple[int, ...], dtype: np.dtype[Any] | str) -> bytes:
 def parse_npy(data: bytes) -> np.ndarray | None:
     """The array in the bytes of a .npy file, or None if they are no such file (or hold objects)."""
     try:
-        return cast(np.ndarray, np.load(io.BytesIO(data), allow_pickle=False))
+        return npy.load(data)
     except NPY_ERRORS:
         return None

@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from finetune import first_line, is_of_machine
+from finetune import first_line, is_of_machine, npy
 from finetune.data.shards.cache import Cache, Prefetcher
 from finetune.data.shards.files import (
     BLOCK,
@@ -98,7 +98,7 @@ class _Tar:
             tar = cls(path.name, os.open(path, os.O_RDONLY | os.O_CLOEXEC), np.zeros(0))
             # A plain view of the map: np.memmap's own indexing is several times slower.
             with naming(index_path):
-                tar.index = np.asarray(np.load(index_path, mmap_mode="r", allow_pickle=False))
+                tar.index = npy.load(index_path, mmap_mode="r")
         except FileNotFoundError as error:
             raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
         except NPY_ERRORS as error:

@@ -12,6 +12,7 @@ from typing import IO
 
 import numpy as np
 
+from finetune import npy
 from finetune.data.shards.files import (
     BLOCK,
     KEY,
@@ -170,7 +171,7 @@ class ShardWriter:
                 if columns < len(self.members):  # an optional member first came up in a later shard
                     path = self.root / index_name(info.name)
                     pad = np.full((info.samples, len(self.members) - columns, 2), -1, np.int64)
-                    write_atomic(path, npy_bytes(np.concatenate([np.load(path), pad], axis=1)))
+                    write_atomic(path, npy_bytes(np.concatenate([npy.load(path), pad], axis=1)))
         return sorted((info for info, _ in self._done), key=lambda info: (len(info.name), info.name))
 
     def finish(self, encoder: EncoderInfo | None = None, latents: LatentStats | None = None) -> Manifest:
