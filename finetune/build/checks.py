@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune import UserError, diffusion, distributed, tasks
 from finetune.build.averages import check_averages
+from finetune.build.data import sources_of
 from finetune.config import (
     LARGEST_SIDE,
     AdapterConfig,
@@ -140,6 +141,7 @@ def check(config: Config) -> None:
     require(ratios, lambda value: value >= 0, "must not be negative")
     _check_adapter(config.adapter)
     _check_use(config)
+    sources_of(config)
     if config.adapter.dora and config.adapter.kind != "lora":
         raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
     if config.adapter.dora and config.model.channels_last:

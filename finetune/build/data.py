@@ -27,7 +27,7 @@ def open_data(config: Config, held_out_batch: int) -> Data:
     Raises:
         UserError: no latent shards there, sets that don't go together, or too few samples.
     """
-    named = _sources(config)
+    named = sources_of(config)
     cache = None
     if remote := sum(is_remote(each.root) for each in named.values()):
         gib = config.data.cache_gib
@@ -146,8 +146,12 @@ class _Given:
     loss_weight: float = 1.0
 
 
-def _sources(config: Config) -> dict[str, _Given]:
-    """The sources by name."""
+def sources_of(config: Config) -> dict[str, _Given]:
+    """The sources by name.
+
+    Raises:
+        UserError: there is none, or one is not as it should be.
+    """
     if config.data.shards is not None and config.data.sources:
         raise UserError("data.shards and data.sources are both given: put the first among data.sources")
     found = data_sources(asdict(config.data))
