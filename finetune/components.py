@@ -36,6 +36,7 @@ from finetune.models.autoencoder import (
     latent_channels,
     load_autoencoder,
 )
+from finetune.models.kohya import is_kohya, read_kohya
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_config, scheduler_config
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch_file, has_part, local_folder
@@ -154,7 +155,8 @@ def load_components(
     else:
         parts = _from_model(folder if folder is not None else str(source), revision, tokenizer)
     if lora is not None:
-        merge_lora({"unet": parts.unet, **parts.conditioner.parts()}, read_lora(lora))
+        modules = {"unet": parts.unet, **parts.conditioner.parts()}
+        merge_lora(modules, read_kohya(lora, modules) if is_kohya(lora) else read_lora(lora))
     _check_fit(parts)
     parts.conditioner.to(device).requires_grad_(False).eval()
     wanted_dtypes = [(parts.unet, dtype), (parts.vae, torch.float32)]

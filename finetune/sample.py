@@ -211,7 +211,7 @@ def _parser() -> argparse.ArgumentParser:
         help="0 to 1 (default: the run's or model's own, else 0, which is none)",
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
-    parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA in diffusers' layout to add")
+    parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA to add, in diffusers' layout or kohya's")
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="pictures drawn at once (default: by size)"
     )

@@ -13,7 +13,8 @@ from finetune import UserError
 from finetune.components import read_config, section
 from finetune.export.folder import whole_folder
 from finetune.export.single_file import predicts
-from finetune.models.adapters import LORA_FILE, Lora, lora_to_kohya, read_lora, save_lora
+from finetune.models.adapters import LORA_FILE, Lora, read_lora, save_lora
+from finetune.models.kohya import to_kohya
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, scheduler_config
 from finetune.models.single_file import open_file
 from finetune.models.sources import download, fetch_file, local_folder
@@ -70,7 +71,7 @@ def export_kohya(
     told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
     told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
     told |= _BASES.get(_base_kind(section(read_config(Path(run).expanduser()), "model")), {})
-    write_weights(out, lora_to_kohya(lora), told)
+    write_weights(out, to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
         # LyCORIS and the paper (equation 5) take the norms of the rows of W + BA: WebUI takes those of its columns,
         # ComfyUI those of the rows of W.

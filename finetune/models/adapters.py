@@ -38,7 +38,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 _ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
-_DOWN, _UP, _MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
+DOWN, UP, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector.weight"
 _PARAMETER = re.compile(r"(.+)\.(lora_[AB]|lora_magnitude_vector)(?:\.[^.]+)?\.weight")
 
 
@@ -127,7 +127,7 @@ def lora_alphas(component: str, module: nn.Module) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, layer in module.named_modules():
         if isinstance(getattr(layer, "scaling", None), dict) and _ADAPTER in layer.scaling:
-            found[_canonical(f"{component}.{name}")] = layer.scaling[_ADAPTER] * layer.r[_ADAPTER]  # type: ignore[index,operator]
+            found[canonical(f"{component}.{name}")] = layer.scaling[_ADAPTER] * layer.r[_ADAPTER]  # type: ignore[index,operator]
     return found
 
 
@@ -140,9 +140,9 @@ def lora_key(name: str) -> str:
         ValueError: it is no LoRA parameter of a known component.
     """
     match = _PARAMETER.fullmatch(name)
-    if match is None or _component(name) is None:
+    if match is None or component_of(name) is None:
         raise ValueError(f"{name} is no LoRA parameter of {' or '.join(COMPONENTS)}")
-    return _canonical(f"{match[1]}.{match[2]}.weight")
+    return canonical(f"{match[1]}.{match[2]}.weight")
 
 
 def lora_metadata(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, str]:
@@ -157,12 +157,12 @@ def lora_metadata(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> d
         ranks: dict[str, int] = {}
         used: dict[str, float] = {}
         for key, tensor in sorted(state.items()):
-            if not key.startswith(f"{component}.") or not key.endswith(_DOWN):
+            if not key.startswith(f"{component}.") or not key.endswith(DOWN):
                 continue
             # Readers match a target at the end of a module's name: right with `text_model.` and without.
-            name = key.removeprefix(f"{component}.").removeprefix("text_model.").removesuffix(_DOWN)
+            name = key.removeprefix(f"{component}.").removeprefix("text_model.").removesuffix(DOWN)
             ranks[name] = tensor.shape[0]
-            used[name] = float(alphas[key.removesuffix(_DOWN)])
+            used[name] = float(alphas[key.removesuffix(DOWN)])
         if not ranks:
             continue
         rank, usual = _most_common(ranks.values()), _most_common(used.values())
@@ -173,7 +173,7 @@ def lora_metadata(state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> d
             "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
             "alpha_pattern": {name: value for name, value in used.items() if value != usual},
         }
-        if any(key.startswith(f"{component}.") and key.endswith(_MAGNITUDE) for key in state):
+        if any(key.startswith(f"{component}.") and key.endswith(MAGNITUDE) for key in state):
             config["use_dora"] = True
         entries |= {f"{component}.{name}": value for name, value in config.items()}
     return {"format": "pt", _METADATA: json.dumps(entries, sort_keys=True)}
@@ -189,7 +189,7 @@ class Lora:
     @property
     def alphas(self) -> dict[str, float]:
         """Alpha by module."""
-        return {name: scale * self.state[name + _DOWN].shape[0] for name, scale in self.scales.items()}
+        return {name: scale * self.state[name + DOWN].shape[0] for name, scale in self.scales.items()}
 
 
 def save_lora(path: str | Path, state: Mapping[str, Tensor], alphas: Mapping[str, float]) -> None:
@@ -202,29 +202,6 @@ def save_lora(path: str | Path, state: Mapping[str, Tensor], alphas: Mapping[str
         path = path / LORA_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_weights(path, state, lora_metadata(state, alphas))
-
-
-def lora_to_kohya(lora: Lora) -> dict[str, Tensor]:
-    """An adapter under the names of kohya-ss/sd-scripts (`networks/lora.py`), which WebUI and ComfyUI read.
-
-    `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and a scalar `.alpha`; `lora_te_` for the
-    text encoder, `lora_te1_` and `lora_te2_` for two. DoRA's magnitudes are `.dora_scale`, [out, 1] (of
-    convolutions [out, 1, 1, 1]), as in LyCORIS; kohya's own scripts have none, and WebUI takes them for
-    those of columns.
-    """
-    made: dict[str, Tensor] = {}
-    prefixes = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-    if any(_component(name) == "text_encoder_2" for name in lora.scales):
-        prefixes |= {"text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-    for name, alpha in lora.alphas.items():
-        prefix = prefixes[_component(name) or ""]
-        key = prefix + name.split(".", 1)[1].replace(".", "_")
-        down, up = lora.state[name + _DOWN], lora.state[name + _UP]
-        made[f"{key}.lora_down.weight"], made[f"{key}.lora_up.weight"] = down, up
-        made[f"{key}.alpha"] = torch.tensor(alpha, dtype=down.dtype)
-        if (magnitude := lora.state.get(name + _MAGNITUDE)) is not None:
-            made[f"{key}.dora_scale"] = magnitude.reshape(-1, *[1] * (up.ndim - 1))
-    return made
 
 
 def read_lora(path: str | Path) -> Lora:
@@ -242,15 +219,15 @@ def read_lora(path: str | Path) -> Lora:
         raise UserError(f"no LoRA at {path}; give a .safetensors file or a folder with {LORA_FILE}")
     try:
         with safe_open(path, framework="pt") as file:
-            state = {_canonical(_renew(key)): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            state = {canonical(_renew(key)): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             settings = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"{path} is no LoRA in safetensors: {first_line(error)}") from error
-    foreign = next((key for key in state if _component(key) is None or not _PARAMETER.fullmatch(key)), None)
+    foreign = next((key for key in state if component_of(key) is None or not _PARAMETER.fullmatch(key)), None)
     if foreign is not None or not state:
         what = f"holds {foreign}" if foreign else "is empty"
         raise UserError(f"{path} {what}; only LoRAs in diffusers' layout (unet.….lora_A.weight) can be read")
-    ranks = {key.removesuffix(_DOWN): len(down) for key, down in state.items() if key.endswith(_DOWN)}
+    ranks = {key.removesuffix(DOWN): len(down) for key, down in state.items() if key.endswith(DOWN)}
     return Lora(state, {name: _scale(name, rank, settings) for name, rank in ranks.items()})
 
 
@@ -262,12 +239,12 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
         UserError: the adapter is for another model.
     """
     for name, scale in lora.scales.items():
-        component = _component(name)
+        component = component_of(name)
         path = name.removeprefix(f"{component}.")
         root = modules.get(component or "")
         layer = None if root is None else _submodule(root, path)
         weight = getattr(layer, "weight", None)
-        down, up = lora.state[name + _DOWN], lora.state.get(name + _UP)
+        down, up = lora.state[name + DOWN], lora.state.get(name + UP)
         if weight is None or up is None:
             lack = "lora_B for" if up is None else "layer"
             raise UserError(f"this LoRA is for another model: there is no {lack} {name}")
@@ -276,7 +253,7 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
             raise UserError(f"this LoRA is for another model: {name} has {shapes}")
         update = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape) * scale
         merged = weight.float() + update.to(weight.device)
-        if (magnitude := lora.state.get(name + _MAGNITUDE)) is not None:
+        if (magnitude := lora.state.get(name + MAGNITUDE)) is not None:
             if magnitude.numel() != len(weight):
                 shapes = f"{magnitude.numel()} magnitudes for a weight of {list(weight.shape)}"
                 raise UserError(f"this LoRA is for another model: {name} has {shapes}")
@@ -298,12 +275,12 @@ def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _component(key: str) -> str | None:
+def component_of(key: str) -> str | None:
     head = key.split(".", 1)[0]
     return head if head in COMPONENTS else None
 
 
-def _canonical(key: str) -> str:
+def canonical(key: str) -> str:
     # transformers 5 dropped `text_model.` from CLIP's names; files keep it, for readers with version 4.
     if key.startswith("text_encoder.") and not key.startswith("text_encoder.text_model."):
         return "text_encoder.text_model." + key.removeprefix("text_encoder.")
@@ -311,7 +288,7 @@ def _canonical(key: str) -> str:
 
 
 def _renew(key: str) -> str:
-    key = f"{key}.weight" if key.endswith(_MAGNITUDE.removesuffix(".weight")) else key  # peft leaves it out
+    key = f"{key}.weight" if key.endswith(MAGNITUDE.removesuffix(".weight")) else key  # peft leaves it out
     for old, new in (("lora.down", "lora_A"), ("lora.up", "lora_B")):
         key = key.replace(f".{old}.weight", f".{new}.weight")
         key = key.replace(f".lora_linear_layer.{old.removeprefix('lora.')}.weight", f".{new}.weight")
@@ -319,7 +296,7 @@ def _renew(key: str) -> str:
 
 
 def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    component = _component(name)
+    component = component_of(name)
     path = name.removeprefix(f"{component}.")
     for pattern, value in (settings.get(f"{component}.alpha_pattern") or {}).items():
         if re.search(rf"(?:^|\.){pattern.removeprefix('^')}$", path):  # as peft matches them
@@ -329,7 +306,7 @@ def _alpha(name: str, rank: int, settings: Mapping[str, Any]) -> float:
 
 def _scale(name: str, rank: int, settings: Mapping[str, Any]) -> float:
     """Alpha over the rank, or over its root where the file says so (see `add_lora`'s `rank_stabilized`)."""
-    is_stabilized = settings.get(f"{_component(name)}.use_rslora")
+    is_stabilized = settings.get(f"{component_of(name)}.use_rslora")
     return _alpha(name, rank, settings) / (rank**0.5 if is_stabilized else rank)
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune import UserError
 from finetune.models import adapters
+from finetune.models.kohya import to_kohya
 from finetune.models.text import build_text_encoder, train_tokenizer
 from finetune.models.unet import build_unet
 from tests import fakes
@@ -177,7 +178,7 @@ def test_kohyas_names_of_convolutions_and_magnitudes(tmp_path, dora):
     unet = build_unet(TINY)
     state = fakes.lora_file(trained(unet, "unet", (*adapters.UNET_TARGETS, *CONVOLUTIONS), 0, dora=dora))
     adapters.save_lora(tmp_path, state, adapters.lora_alphas("unet", unet))
-    made = adapters.lora_to_kohya(adapters.read_lora(tmp_path))
+    made = to_kohya(adapters.read_lora(tmp_path))
     key = "lora_unet_down_blocks_0_resnets_0_conv1"
     assert made[f"{key}.lora_down.weight"].shape == (4, 32, 3, 3) and made[f"{key}.lora_up.weight"].shape == (
         32,
@@ -390,7 +391,7 @@ def test_two_text_encoders_of_xl(tmp_path, form):
     read = adapters.read_lora(tmp_path / "lora")
     adapters.merge_lora(merged, read)
     if form == "kohya":
-        made = adapters.lora_to_kohya(read)
+        made = to_kohya(read)
         assert {key.split("_text_model")[0] for key in made} == {"lora_te1", "lora_te2"}
         save_file(made, tmp_path / "lora" / adapters.LORA_FILE)
     pipes[1].load_lora_weights(tmp_path / "lora")
