@@ -14,6 +14,7 @@ from finetune import UserError, first_line
 from finetune.models.single_file import open_file
 from finetune.models.sources import fetch, fetch_file
 from finetune.models.weight_files import load_folder
+from finetune.runs import is_run
 
 
 def load_unet(
@@ -125,4 +126,9 @@ def _unet_folder(folder: Path, subfolder: str) -> Path:
             return candidate
         if candidate != folder:
             raise UserError(f"{candidate} holds a {kind}, not a UNet2DConditionModel")
-    raise UserError(f"{folder} holds no U-Net: there is no {subfolder}/config.json and it is no U-Net itself")
+    what = f"there is no {subfolder}/config.json and it is no U-Net itself"
+    if (folder / "manifest.json").is_file():
+        what = "it holds shards; name a model or a run"
+    elif runs := sorted(path.name for path in folder.iterdir() if is_run(path)):
+        what = f"it holds the run{'s' if len(runs) > 1 else ''} {', '.join(runs[:5])}: name one"
+    raise UserError(f"{folder} holds no U-Net: {what}")

@@ -78,3 +78,15 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 def test_pixel_multiple():
     assert pixel_multiple(build_unet(TINY), downsample=8) == 16
+
+
+def test_a_folder_beside_the_model_is_told_what_it_holds(tmp_path):
+    with pytest.raises(UserError, match=r"there is no unet/config.json and it is no U-Net itself"):
+        load_unet(tmp_path)
+    for name in ("second", "first"):
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"holds no U-Net: it holds the runs first, second: name one"):
+        load_unet(tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match=r"it holds shards; name a model or a run"):
+        load_unet(tmp_path)
