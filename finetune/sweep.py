@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from finetune import INTERRUPTED, STOPPED, UserError, first_line
 from finetune.config import Config, compose, conf_dir, is_free_form, parse_override, quoted
+from finetune.terminal import require_settings
 
 USAGE = """\
 usage: finetune train --multirun KEY=VALUE,VALUE ... [hydra/launcher=submitit_slurm hydra.launcher.KEY=VALUE ...]
@@ -64,10 +65,7 @@ def main(words: Sequence[str]) -> int:
     if any(word in ("-h", "--help") for word in words):
         print(USAGE, end="")
         return 0
-    if unknown := [word for word in words if word.startswith("-")]:
-        raise UserError(
-            f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune train --multirun --help"
-        )
+    require_settings(words, "finetune train --multirun")
     ours = [word for word in words if not _is_hydras(word)]
     swept, points = enumerate_points(ours)
     composed = [compose("train", point, Config)[0] for point in points]

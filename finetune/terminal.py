@@ -50,6 +50,16 @@ def nonempty(text: str) -> str:
     return text
 
 
+def require_settings(words: Sequence[str], command: str) -> None:
+    """Refuse an option where settings are expected.
+
+    Raises:
+        UserError: names the first.
+    """
+    if unknown := [word for word in words if word.startswith("-")]:
+        raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see {command} --help")
+
+
 def speak_in_turn(main: Callable[[], int]) -> int:
     """Run a command that a launcher starts on several ranks, and leave a mistake of all to rank 0's line.
 

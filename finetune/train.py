@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from finetune import UserError, first_line, is_by_all, outliving_readers, run_cli
 from finetune.config import Config, compose, parse_override
 from finetune.help import describe, describe_tasks
-from finetune.terminal import quiet_libraries, speak_in_turn, stopped_at_once
+from finetune.terminal import quiet_libraries, require_settings, speak_in_turn, stopped_at_once
 
 if TYPE_CHECKING:
     from finetune.distributed import StopRequest
@@ -51,8 +51,7 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     overrides = [word for word in argv if word != "--print"]
-    if unknown := [word for word in overrides if word.startswith("-")]:
-        raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune train --help")
+    require_settings(overrides, "finetune train")
     config, composed = compose("train", overrides, Config)
     if "--print" in argv:
         print(OmegaConf.to_yaml(composed), end="")

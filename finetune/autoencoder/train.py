@@ -56,13 +56,12 @@ def main(argv: Sequence[str]) -> int:
     """
     from finetune.autoencoder import config as schema
     from finetune.help import describe
-    from finetune.terminal import speak_in_turn
+    from finetune.terminal import require_settings, speak_in_turn
 
     if any(argument in ("-h", "--help") for argument in argv):
         print(f"{USAGE}\n{describe(schema.NAME, schema.Config, schema.FOLDER)}")
         return 0
-    if options := [argument for argument in argv if argument.startswith("-")]:
-        raise UserError(f"unknown option {options[0]}: settings are given as KEY=VALUE, without dashes")
+    require_settings(argv, "finetune autoencoder")
     # Warnings of torch's C++ parts are pages of stack where a peer is gone; their errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     return speak_in_turn(lambda: _run(argv))

@@ -51,13 +51,13 @@ def publish(temporary: Path, final: Path) -> None:
     A kill between the two renames leaves no folder at `final`, never half of one.
     """
     for path in [*temporary.rglob("*"), temporary]:
-        _sync(path)
+        sync(path)
     aside = final.with_name(f"{TEMPORARY}old-{final.name}")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():
         os.replace(final, aside)
     os.replace(temporary, final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 
@@ -225,7 +225,7 @@ def _sum(path: Path, moved: Callable[[], None]) -> FileSum:
     return FileSum(digest.hexdigest(), words % (1 << 64))
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file or a folder's list of names is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

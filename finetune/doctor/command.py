@@ -6,7 +6,7 @@ import os
 
 from finetune import UserError
 from finetune.config import Config, compose
-from finetune.terminal import quiet_libraries, speak_in_turn
+from finetune.terminal import quiet_libraries, require_settings, speak_in_turn
 
 USAGE = """\
 usage: finetune doctor [KEY=VALUE ...]
@@ -43,8 +43,7 @@ def main(argv: list[str]) -> int:
 
 def _main(argv: list[str]) -> int:
     rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if unknown := [word for word in argv if word.startswith("-")]:
-        raise UserError(f"unknown option {unknown[0]}: settings are KEY=VALUE, see finetune doctor --help")
+    require_settings(argv, "finetune doctor")
     config, composed = compose("train", argv, Config)
     quiet_libraries()
     from finetune.doctor import examine

@@ -15,6 +15,7 @@ from pathlib import Path
 from finetune import UserError
 from finetune.checkpoint import RunFolder
 from finetune.checkpoint.folder import LOCKS_REMEDY
+from finetune.checkpoint.record import sync
 from finetune.doctor.context import Context, skipped
 from finetune.doctor.table import FAIL, OK, WARN, Row
 from finetune.memory import size_text
@@ -144,7 +145,7 @@ def _lock_row(context: Context, path: Path) -> Row:
             _write_synced(path / "renamed", b"old")
             _write_synced(path / "renamed.new", b"new")
             os.replace(path / "renamed.new", path / "renamed")
-            _sync(path)
+            sync(path)
 
     def ask() -> bool | None:
         return _refused(held) if asks else None
@@ -233,14 +234,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def space_row(context: Context, existing: Callable[[], int]) -> Row:

@@ -34,7 +34,7 @@ run_cli(lambda: main(["train", "--multirun", *sys.argv[2:]]))
 def listing(codes: list[int], *words: str, **variables: str) -> tuple[int, list[list[str]], str]:
     """(exit code, command line of each run, stderr)."""
     done = subprocess.run(
-        [sys.executable, "-c", LISTING, json.dumps(codes), *words],
+        [sys.executable, "-c", LISTING, json.dumps(codes), "data.shards=latents", *words],
         cwd=ROOT, env={**environment(), **variables}, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     lines = [line.removeprefix("RUN ") for line in done.stdout.splitlines() if line.startswith("RUN ")]
