@@ -79,7 +79,7 @@ def at_start(parts: Parts, depends_on: dict[str, Any]) -> Progress:
 def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any]) -> Progress:
     """Restore the newest whole checkpoint, or the one that `checkpoint.resume` names, or start anew.
 
-    Where that was named before, what came of it goes on (see `followed`).
+    A run that began at the named one before goes on from its own newest checkpoint (see `followed`).
 
     `depends_on`: what must be as it was (see `Progress`).
 

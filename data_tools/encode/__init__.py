@@ -1,4 +1,4 @@
-"""Encode image shards to latent shards: what the VAE says of each picture, once and for all.
+"""Encode image shards to latent shards: the VAE's mean and deviation of each, computed once.
 
 SHARDS is a folder that `data-tools ingest` made, or any folder of WebDataset tars (pictures with .txt or
 .json). Each picture is resized to cover its bucket and cropped. The bucket is the square of --size, by default

@@ -16,7 +16,7 @@ _ONE_REQUEST_SECONDS = {signal.SIGUSR1: 5.0, signal.SIGTERM: 5.0, signal.SIGINT:
 
 
 class StopRequest:
-    """Notes the first signal and, inside its `with` block, leaves stopping to who asks `number`.
+    """Notes the first signal; inside its `with` block the training loop asks for `number`, and stops by itself.
 
     A second one ends the process at once, and so does the first before `can_save` is set: there is nothing to keep.
     Signals are read by a thread, since Python's own handlers wait until the main thread comes back from a blocked
