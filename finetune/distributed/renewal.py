@@ -26,7 +26,7 @@ class Renewal:
         module: whose passes are waited in.
         reduction: it knows whose pieces are whose, and in which order gradients, the other way round, become whole.
         is_block: blocks that read their weights by themselves; all else is read layer by layer. Small weights,
-            which others may read as well, come first.
+            which others may read as well, come first; what is in neither block nor layer is waited for at once.
     """
 
     def __init__(
@@ -43,10 +43,14 @@ class Renewal:
         self._stream = torch.cuda.Stream(world.device, priority=-1) if on_gpu else None
         self._waited = 0  # events that a capture has waited for
         self._is_captured = False
-        module.register_forward_pre_hook(functools.partial(self._enter, needs=()))
         large = {id(p) for number, p in enumerate(reduction.parameters) if reduction.is_large(number)}
-        for block in blocks_of(module, is_block):
-            if needs := [id(p) for p in block.parameters() if id(p) in large]:
+        needs_of = {
+            block: [id(p) for p in block.parameters() if id(p) in large] for block in blocks_of(module, is_block)
+        }
+        in_none = large.difference(*needs_of.values())
+        needs_of[module] = [*needs_of.get(module, []), *in_none]
+        for block, needs in needs_of.items():
+            if needs or block is module:
                 block.register_forward_pre_hook(functools.partial(self._enter, needs=needs))
 
     @torch.no_grad()

@@ -125,6 +125,23 @@ class Event:
         self.told.append(f"waits for {self.name}")
 
 
+def test_what_is_in_no_layer_is_waited_for_at_once(sent, monkeypatch):
+    """A parameter of a module that has layers too."""
+    one = sent(0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda **settings: Event(one.told, **settings))
+    del one.model.layers[4]
+    one.model.own = one.reduction.parameters[4]
+    again = Renewal(one.renewal.world, one.model, one.reduction, lambda _: False)
+    again._stream = object()
+    one.reduction.buckets = [[5], [3, 4], [1, 2], [0]]
+    with again.captured():
+        for name, event in zip(["small", "0", "1 and 2", "3 and 4"], again._there, strict=True):
+            event.name = name
+        one.told.clear()
+        one.model()
+    assert one.told[:5] == ["waits for small", "waits for 0", "waits for 1 and 2", "waits for 3 and 4", "layer 0"]
+
+
 def test_a_graph_waits_for_each_bucket_where_it_is_needed_first(sent, monkeypatch):
     one = sent(0)
     monkeypatch.setattr(torch.cuda, "Event", lambda **settings: Event(one.told, **settings))
