@@ -389,8 +389,10 @@ def groups(config_name: str = "train", folder: str = "") -> dict[str, list[str]]
     return {name: sorted(path.stem for path in (root / name).glob("*.yaml")) for name in names}
 
 
-def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str, *, most: float = LARGEST) -> None:
-    """Refuse values out of range.
+def require(
+    values: Mapping[str, N | None], holds: Callable[[N], bool], rule: str, *, most: float = LARGEST
+) -> None:
+    """Refuse values out of range; of None nothing is asked.
 
     Args:
         values: by config key.
@@ -401,6 +403,8 @@ def require(values: Mapping[str, N], holds: Callable[[N], bool], rule: str, *, m
         UserError: names the first key that `holds` is false for, or whose value is too large.
     """
     for key, value in values.items():
+        if value is None:
+            continue
         if not holds(value):
             raise UserError(f"{key}={value} {rule}")
         if not value <= most:  # type: ignore[operator]

@@ -157,7 +157,7 @@ def _check_values(config: Config) -> None:
         "model.layers_per_block": model.layers_per_block,
         "model.latent_channels": model.latent_channels,
         "model.norm_num_groups": model.norm_num_groups,
-        "data.size": 1 if config.data.size is None else config.data.size,
+        "data.size": config.data.size,
         "scale.pictures": config.scale.pictures,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")

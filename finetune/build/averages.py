@@ -47,8 +47,7 @@ def check_averages(ema: AveragesConfig) -> None:
     if len({Power(sigma_rel).name for sigma_rel in ema.sigma_rels}) < len(ema.sigma_rels):
         raise UserError(f"ema.sigma_rels={ema.sigma_rels} has one twice: each makes an average of its own")
     require({"ema.snapshot_every": ema.snapshot_every}, lambda value: value >= 0, "must not be negative")
-    kept = 1 if ema.snapshot_keep is None else ema.snapshot_keep
-    require({"ema.snapshot_keep": kept}, lambda value: value > 0, "must be greater than 0")
+    require({"ema.snapshot_keep": ema.snapshot_keep}, lambda value: value > 0, "must be greater than 0")
     if ema.snapshot_every and not (ema.enabled and ema.sigma_rels):
         raise UserError(
             f"ema.snapshot_every={ema.snapshot_every} keeps averages by power functions, but there is none: "

@@ -15,6 +15,7 @@ from finetune.config import (
     AdapterConfig,
     Config,
     ModelConfig,
+    StrategyConfig,
     data_sources,
     require,
     require_choice,
@@ -70,88 +71,90 @@ def check(config: Config) -> None:
         }
     )
     _check_model(config.model)
-    require_sizes({"sample.height": config.sample.height, "sample.width": config.sample.width}, LARGEST_SIDE)
     positive = {
-        "train.micro_batch": 1 if config.train.micro_batch is None else config.train.micro_batch,
-        "checkpoint.memory_gib": 1 if config.checkpoint.memory_gib is None else config.checkpoint.memory_gib,
-        "validation.timesteps": config.validation.timesteps,
-        "sample.steps": config.sample.steps,
+        "train.micro_batch": config.train.micro_batch,
+        "checkpoint.memory_gib": config.checkpoint.memory_gib,
         "data.prefetch": config.data.prefetch,
         "data.shuffle_window": config.data.shuffle_window,
         "data.lanes": config.data.lanes,
-        "data.cache_gib": 1 if config.data.cache_gib is None else config.data.cache_gib,
+        "data.cache_gib": config.data.cache_gib,
         "optim.d0": config.optim.d0,
         "optim.d_coef": config.optim.d_coef,
         "model.scheduler.shift": schedule.shift,
-        "objective.gamma": 1 if objective.gamma is None else objective.gamma,
+        "objective.gamma": objective.gamma,
         "objective.p2_k": objective.p2_k,  # of 0, weights where there is no signal would be 0 / 0
         "objective.huber_delta": objective.huber_delta,
         "objective.logit_std": objective.logit_std,
     }
     require(positive, lambda value: value > 0, "must be greater than 0")
     not_negative = {
-        "sample.every": config.sample.every,
-        "validation.every": config.validation.every,
-        "validation.samples": config.validation.samples,
-        "optim.text_encoder_lr": config.optim.text_encoder_lr or 0.0,
+        "optim.text_encoder_lr": config.optim.text_encoder_lr,
         "objective.offset_noise": objective.offset_noise,
         "objective.input_perturbation": objective.input_perturbation,
+        **flat(config.optim.lr_ratios, "optim.lr_ratios."),
     }
     require(not_negative, lambda value: value >= 0, "must not be negative")
     noise = {"model.scheduler.beta_start": schedule.beta_start, "model.scheduler.beta_end": schedule.beta_end}
     require(noise, lambda value: 0 < value < 1, "is a variance: between 0 and 1")
-    require_seeds({"sample.seed": config.sample.seed})
     require_finite({"objective.logit_mean": objective.logit_mean})
-    require(
-        {"sample.guidance": config.sample.guidance},
-        lambda value: value >= 1,
-        "must be at least 1, which is no guidance",
-    )
-    most = most_steps(scheduler_config(asdict(schedule), objective.prediction))
-    for key, number, limit in (
-        ("sample.steps", config.sample.steps, most),
-        ("validation.timesteps", config.validation.timesteps, schedule.num_train_timesteps),
-    ):
-        if number > limit:
-            raise UserError(f"{key}={number} is more than the noise schedule's {limit}")
+    _check_looks(config)
     check_averages(config.ema)
     _check_objective(config)
     _check_optimizer(config)
     tasks.options(config.task.name, config.task.options)
     if not 0 <= config.task.dropout <= 1:
         raise UserError(f"task.dropout={config.task.dropout} is a probability: 0 to 1")
-    if config.sample.every and config.sample.prompts is not None and not config.sample.prompts:
+    _check_strategy(config.strategy)
+    _check_adapter(config.adapter, config.model)
+    _check_use(config)
+    sources_of(config)
+    if config.model.pretrained is None and not config.model.unet:
+        raise UserError("no model: set model.pretrained, or choose a group such as model=small")
+
+
+def _check_looks(config: Config) -> None:
+    """Refuse held-out losses and samples that can't be."""
+    sample, validation, schedule = config.sample, config.validation, config.model.scheduler
+    require_sizes({"sample.height": sample.height, "sample.width": sample.width}, LARGEST_SIDE)
+    positive = {"validation.timesteps": validation.timesteps, "sample.steps": sample.steps}
+    require(positive, lambda value: value > 0, "must be greater than 0")
+    not_negative = {
+        "sample.every": sample.every,
+        "validation.every": validation.every,
+        "validation.samples": validation.samples,
+    }
+    require(not_negative, lambda value: value >= 0, "must not be negative")
+    require_seeds({"sample.seed": sample.seed})
+    guidance = {"sample.guidance": sample.guidance}
+    require(guidance, lambda value: value >= 1, "must be at least 1, which is no guidance")
+    most = most_steps(scheduler_config(asdict(schedule), config.objective.prediction))
+    for key, number, limit in (
+        ("sample.steps", sample.steps, most),
+        ("validation.timesteps", validation.timesteps, schedule.num_train_timesteps),
+    ):
+        if number > limit:
+            raise UserError(f"{key}={number} is more than the noise schedule's {limit}")
+    if sample.every and sample.prompts is not None and not sample.prompts:
         raise UserError(
             "sample.prompts is empty: give prompts, leave it out for held-out captions, or sample.every=0"
         )
-    offload, path = config.strategy.offload, config.strategy.offload_path
-    if offload == "nvme" and config.strategy.stage != 3:
+
+
+def _check_strategy(strategy: StrategyConfig) -> None:
+    """Refuse what goes with another strategy."""
+    offload, path = strategy.offload, strategy.offload_path
+    if offload == "nvme" and strategy.stage != 3:
         raise UserError("strategy.offload=nvme is stage 3's: add strategy=zero3, or choose strategy.offload=cpu")
     if (offload == "nvme") != (path is not None):
         raise UserError(
             f"strategy.offload={offload} with strategy.offload_path={path}: nvme needs a folder on a local disk "
             "for its files, and only nvme does"
         )
-    if config.strategy.kind == "zero" and config.strategy.reduce_dtype != "fp32":
+    if strategy.kind == "zero" and strategy.reduce_dtype != "fp32":
         raise UserError(
-            f"strategy.reduce_dtype={config.strategy.reduce_dtype} is ddp's, ZeRO sums gradients in "
-            "train.precision: leave it out"
+            f"strategy.reduce_dtype={strategy.reduce_dtype} is ddp's, ZeRO sums gradients in train.precision: "
+            "leave it out"
         )
-    ratios = flat(config.optim.lr_ratios, "optim.lr_ratios.")
-    require(ratios, lambda value: value >= 0, "must not be negative")
-    _check_adapter(config.adapter)
-    _check_use(config)
-    sources_of(config)
-    if config.adapter.dora and config.adapter.kind != "lora":
-        raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
-    if config.adapter.dora and config.model.channels_last:
-        raise UserError(
-            "model.channels_last=true does not go with adapter.dora=true, which reads weights: leave it out"
-        )
-    if config.adapter.kind == "lora" and config.model.pretrained is None:
-        raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
-    if config.model.pretrained is None and not config.model.unet:
-        raise UserError("no model: set model.pretrained, or choose a group such as model=small")
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -187,8 +190,8 @@ def _check_model(model: ModelConfig) -> None:
         )
 
 
-def _check_adapter(adapter: AdapterConfig) -> None:
-    """Refuse what no adapter can be."""
+def _check_adapter(adapter: AdapterConfig, model: ModelConfig) -> None:
+    """Refuse what no adapter can be, or none of this model."""
     require_sizes({"adapter.rank": adapter.rank}, _MOST_RANK)
     ranks = flat(adapter.ranks, "adapter.ranks.")
     require(ranks, lambda rank: rank >= 0, "must not be negative", most=_MOST_RANK)
@@ -200,6 +203,14 @@ def _check_adapter(adapter: AdapterConfig) -> None:
         raise UserError(
             "adapter.targets is empty, so that no module is adapted: name some, or leave it out for attention"
         )
+    if adapter.dora and adapter.kind != "lora":
+        raise UserError("adapter.dora=true is of low-rank adapters: choose adapter=dora or adapter=lora")
+    if adapter.dora and model.channels_last:
+        raise UserError(
+            "model.channels_last=true does not go with adapter.dora=true, which reads weights: leave it out"
+        )
+    if adapter.kind == "lora" and model.pretrained is None:
+        raise UserError("adapter=lora adapts a pretrained model: set model.pretrained, or use adapter=full")
 
 
 def _check_use(config: Config) -> None:

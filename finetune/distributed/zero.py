@@ -83,41 +83,13 @@ class ZeRO(Strategy):
         self.settings = optimizer
         on_gpu = world.device.type == "cuda"
         names = {id(p): name for group in groups for name, p in group.parameters.items()}
-        in_host_memory = {"device": "cpu", "pin_memory": on_gpu}
-        zero: dict[str, Any] = {
-            "stage": stage,
-            "overlap_comm": on_gpu,
-            "contiguous_gradients": True,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "memory_efficient_linear": False,
-            # Stage 3 steps that many at a time, with copies of their gradients.
-            "sub_group_size": 4 * BUCKET_ELEMENTS,
-        }
-        if offload:
-            zero["offload_optimizer"] = in_host_memory
-            if on_gpu:
-                _take_cores()
-        if offload and stage == 3:
-            zero["offload_param"] = in_host_memory
-        config: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": 0.0,  # the optimizer's kernel clips
-            "zero_optimization": zero,
-            # Its own search for overflow takes five kernels a tensor and waits for them; the norm shows it as well.
-            "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
-            "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16},
-            # Under stage 1 this would choose another optimizer of DeepSpeed's, which keeps whole float32 gradients.
-            "data_types": {"grad_accum_dtype": "fp32"} if stage > 1 else {},
-            "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a micro-batch
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # its extension would be compiled at the first start
-            "steps_per_print": 1 << 62,
-        }
+        if offload and on_gpu:
+            _take_cores()
         exact = {name: p.data for group in groups for name, p in group.parameters.items()}
         require_same_layout(world, exact)
         # It prints what it has built, and warns of every optimizer that is not in its own tests.
         deepspeed.utils.logger.setLevel("ERROR")
+        config = _config(stage, offload, precision, micro_batch, accumulation, on_gpu=on_gpu)
         with contextlib.redirect_stdout(io.StringIO()), _gathered_whole(module), _without_kernels():
             self.engine, _, _, _ = deepspeed.initialize(
                 model=module, optimizer=make_optimizer(groups, optimizer), config=config, dist_init_required=False
@@ -391,6 +363,41 @@ class ZeRO(Strategy):
             scaler.cur_scale = state["scale"]
             scaler.cur_iter, scaler.last_overflow_iter = int(state["good_steps"]), -1
             scaler.cur_hysteresis = int(state.get("hysteresis", scaler.delayed_shift))
+
+
+def _config(
+    stage: int, offload: bool, precision: str, micro_batch: int, accumulation: int, *, on_gpu: bool
+) -> dict[str, Any]:
+    """What DeepSpeed is told."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": on_gpu,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "memory_efficient_linear": False,
+        # Stage 3 steps that many at a time, with copies of their gradients.
+        "sub_group_size": 4 * BUCKET_ELEMENTS,
+    }
+    in_host_memory = {"device": "cpu", "pin_memory": on_gpu}
+    if offload:
+        zero["offload_optimizer"] = in_host_memory
+    if offload and stage == 3:
+        zero["offload_param"] = in_host_memory
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,  # the optimizer's kernel clips
+        "zero_optimization": zero,
+        # Its own search for overflow takes five kernels a tensor and waits for them; the norm shows it as well.
+        "bf16": {"enabled": precision == "bf16", "check_grad_overflow": False},
+        "fp16": {"enabled": precision == "fp16", "initial_scale_power": 16},
+        # Under stage 1 this would choose another optimizer of DeepSpeed's, which keeps whole float32 gradients.
+        "data_types": {"grad_accum_dtype": "fp32"} if stage > 1 else {},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU twice a micro-batch
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # its extension would be compiled at the first start
+        "steps_per_print": 1 << 62,
+    }
 
 
 def _take_cores() -> None:
