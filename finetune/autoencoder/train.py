@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 from finetune import UserError, by_all, first_line, memory, outliving_readers
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from finetune.autoencoder.config import Config
     from finetune.autoencoder.features import FeatureNetwork
+    from finetune.autoencoder.pictures import Pictures
     from finetune.distributed import StopRequest, World
 
 # What a run may change when it goes on: none of these moves a weight that is already trained.
@@ -134,18 +137,14 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
     from finetune import distributed, tracking
     from finetune.autoencoder import checkpoint, loop
     from finetune.autoencoder.build import (
-        build,
         build_adversary,
         build_features,
         build_lpips,
         build_optimizer,
-        keep_latents,
-        load_given,
         require_room,
     )
-    from finetune.autoencoder.config import require_penalty
     from finetune.autoencoder.pictures import Pictures
-    from finetune.autoencoder.results import begin_codebook, finish
+    from finetune.autoencoder.results import finish
     from finetune.checkpoint import RunFolder, require_same, require_shared
     from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
@@ -158,14 +157,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     batch = config.train.global_batch
-    pretrained_sha256 = None
-    if config.model.pretrained is None:
-        vae = build(config.model, config.seed)
-    else:
-        vae, pretrained_sha256 = load_given(config.model)
-    require_penalty(config.loss, isinstance(vae, VQModel), f"the {type(vae).__name__} that is trained")
-    if config.train.decoder_only:
-        keep_latents(vae)
+    vae, pretrained_sha256 = _first_stage(config)
     pictures = Pictures(
         config.data.shards,
         size=config.data.size,
@@ -211,38 +203,23 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             "loss.lpips (weights' sha256)": lpips_sha256,
             "model.pretrained (weights' sha256)": pretrained_sha256,
         }
-        step = 0
         passed_over: set[Path] = set()  # broken checkpoints; on rank 0
         watch.at("restoring the last checkpoint")
-        match config.checkpoint.resume:
-            case "auto":
-                found = world.on_main(lambda: checkpoint.latest(run, passed_over))
-            case "never":
-                found = None
-            case path:
-                found = world.on_main(lambda: checkpoint.named(run, path, passed_over))
-        begun_from = None
-        if found is not None:
+        step, begun_from = 0, None
+        if (found := _found(config, world, passed_over)) is not None:
             folder, record = found
             require_same(record["depends_on"], depends_on, folder)
             step, begun_from = int(record["step"]), record.get("begun_from")
             judged = step - config.loss.discriminator_start
             checkpoint.restore(folder, step, vae, average, optimizer, adversary, judged)
             say(f"resuming from {folder}")
-        elif config.checkpoint.resume == "never" and any((run / "checkpoints").glob("step-*")):
-            raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
         if step > config.train.steps:
             raise UserError(
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
         if step == 0 and isinstance(vae, VQModel) and config.model.pretrained is None:
             watch.at("beginning the codebook", distributed.LONG)
-            if world.is_main:
-                begin_codebook(config, pictures, vae, device)
-            codebook = vae.quantize.embedding.weight
-            codebook.data.copy_(world.broadcast(codebook.detach().cpu()))
-            if average is not None:
-                average["quantize.embedding.weight"].copy_(vae.quantize.embedding.weight.detach())
+            _begin_codebook(config, world, pictures, vae, average)
         if world.is_main:
             write_atomic(run / "config.yaml", yaml.encode())
             _forget_measures(run / "metrics.jsonl")
@@ -282,6 +259,55 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         if stop:
             say(f"run: {run}, stopped: the same command goes on")
         return stop
+
+
+def _first_stage(config: Config) -> tuple[Any, str | None]:
+    """The autoencoder to train, and the sha256 of its weights where they are given."""
+    from diffusers import VQModel
+
+    from finetune.autoencoder.build import build, keep_latents, load_given
+    from finetune.autoencoder.config import require_penalty
+
+    if config.model.pretrained is None:
+        vae, sha256 = build(config.model, config.seed), None
+    else:
+        vae, sha256 = load_given(config.model)
+    require_penalty(config.loss, isinstance(vae, VQModel), f"the {type(vae).__name__} that is trained")
+    if config.train.decoder_only:
+        keep_latents(vae)
+    return vae, sha256
+
+
+def _found(config: Config, world: World, passed_over: set[Path]) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from, and its record; collective. Broken ones are added to `passed_over`.
+
+    Raises:
+        UserError: the named one is not whole; or there are some, and none shall be taken.
+    """
+    from finetune.autoencoder import checkpoint
+
+    run, wanted = Path(config.run.dir), config.checkpoint.resume
+    if wanted == "auto":
+        return world.on_main(lambda: checkpoint.latest(run, passed_over))
+    if wanted != "never":
+        return world.on_main(lambda: checkpoint.named(run, wanted, passed_over))
+    if any((run / "checkpoints").glob("step-*")):
+        raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
+    return None
+
+
+def _begin_codebook(
+    config: Config, world: World, pictures: Pictures, vae: Any, average: Mapping[str, Tensor] | None
+) -> None:
+    """Entries where rank 0's latents are, for all ranks; collective."""
+    from finetune.autoencoder.results import begin_codebook
+
+    if world.is_main:
+        begin_codebook(config, pictures, vae, world.device)
+    codebook = vae.quantize.embedding.weight
+    codebook.data.copy_(world.broadcast(codebook.detach().cpu()))
+    if average is not None:
+        average["quantize.embedding.weight"].copy_(codebook.detach())
 
 
 def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
