@@ -51,7 +51,7 @@ from finetune.models.text import (
 from finetune.models.unet import context_width, load_unet
 from finetune.posthoc import chosen_checkpoint
 from finetune.runs import Checkpoint, Weights, is_run
-from finetune.tasks.super_resolution import LowRes
+from finetune.tasks.super_resolution import lowres
 from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
 SAMPLING_FILE = "sampling.json"
@@ -484,14 +484,12 @@ def require_told(unet: UNet2DConditionModel, conditioner: Conditioner, task: str
     Raises:
         UserError: names the setting of the U-Net that asks for it.
     """
-    config, parts = unet.config, list(conditioner.modules())
+    config, enlarges = unet.config, lowres(conditioner)
     asks = []
-    if unet.class_embedding is not None and not any(
-        isinstance(part, LowRes) and part.noise_levels for part in parts
-    ):
+    if unet.class_embedding is not None and not (enlarges is not None and enlarges.noise_levels):
         asks += ["num_class_embeds" if config.get("class_embed_type") is None else "class_embed_type"]
     added = config.get("addition_embed_type")
-    is_xl = any(isinstance(part, TextXL) for part in parts)
+    is_xl = any(isinstance(part, TextXL) for part in conditioner.modules())
     if added not in (None, "text") and not (added == "text_time" and is_xl):  # text: of the context alone
         asks += ["addition_embed_type"]
     if asks:

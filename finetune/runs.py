@@ -132,21 +132,22 @@ def changed_settings(run: Path, settings: DictConfig) -> list[str]:
     Not where it lives and how long it goes on.
     """
     try:
-        before = dict(_leaves(OmegaConf.load(run / "config.yaml")))
+        before = dict(leaves(OmegaConf.load(run / "config.yaml")))
     except (OSError, YAMLError, UnicodeDecodeError):  # the run has none, or a broken one
         return []
     return [
         f"{key} was {_short(before[key])}, is {_short(value)}"
-        for key, value in _leaves(settings)
+        for key, value in leaves(settings)
         if key in before and before[key] != value and not key.startswith(("run.", "train.steps"))
     ]
 
 
-def _leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of what is in no section, of nested dictionaries or a configuration."""
     plain: Any = OmegaConf.to_container(settings) if OmegaConf.is_config(settings) else settings
     for key, value in plain.items():
         if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

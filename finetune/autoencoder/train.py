@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -168,13 +168,11 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         readers=config.data.readers,
     )
     with closing(pictures), contextlib.ExitStack() as stack:
-        if not world.is_same(pictures.sha256):
-            raise by_all(
-                UserError(
-                    f"the processes read different data: {config.data.shards} is another set on a machine, or an "
-                    "older copy; make them the same (compare manifest.json)"
-                )
-            )
+        world.require_same(
+            pictures.sha256,
+            f"the processes read different data: {config.data.shards} is another set on a machine, or an older "
+            "copy; make them the same (compare manifest.json)",
+        )
         require_room(config, min(map(min, pictures.buckets)))
         # What is measured is measured by rank 0, which writes too: its folder's lock stays with it.
         of_main: list[FeatureNetwork | None] = []
@@ -313,14 +311,9 @@ def _begin_codebook(
 def _depends_on(settings: Mapping[str, Any]) -> dict[str, Any]:
     """What the trained weights depend on, flat, by config key."""
 
-    def flatten(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in node.items():
-            if isinstance(value, Mapping):
-                yield from flatten(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
+    from finetune.runs import leaves
 
-    flat = flatten({key: value for key, value in settings.items() if key not in MAY_CHANGE}, "")
+    flat = leaves({key: value for key, value in settings.items() if key not in MAY_CHANGE})
     return {key: value for key, value in flat if key not in MAY_CHANGE_KEYS}
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from finetune import UserError, by_all, memory
+from finetune import UserError, memory
 from finetune.build.averages import profiles
 from finetune.build.checks import OUT_OF_MEMORY, check, unused
 from finetune.build.data import fetched_again, left_out, open_data, with_condition, with_text_states
@@ -67,13 +67,11 @@ def build(config: Config, world: World, run: Path) -> Parts:
         raise UserError("train.precision=fp16 under ZeRO needs a GPU: choose bf16 or fp32, or strategy=ddp")
     micro_batch, accumulation = batch_sizes(config, world)
     data = open_data(config, micro_batch * world.size)
-    if not world.is_same(repr([source.shards.manifest.sha256 for source in data.sources])):
-        raise by_all(
-            UserError(
-                "the processes read different data: a machine has another set under the same name, or an older "
-                "copy; make them the same (`finetune doctor` says where they differ)"
-            )
-        )
+    world.require_same(
+        repr([source.shards.manifest.sha256 for source in data.sources]),
+        "the processes read different data: a machine has another set under the same name, or an older copy; make "
+        "them the same (`finetune doctor` says where they differ)",
+    )
     notices: list[str] = []
     if config.validation.every and config.validation.samples and not data.held_out:
         notices.append("no sample is held out, so there is no held-out loss: every bucket has fewer than ten")

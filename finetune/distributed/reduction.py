@@ -373,8 +373,12 @@ class OwnedReduction(SplitReduction):
 
     def _make_buckets(self) -> None:
         super()._make_buckets()
-        kept = self.world.gather([(piece.start, piece.count) for piece in self.pieces])
-        self.rows = [self._rows(bucket, kept) for bucket in self.buckets]
+        self.rows = [self._rows(bucket, self.kept) for bucket in self.buckets]
+
+    @functools.cached_property
+    def kept(self) -> list[list[tuple[int, int]]]:
+        """By rank, for each parameter: first element and number of elements. Collective at the first use."""
+        return self.world.gather([(piece.start, piece.count) for piece in self.pieces])
 
     def is_large(self, number: int) -> bool:
         """Whether a parameter travels by itself."""

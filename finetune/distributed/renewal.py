@@ -33,7 +33,6 @@ class Renewal:
         self, world: World, module: nn.Module, reduction: OwnedReduction, is_block: Callable[[nn.Module], bool]
     ) -> None:
         self.world, self.reduction = world, reduction
-        self._pieces = world.gather([(piece.start, piece.count) for piece in reduction.pieces])  # by rank
         self._small: list[list[Tensor]] = []  # by rank: its pieces of small weights, which travel as one
         self._buckets: list[list[tuple[int, Tensor]]] = []  # (rank, its piece) of each
         self._is_ordered = False
@@ -115,12 +114,12 @@ class Renewal:
         every = range(len(parameters))
         self._small = [
             [_piece(parameters[n], *of_rank[n]) for n in every if of_rank[n][1] and not is_large(n)]
-            for of_rank in self._pieces
+            for of_rank in self.reduction.kept
         ]
         buckets = [list(filter(is_large, bucket)) for bucket in reversed(self.reduction.buckets or [[*every]])]
         buckets = list(filter(None, buckets))
         self._bucket_of = {id(parameters[n]): at for at, bucket in enumerate(buckets, start=1) for n in bucket}
-        ranks = list(enumerate(self._pieces))
+        ranks = list(enumerate(self.reduction.kept))
         self._buckets = [
             [(rank, _piece(parameters[n], *held[n])) for n in bucket for rank, held in ranks if held[n][1]]
             for bucket in buckets

@@ -93,6 +93,15 @@ class World:
         dist.all_reduce(both, dist.ReduceOp.MAX)
         return int(both[0]) == -int(both[1])
 
+    def require_same(self, text: str, message: str) -> None:
+        """Refuse ranks that give different texts. Collective.
+
+        Raises:
+            UserError: with this message, on all ranks.
+        """
+        if not self.is_same(text):
+            raise by_all(UserError(message))
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
         if self.size > 1:
@@ -281,13 +290,11 @@ def require_same_layout(world: World, parameters: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: on all ranks.
     """
-    if not world.is_same(repr([(name, p.shape, p.stride(), p.dtype) for name, p in parameters.items()])):
-        raise by_all(
-            UserError(
-                "the processes lay out the trained weights differently: are GPUs, packages and settings the same "
-                "on all machines? `finetune doctor` compares them"
-            )
-        )
+    world.require_same(
+        repr([(name, p.shape, p.stride(), p.dtype) for name, p in parameters.items()]),
+        "the processes lay out the trained weights differently: are GPUs, packages and settings the same on all "
+        "machines? `finetune doctor` compares them",
+    )
 
 
 def _free_port() -> int:

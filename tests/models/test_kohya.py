@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import save_file
 
 from finetune import UserError
@@ -14,15 +14,64 @@ from finetune.models.ldm_keys import unet_key
 from finetune.models.unet import build_unet
 from tests import fakes
 from tests.fakes import UNET as TINY
-from tests.models.test_adapters import CONVOLUTIONS, trained
+from tests.models.test_adapters import CONVOLUTIONS, predict, trained
+
+
+def saved(folder, *, dora):
+    """A U-Net with an adapter of linears and convolutions, which is in a file in `folder`."""
+    unet = build_unet(TINY)
+    state = fakes.lora_file(trained(unet, "unet", (*adapters.UNET_TARGETS, *CONVOLUTIONS), 0, dora=dora))
+    adapters.save_lora(folder, state, adapters.lora_alphas("unet", unet))
+    return unet
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dora", [False, True])
+def test_kohyas_names_of_convolutions_and_magnitudes(tmp_path, dora):
+    """diffusers reads them back to the same update; magnitudes are of rows of V, as LyCORIS has them on outputs."""
+    unet = saved(tmp_path, dora=dora)
+    made = to_kohya(adapters.read_lora(tmp_path))
+    key = "lora_unet_down_blocks_0_resnets_0_conv1"
+    assert made[f"{key}.lora_down.weight"].shape == (4, 32, 3, 3) and made[f"{key}.lora_up.weight"].shape == (
+        32,
+        4,
+        1,
+        1,
+    )
+    assert made[f"{key}.alpha"] == 6
+    names = {name.rsplit(".", 1)[0] for name in made if name.endswith(".alpha")}
+    assert {f"{name}.dora_scale" in made for name in names} == {dora}
+    if dora:
+        assert made[f"{key}.dora_scale"].shape == (32, 1, 1, 1)
+        linear = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        assert made[f"{linear}.dora_scale"].shape == (32, 1)
+        plain, target = build_unet(TINY), build_unet(TINY)
+        adapters.merge_lora({"unet": target}, adapters.read_lora(tmp_path))
+        paths = {
+            path.removeprefix("unet.").replace(".", "_"): path.removeprefix("unet.")
+            for path in adapters.read_lora(tmp_path).scales
+        }
+        for name in names:
+            path = paths[name.removeprefix("lora_unet_")]
+            weight = plain.get_submodule(path).weight
+            up, down = made[f"{name}.lora_up.weight"], made[f"{name}.lora_down.weight"]
+            v = weight + (6.0 / 4 * up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+            wanted = made[f"{name}.dora_scale"] * v / v.flatten(1).norm(dim=1).reshape(-1, *[1] * (v.ndim - 1))
+            torch.testing.assert_close(target.get_submodule(path).weight, wanted)
+    else:
+        save_file(made, tmp_path / "kohya.safetensors")
+        pipe = StableDiffusionPipeline(
+            vae=None, text_encoder=None, tokenizer=None, unet=build_unet(TINY), scheduler=None, safety_checker=None,
+            feature_extractor=None, requires_safety_checker=False,
+        )  # fmt: skip
+        pipe.load_lora_weights(tmp_path, weight_name="kohya.safetensors")
+        torch.testing.assert_close(predict(pipe.unet), predict(unet), rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dora", [False, True])
 def test_a_file_merges_as_the_adapter_that_it_is_of(tmp_path, dora):
-    unet = build_unet(TINY)
-    state = fakes.lora_file(trained(unet, "unet", (*adapters.UNET_TARGETS, *CONVOLUTIONS), 0, dora=dora))
-    adapters.save_lora(tmp_path, state, adapters.lora_alphas("unet", unet))
+    saved(tmp_path, dora=dora)
     lora = adapters.read_lora(tmp_path)
     file = tmp_path / "kohya.safetensors"
     save_file(to_kohya(lora), file)
