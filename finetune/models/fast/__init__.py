@@ -1,6 +1,6 @@
 """What makes diffusers' models fast on a GPU; their weights, names and outputs stay the same.
 
-kernels   norms, GEGLU, joins with what stands beside them, in Triton
+kernels   norms, GEGLU, joins with what stands beside them, attention to captions, in Triton
 lora      adapters merged into the product that they adapt
 linear    linear layers of one input as one product
 blocks    forward passes of a U-Net's blocks that keep maps channels-last and call these, for training

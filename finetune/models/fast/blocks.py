@@ -258,22 +258,31 @@ def _tokens(x_BCHW: Tensor) -> Tensor:
 def _attend(
     attention: Any, x_BSC: Tensor, context: Tensor | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """(what attention gives, the bias that is still to be added), on the backend that is fastest here."""
+    """(what attention gives, the bias that is still to be added), by what is fastest here."""
     if context is None:
         projected = linear.together((attention.to_q, attention.to_k, attention.to_v), x_BSC)
     else:
         projected = attention.to_q(x_BSC), *linear.together((attention.to_k, attention.to_v), context)
-    q, k, v = (each.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for each in projected)  # [B, heads, S, D]
-    if attention_mask is not None:
-        attention_mask = attention.prepare_attention_mask(attention_mask, k.shape[2], k.shape[0])
-        attention_mask = attention_mask.unflatten(0, (k.shape[0], attention.heads))
-    with sdpa_kernel(_BACKENDS, set_priority=True):
-        mixed = F.scaled_dot_product_attention(q, k, v, attention_mask)
+    q, k, v = (each.unflatten(-1, (attention.heads, -1)) for each in projected)  # [B, S, heads, D]
+    if attention_mask is None and on_kernels(q) and kernels.takes_attention(q, k, v):
+        mixed = kernels.attention(q, k, v)
+    else:
+        mixed = _flash(attention, q, k, v, attention_mask)
     out, dropout = attention.to_out
-    mixed = mixed.transpose(1, 2).flatten(2).to(q.dtype)
+    mixed = mixed.flatten(2).to(q.dtype)
     if dropout.p > 0:
         return dropout(out(mixed)), None
     return _without_bias(out, mixed)
+
+
+def _flash(attention: Any, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """By torch: [B, S, heads, D] to the same."""
+    if attention_mask is not None:
+        attention_mask = attention.prepare_attention_mask(attention_mask, k.shape[1], k.shape[0])
+        attention_mask = attention_mask.unflatten(0, (k.shape[0], attention.heads))
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+    with sdpa_kernel(_BACKENDS, set_priority=True):
+        return F.scaled_dot_product_attention(q, k, v, attention_mask).transpose(1, 2)
 
 
 class Up(UpBlock2D):

@@ -15,7 +15,7 @@ from finetune.models.fast import blocks
 
 @pytest.fixture(autouse=True)
 def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """float32 is rounded to bf16, as on a GPU: the interpreter would cut its last bits off."""
+    """bf16 as on a GPU: the interpreter cuts float32's last bits off, and multiplies bf16's bits as integers."""
     if blocks.kernels is None or not blocks.kernels.INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -28,7 +28,20 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
         floats = torch.from_numpy(np.array(values).view(np.float32))
         return floats.bfloat16().view(torch.int16).numpy().view(np.uint16)
 
+    product: Callable[..., Any] = interpreter.InterpreterBuilder.create_dot
+
+    def dot(builder: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return product(builder, *(widened(each) for each in (a, b)), *rest)
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.name != "bf16":
+            return handle
+        return interpreter.TensorHandle(
+            (handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
+        )
+
     monkeypatch.setattr(interpreter, "_convert_float", convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture

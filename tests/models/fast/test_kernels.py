@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -460,6 +461,111 @@ def test_cat_and_its_gradients_are_whole_maps(widths):
     gradients = torch.autograd.grad(y, (x, skip), dy)
     for one, other in zip(gradients, dy.split(widths, dim=1), strict=True):
         assert torch.equal(one, other) and one.is_contiguous(memory_format=torch.channels_last)
+
+
+# --- attention to few keys --------------------------------------------------------------------------
+
+
+def attention_inputs(queries: int, keys: int, heads: int, features: int, dtype=torch.float32) -> list[Any]:
+    """Queries, keys, values: [2, S, H, D] and [2, K, H, D]."""
+    shapes = [(2, count, heads, features) for count in (queries, keys, keys)]
+    return leaves(*shapes, dtype=dtype)
+
+
+def attention_of_torch(q, k, v):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def both_attentions(inputs: list[Any], ours=kernels.attention):
+    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
+    return with_gradients(ours, inputs, dy), with_gradients(attention_of_torch, in_float64(inputs), dy)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "features"),
+    [
+        (64, 77, 2, 40),  # Stable Diffusion 1.x: both in two parts
+        (64, 77, 1, 64),  # 2.x, XL: keys in two parts
+        (70, 16, 3, 24),  # features in two parts, a tile of queries that is not full
+        (33, 80, 1, 48),
+        (130, 5, 2, 8),  # less than a product takes
+        (1, 2, 1, 1),
+    ],
+)
+def test_attention_and_its_gradients_are_those_of_torch(queries, keys, heads, features):
+    inputs = attention_inputs(queries, keys, heads, features)
+    assert kernels.takes_attention(*inputs)
+    for one, other in zip(*both_attentions(inputs), strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("most", [1, 12], ids=["one after another", "apart"])
+def test_gradients_of_keys_are_sums_over_all_chunks_of_queries(most, monkeypatch):
+    monkeypatch.setattr(sys.modules["finetune.models.fast.kernels.attention"], "_PROGRAMS", most)
+    for one, other in zip(*both_attentions(attention_inputs(300, 20, 2, 16)), strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_attention_to_one_key_is_its_value():
+    inputs = attention_inputs(20, 1, 2, 16)
+    (y, dq, dk, dv), wanted = both_attentions(inputs)
+    assert torch.equal(y, inputs[2].expand_as(y)) and not dq.any() and not dk.any()
+    assert apart(dv, wanted[3]) < 1e-5
+
+
+def test_attention_to_parts_of_one_product_and_gradients_in_any_layout():
+    """Keys and values as slices of what one product made, a gradient whose heads lie apart."""
+    q, both = leaves((2, 40, 2, 16), (2, 9, 64))
+
+    def through(attend):
+        def compute(q, both):
+            k, v = (x.unflatten(-1, (2, 16)) for x in both.split(32, dim=-1))
+            return attend(q, k, v).transpose(1, 2).contiguous()
+
+        return compute
+
+    dy = torch.randn((2, 2, 40, 16), generator=torch.Generator().manual_seed(3))
+    ours = with_gradients(through(kernels.attention), [q, both], dy)
+    wanted = with_gradients(through(attention_of_torch), in_float64([q, both]), dy)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_attention_in_half_precision_is_as_near_as_torchs(dtype):
+    inputs = attention_inputs(96, 77, 2, 40, dtype)
+    ours, wanted = both_attentions(inputs)
+    torchs, _ = both_attentions(inputs, attention_of_torch)
+    assert {one.dtype for one in ours} == {dtype}
+    for one, other, exact in zip(ours, torchs, wanted, strict=True):
+        assert apart(one, exact) < 1.25 * apart(other, exact)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (2,)])
+def test_attention_gives_gradients_to_what_needs_them(frozen):
+    inputs = attention_inputs(40, 9, 2, 16)
+    for index in frozen:
+        inputs[index].requires_grad_(False)
+    ours, wanted = both_attentions(inputs)
+    assert len(ours) == 4 - len(frozen)
+    for one, other in zip(ours, wanted, strict=True):
+        assert apart(one, other) < 1e-5
+
+
+def test_large_scores_overflow_nothing():
+    inputs = attention_inputs(20, 20, 1, 16)
+    with torch.no_grad():
+        inputs[0].mul_(1000)
+    (y, dq, dk, dv), wanted = both_attentions(inputs)
+    assert dq.isfinite().all() and dk.isfinite().all()
+    assert apart(y, wanted[0]) < 1e-4 and apart(dv, wanted[3]) < 1e-4
+
+
+def test_many_keys_or_features_are_for_flash_kernels():
+    for keys, features in ((81, 16), (20, 80)):
+        assert not kernels.takes_attention(*attention_inputs(10, keys, 1, features))
+    q, k, v = attention_inputs(10, 20, 1, 16)
+    assert not kernels.takes_attention(q.bfloat16(), k, v)
 
 
 # --- softmax --------------------------------------------------------------------------------------

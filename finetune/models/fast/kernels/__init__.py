@@ -3,6 +3,7 @@
 norm        group norm with a shift before it and SiLU after it
 layer_norm  the end of one residual branch and the layer norm before the next
 geglu       GEGLU with its projection's bias
+attention   of queries to few keys
 join        the end of a residual block; a skip connection taken up
 softmax     of attention's scores, forward alone
 add         a gradient in half precision added to a float32 sum
@@ -14,13 +15,25 @@ import triton
 from torch import Tensor
 
 from finetune.models.fast.kernels.add import add_
+from finetune.models.fast.kernels.attention import attention, takes_attention
 from finetune.models.fast.kernels.geglu import geglu
 from finetune.models.fast.kernels.join import cat, join
 from finetune.models.fast.kernels.layer_norm import add_norm
 from finetune.models.fast.kernels.norm import group_norm
 from finetune.models.fast.kernels.softmax import softmax
 
-__all__ = ["add_", "add_norm", "cat", "geglu", "group_norm", "join", "softmax", "takes"]
+__all__ = [
+    "add_",
+    "add_norm",
+    "attention",
+    "cat",
+    "geglu",
+    "group_norm",
+    "join",
+    "softmax",
+    "takes",
+    "takes_attention",
+]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # on a CPU, by TRITON_INTERPRET=1: for tests
 
