@@ -62,6 +62,7 @@ from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, Wo
 from finetune.ema import Average, HalfLife
 from finetune.latents import sample_latents
 from finetune.models import fast
+from finetune.models.unet import build_unet
 from finetune.objective import LatentDiffusion
 
 
@@ -227,7 +228,7 @@ def tflop(work: Work) -> float:
     # Attention as two products, which are counted on any device.
     fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
     with fake, plain, FlopCounterMode(display=False) as counter:
-        unet = make_unet(work.shape)
+        unet = build_unet(SHAPES[work.shape]["unet"], seed=works.SEED).train()
         unet.requires_grad_(work.adapter == "full")  # an adapter's own operations are few
         called = with_added(unet, work.shape, 1, torch.device("cpu"))
         noised, states = torch.randn(1, channels_of(work.shape), size, size), torch.randn(1, shape["tokens"], width)

@@ -67,6 +67,14 @@ def test_training_speed_is_measured_beside_the_stock_loop(tmp_path):
     assert [json.loads(line) for line in out.read_text().splitlines()] == rows
 
 
+def test_operations_are_counted_without_a_gpus_weights(monkeypatch):
+    """A forward and a backward pass have about three times the operations of a forward one, an adapter's two."""
+    full, adapter = (train_speed.tflop(train_speed.WORKS[name]) for name in ("tiny", "tiny_lora"))
+    assert 0.6 < adapter / full < 0.75
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert train_speed.tflop(train_speed.WORKS["tiny"]) == full
+
+
 @pytest.mark.parametrize("given", [("--works", "huge"), ("--works", "tiny", "--variants", "ours,theirs")])
 def test_unknown_works_and_variants_are_refused(monkeypatch, capsys, given):
     monkeypatch.setattr(sys, "argv", ["train_speed", *given])
