@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -75,7 +76,8 @@ class StopRequest:
                 os._exit(self.exit_code(number))
 
     def _say(self, line: str) -> None:
-        os.write(2, f"\n[rank {self.rank}] {line}\n".encode())
+        with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log` as well; a log's disk may be full
+            os.write(2, f"\n[rank {self.rank}] {line}\n".encode())
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -153,3 +154,21 @@ def test_a_copy_of_a_request_that_comes_late_does_not_cost_the_checkpoint():
     """The job's script passes a signal on after it has asked Slurm for the job's state."""
     done = subprocess.run([sys.executable, "-c", TOLD_TWICE], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "saved True\n"), done.stderr
+
+
+TOLD_TWICE_UNHEARD = """
+import os, signal, time
+from finetune.distributed import StopRequest
+with StopRequest(0) as request:
+    request.can_save = True
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1.5)
+"""
+
+
+def test_a_second_ctrl_c_ends_at_once_where_nobody_reads_what_is_said():
+    """The first one has ended `| tee log` too; or the log's disk is full."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", TOLD_TWICE_UNHEARD], stderr=full)
+    assert done.returncode == INTERRUPTED

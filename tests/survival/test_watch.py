@@ -6,13 +6,16 @@ import contextlib
 import datetime
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from finetune import PeerLostError, UserError
+from finetune import PEER_LOST, PeerLostError, UserError
 from finetune.distributed import watch as module
 from finetune.distributed import world
 from finetune.distributed.watch import LONG, Bounds, Mark, Watch
@@ -162,6 +165,24 @@ def test_a_gone_store_is_told(ranks):
         watch._store = None
     assert until(lambda: zero.said and one.said)
     assert "the store of this run at 127.0.0.1 has not answered" in zero.said
+
+
+HUNG = """
+import time
+from pathlib import Path
+from finetune.distributed.watch import Bounds, Watch
+watch = Watch(bounds=Bounds(0, 0.5, 0))
+watch.start()
+watch.at("in the optimizer", 1)
+time.sleep(20)
+"""
+
+
+def test_a_hung_run_is_ended_where_nobody_reads_why():
+    """A pipe's reader has gone, or the log's disk is full."""
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, "-c", HUNG], stderr=full)
+    assert done.returncode == PEER_LOST
 
 
 def test_five_hundred_ranks_are_read_at_the_pace_of_a_beat():
