@@ -161,6 +161,13 @@ class Filters:
         return None
 
 
+@dataclass(frozen=True)
+class Filtered:
+    """A picture that a filter leaves out, and why."""
+
+    reason: str
+
+
 def _judge(expression: str, record: Mapping[str, Any], height: int, width: int) -> str | None:
     from simpleeval import NameNotDefined
 

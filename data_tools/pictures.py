@@ -11,7 +11,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_tools.tars import TarSample, Unreadable, iter_tar, sound_json, text_of
+from data_tools.tars import TarSample, Unreadable, iter_tar
+from data_tools.texts import sound_json, text_of
 from finetune import UserError
 from finetune.data.shards import IMAGE_MEMBERS, MANIFEST, MAP, MASK, Bucket, ShardError, ShardSet
 from finetune.data.shards.files import WORK

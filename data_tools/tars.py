@@ -17,18 +17,15 @@ there is found by whoever decodes the picture or parses the record.
 
 from __future__ import annotations
 
-import codecs
 import gzip
-import io
-import math
-import re
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
+from data_tools.texts import printable
 from finetune import is_of_machine
 from finetune.data.shards.files import naming, split_name
 
@@ -37,13 +34,10 @@ MAX_SAMPLE_BYTES = 1 << 30
 _MAX_MEMBERS = 1000  # of a sample; each costs memory even when it is empty
 _MAX_EXTENSION = 1 << 20  # bytes of a pax header or a long name; real ones take hundreds
 _MAX_NAME = 4096  # PATH_MAX
-_MAX_DEPTH = 32  # of lists and objects in a record
 _MAX_TRAILER = 16 << 20  # of zeros after the end mark that are looked through for more data
 # A gzip file may unpack to this many times its size (and always to 1 GiB): pictures hardly shrink, bombs do.
 _MAX_RATIO, _FREE_BYTES = 100, 1 << 30
 
-_UTF16_MARKS = codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE
-_ODD = re.compile("[\0\ud800-\udfff]")  # NUL, and bytes that Python has escaped since they are no UTF-8
 _GZIP = b"\x1f\x8b"
 _OTHER_COMPRESSION = {b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 _KINDS = {
@@ -351,79 +345,6 @@ def member_of(name: str) -> tuple[str, str]:
     key, member = split_name(name)
     named = key and not key.endswith("/") and member
     return (key, member.lower()) if named and not key.startswith("__") else ("", "")
-
-
-def printable(text: str, length: int = 200) -> str:
-    """Text of unknown origin for a line on the terminal: no control characters, and not too long."""
-    clean = "".join(c if c.isprintable() else "?" for c in text[: length + 1])
-    return clean if len(clean) <= length else clean[:length] + "..."
-
-
-def sound_json(value: Any, depth: int = 0) -> Any:
-    """A value that can be written as JSON in UTF-8, and read again by anybody.
-
-    JSON may spell half a character ("\\ud83d"), as text that was cut does: it becomes U+FFFD. Dates become texts;
-    numbers that aren't finite, what is nested too deep, and all else become None.
-    """
-    match value:
-        case str():
-            return sound_text(value)
-        case float():
-            return value if math.isfinite(value) else None
-        case bool() | int():
-            return value
-        case list() | tuple() if depth < _MAX_DEPTH:
-            return [sound_json(item, depth + 1) for item in value]
-        case dict() if depth < _MAX_DEPTH:
-            return {sound_text(str(name)): sound_json(item, depth + 1) for name, item in value.items()}
-    return value.isoformat() if hasattr(value, "isoformat") else None
-
-
-def sound_text(text: str) -> str:
-    """Text that UTF-8 can hold: lone surrogates become U+FFFD."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def text_of(data: bytes) -> str:
-    """The text of a file in UTF-8, or in UTF-16 where it begins with that mark.
-
-    Raises:
-        ValueError: it is neither; the message says in which line, and what to do.
-    """
-    try:
-        text = data.decode("utf-16" if data.startswith(_UTF16_MARKS) else "utf-8-sig")
-        line = text.count("\n", 0, text.find("\0")) if "\0" in text else None  # UTF-16 without its mark, or no text
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start)
-    if line is not None:
-        raise _no_text(line + 1)
-    return text
-
-
-def lines_of(path: Path) -> Iterator[str]:
-    """The lines of such a file as they come, with their ends.
-
-    Raises:
-        ValueError: as `text_of`.
-    """
-    with path.open("rb") as file:
-        if file.read(2).startswith(_UTF16_MARKS):  # seldom, and small: not read line by line
-            file.seek(0)
-            yield from io.StringIO(text_of(file.read()), newline="")
-            return
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-        for number, line in enumerate(lines, start=1):
-            if _ODD.search(line):
-                raise _no_text(number)
-            yield line
-
-
-def _no_text(line: int) -> ValueError:
-    return ValueError(f"line {line} is not UTF-8; convert it, as by `iconv -f latin1 -t utf-8`")
 
 
 def _unpacked_size(raw: IO[bytes], packed: int) -> int:

@@ -11,7 +11,7 @@ import numpy as np
 from data_tools.encode.buckets import aspect_step, crop_loss, nearest
 from data_tools.encode.degrade import shrink
 from data_tools.encode.holes import draw_hole, latent_hole
-from data_tools.filters import Filters
+from data_tools.filters import Filtered, Filters
 from data_tools.images import encode_image
 from data_tools.labels import LEAST_OF_A_BOX, RESAMPLING, cut_boxes, grey_bytes, read_map, read_mask
 from data_tools.pictures import Picture, Unreadable, whole_numbers
@@ -63,13 +63,6 @@ class Prepared:
     extra: dict[str, bytes] = field(default_factory=dict)
     holes: np.ndarray | None = None
     boxes: tuple[int, int] = (0, 0)
-
-
-@dataclass(frozen=True)
-class Filtered:
-    """A picture that a filter leaves out, and why."""
-
-    reason: str
 
 
 def prepare(item: Picture | Unreadable, recipe: Recipe) -> Prepared | Filtered | Unreadable:

@@ -33,9 +33,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from data_tools.ingest.common import Found, Options, SetAside, add_picture_arguments, clean_captions, ingest
+from data_tools.ingest.items import Found, SetAside
+from data_tools.ingest.options import Options, add_picture_arguments
+from data_tools.ingest.records import clean_captions
+from data_tools.ingest.shards import ingest
 from data_tools.labels import LabelFile
-from data_tools.tars import printable
+from data_tools.texts import printable
 from finetune import UserError
 from finetune.data.shards import UNLABELLED
 

@@ -35,22 +35,14 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.images import SUFFIXES, UNREAD_SUFFIXES
-from data_tools.ingest.common import (
-    Found,
-    Options,
-    SetAside,
-    add_picture_arguments,
-    captions_of,
-    clean_captions,
-    csv_rows,
-    ingest,
-    labels_of,
-    number_or_text,
-    read_file,
-)
+from data_tools.ingest.items import Found, SetAside
+from data_tools.ingest.options import Options, add_picture_arguments
+from data_tools.ingest.prepare import read_file
+from data_tools.ingest.records import captions_of, clean_captions, labels_of
+from data_tools.ingest.shards import ingest
 from data_tools.labels import LabelFile
 from data_tools.pictures import CAPTION_COLUMNS
-from data_tools.tars import lines_of, text_of
+from data_tools.texts import csv_rows, lines_of, number_or_text, text_of
 from finetune import UserError
 from finetune.data.shards import CLASSES, parse_classes
 from finetune.data.shards.images import PictureError

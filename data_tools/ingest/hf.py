@@ -25,23 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.fetch import Limits
-from data_tools.ingest.common import (
-    Found,
-    Options,
-    SetAside,
-    Wanted,
+from data_tools.ingest.items import Found, SetAside, Wanted, downloads
+from data_tools.ingest.options import Options, add_picture_arguments
+from data_tools.ingest.records import (
     add_caption_argument,
-    add_picture_arguments,
     caption_columns,
     captions_of,
     check_columns,
     choose_column,
-    downloads,
-    ingest,
     labels_of,
     named,
 )
-from data_tools.tars import printable
+from data_tools.ingest.shards import ingest
+from data_tools.texts import printable
 from finetune import UserError
 from finetune.terminal import nonempty
 

@@ -39,15 +39,10 @@ from PIL import Image
 from data_tools.arguments import add_workers_argument, probability
 from data_tools.filters import Filters
 from data_tools.images import encode_image, parse_colour
-from data_tools.ingest.common import (
-    Found,
-    Options,
-    SetAside,
-    add_output_arguments,
-    check_quality,
-    ingest,
-)
-from data_tools.tars import sound_json
+from data_tools.ingest.items import Found, SetAside
+from data_tools.ingest.options import Options, add_output_arguments, check_quality
+from data_tools.ingest.shards import ingest
+from data_tools.texts import sound_json
 from finetune import UserError, first_line
 from finetune.data.shards.images import MAX_PIXELS, PictureError
 from finetune.terminal import positive

@@ -30,26 +30,19 @@ from pathlib import Path
 from typing import IO, Any
 
 from data_tools.fetch import Limits
-from data_tools.ingest.common import (
-    MAX_LINE,
-    Found,
-    Options,
-    SetAside,
-    Wanted,
+from data_tools.ingest.items import Found, SetAside, Wanted, downloads
+from data_tools.ingest.options import Options, add_picture_arguments
+from data_tools.ingest.records import (
     add_caption_argument,
-    add_picture_arguments,
     caption_columns,
     captions_of,
     check_columns,
     choose_column,
-    csv_rows,
-    downloads,
-    ingest,
     labels_of,
     named,
-    number_or_text,
 )
-from data_tools.tars import printable
+from data_tools.ingest.shards import ingest
+from data_tools.texts import MAX_LINE, csv_rows, number_or_text, printable
 from finetune import UserError, first_line
 from finetune.terminal import positive
 

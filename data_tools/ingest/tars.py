@@ -33,18 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from data_tools.images import SUFFIXES
-from data_tools.ingest.common import (
-    Found,
-    Options,
-    SetAside,
-    add_picture_arguments,
-    captions_of,
-    ingest,
-    labels_of,
-    number_or_text,
-)
+from data_tools.ingest.items import Found, SetAside
+from data_tools.ingest.options import Options, add_picture_arguments
+from data_tools.ingest.records import captions_of, labels_of
+from data_tools.ingest.shards import ingest
 from data_tools.pictures import CAPTION_COLUMNS, TAR_SUFFIXES, caption_fields, safe_key, tar_stem
-from data_tools.tars import TarSample, iter_tar, printable, text_of
+from data_tools.tars import TarSample, iter_tar
+from data_tools.texts import number_or_text, printable, text_of
 from finetune import UserError, first_line
 from finetune.data.shards import CLASSES, IMAGE_MEMBERS, parse_classes
 from finetune.terminal import nonempty

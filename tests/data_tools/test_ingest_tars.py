@@ -20,7 +20,9 @@ from PIL import Image
 
 from data_tools.cli import main
 from data_tools.filters import Filters
-from data_tools.ingest.common import Found, Options, prepare
+from data_tools.ingest.items import Found
+from data_tools.ingest.options import Options
+from data_tools.ingest.prepare import prepare
 from data_tools.ingest.tars import find_tars, member_name, tar_names
 from data_tools.pictures import Picture, PictureSource
 from finetune import UserError
