@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune import UserError
-from finetune.checkpoint.writing import sum_of_words
+from finetune.checkpoint.writing import Task, sum_of_words
 from finetune.runs import complete_checkpoints
 
 FORMAT = 1
@@ -203,8 +203,22 @@ def require_same(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
 
 
 def _each(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    with ThreadPoolExecutor(_READERS) as pool:  # hashing lets go of the GIL
-        return list(pool.map(function, names))
+    """`function` of each name, in threads: hashing lets go of the GIL.
+
+    Not in an executor's: the interpreter would wait for these at its end, and a disk may never answer.
+    """
+    found: dict[str, Any] = {}
+    left = iter(names)
+
+    def work(_: Callable[[], None]) -> None:
+        for name in left:
+            found[name] = function(name)
+
+    tasks = [Task(work, "sums") for _ in range(min(_READERS, len(names)))]
+    for task in tasks:
+        task.wait(math.inf, stalled_after=math.inf)
+        task.result()
+    return [found[name] for name in names]
 
 
 def _sum(path: Path, moved: Callable[[], None]) -> FileSum:

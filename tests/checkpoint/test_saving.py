@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -216,6 +217,23 @@ def test_a_hung_write_keeps_no_process_from_leaving() -> None:
     assert not task.wait(0.01, stalled_after=100) and not task.wait(100, stalled_after=0.01)
     hung.set()
     assert task.wait(100, stalled_after=100)
+
+
+HUNG_READ = """
+import sys, threading
+from pathlib import Path
+from finetune.checkpoint import record, writing
+record._sum = lambda *_: print("reads", flush=True) or threading.Event().wait(60)
+task = writing.Task(lambda moved: record.sum_files(Path(sys.argv[1]), moved), "checkpoint")
+assert not task.wait(60, stalled_after=3)
+"""
+
+
+def test_a_hung_read_keeps_no_process_from_ending(tmp_path: Path) -> None:
+    """Not even at its exit, where Python waits for an executor's threads."""
+    (tmp_path / "file").touch()
+    done = subprocess.run([sys.executable, "-c", HUNG_READ, tmp_path], capture_output=True, text=True, timeout=40)
+    assert (done.returncode, done.stdout) == (0, "reads\n"), done.stderr
 
 
 # --- a full disk ----------------------------------------------------------------------------------
