@@ -53,11 +53,6 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """--device."""
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: a GPU if any)")
-
-
 def add_shard_arguments(parser: argparse.ArgumentParser, out: str) -> None:
     """--background, --shard-samples, --overwrite of a command that writes shards to the folder `out`."""
     parser.add_argument(

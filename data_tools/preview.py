@@ -21,8 +21,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data_tools.arguments import add_device_argument
-from data_tools.encode import choose_device
+from data_tools.devices import add_device_argument, choose_device
 from data_tools.inspect import record_of
 from data_tools.labels import read_map, read_mask
 from data_tools.output import whole_file

@@ -31,6 +31,7 @@ examples:
   srun data-tools encode shards/photos --vae models/vae --size 512 --out latents/photos
 """
 
-from data_tools.encode.command import add_arguments, choose_device, run
+from data_tools.encode.command import run
+from data_tools.encode.options import add_arguments
 
-__all__ = ["add_arguments", "choose_device", "run"]
+__all__ = ["add_arguments", "run"]

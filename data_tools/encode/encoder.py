@@ -62,13 +62,14 @@ class Encoded:
     """One picture's results.
 
     `moments` are float16 [2C, h, w], None if they, or those with holes, are not finite; `masked` are those of the
-    picture with its holes, float16 [K, 2C, h, w]; `states` are the captions' bytes.
+    picture with its holes, float16 [K, 2C, h, w]; `states` are the captions' bytes; `redone`: in float32.
     """
 
     sample: Prepared
     moments: np.ndarray | None
     states: bytes | None
     masked: np.ndarray | None = None
+    redone: bool = False
 
 
 class TextCache:
@@ -150,7 +151,6 @@ class Encoder:
         if self.on_gpu:
             self.vae.to(memory_format=torch.channels_last)
         self.exact: Autoencoder | None = None
-        self.redone = 0
 
     def start(self, batch: Batch) -> Running:
         """Begin with a batch."""
@@ -185,18 +185,18 @@ class Encoder:
             # One after another: the picture, then the picture with each of its holes.
             arrays = [moments[row].numpy() for moments in (running.moments, *running.masked)]
             broken = [number for number, array in enumerate(arrays) if not np.isfinite(array).all()]
-            if broken and self.vae.dtype != torch.float32:
+            again = bool(broken) and self.vae.dtype != torch.float32
+            if again:
                 for number in broken:
                     arrays[number] = self._again(running.batch, row, number - 1)
                 broken = [number for number in broken if not np.isfinite(arrays[number]).all()]
-                self.redone += not broken
             states = None
             if states_NLD is not None:
                 count = len(captions_of(sample))
                 states = npy_bytes(states_NLD[first : first + count])
                 first += count
             masked = np.stack(arrays[1:]) if running.masked else None
-            results.append(Encoded(sample, None if broken else arrays[0], states, masked))
+            results.append(Encoded(sample, None if broken else arrays[0], states, masked, again and not broken))
         return results
 
     def _again(self, batch: Batch, row: int, hole: int) -> np.ndarray:

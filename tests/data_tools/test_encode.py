@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from data_tools.encode import choose_device
+from data_tools.devices import choose_device
 from finetune.data.shards import Manifest, ShardError, ShardSet, ShardWriter, json_bytes, verify
 from finetune.data.shards.images import decode_rgb
 from finetune.latents import LatentSpace, sample_latents
