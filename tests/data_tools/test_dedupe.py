@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from data_tools import dedupe
-from data_tools.dedupe import Part, fingerprint
+from data_tools.dedupe import fingerprints
+from data_tools.dedupe.fingerprints import ROW, Item, Part, fingerprint
+from data_tools.dedupe.table import Table, find_duplicates
 from data_tools.encode.excluded import Excluded
 from data_tools.pictures import Picture, PictureSource
+from data_tools.workers import Workers
 from finetune import UserError
 from finetune.data.shards import ShardSet, ShardWriter
 from tests.data_tools.conftest import Result, encoded
@@ -122,12 +124,12 @@ def test_what_is_known_is_kept_and_renewed(cli: Cli, tmp_path: Path, monkeypatch
 
     looked: list[int] = []
 
-    def spy(item: dedupe.Item) -> bytes | None:
+    def spy(item: Item) -> bytes | None:
         looked.append(item[1])
         return fingerprint(item)
 
-    monkeypatch.setattr(dedupe, "fingerprint", spy)
-    monkeypatch.setattr(dedupe, "Workers", lambda count: _Inline())
+    monkeypatch.setattr(fingerprints, "fingerprint", spy)
+    monkeypatch.setattr(fingerprints, "Workers", lambda count: _Inline())
     # Half a file, another file, none: only these shards are read again, and the list is the same.
     whole = known[0].read_bytes()
     for damage, unit in (
@@ -162,9 +164,7 @@ def test_a_set_is_for_one_at_a_time(cli: Cli, tmp_path: Path) -> None:
 class _Inline:
     """`Workers(0)`, which sees what a test puts in the place of a function."""
 
-    def __enter__(self) -> dedupe.Workers:
-        from data_tools.workers import Workers
-
+    def __enter__(self) -> Workers:
         return Workers(0)
 
     def __exit__(self, *_: object) -> None:
@@ -296,16 +296,16 @@ def test_blank_pictures_of_any_size_are_alike_by_colour(cli: Cli, tmp_path: Path
 def test_a_chain_keeps_its_ends(tmp_path: Path) -> None:
     """Each is near the next: the first goes with the second, the third stays, being near none that stays."""
     levels = [100, 106, 112, 118, 124]
-    rows_ = [np.zeros((), dedupe._ROW) for _ in levels]
+    rows_ = [np.zeros((), ROW) for _ in levels]
     for number, (row, level) in enumerate(zip(rows_, levels)):
         row["cells"], row["digest"] = level, number
     known = tmp_path / "part"
-    dedupe._save(known, {}, [row.tobytes() for row in rows_], [f"k{n}" for n in range(5)], 0)
+    fingerprints._save(known, {}, [row.tobytes() for row in rows_], [f"k{n}" for n in range(5)], 0)
     start = known.read_bytes().index(b"\n") + 1
     part = Part(PictureSource(tmp_path, None, None), 0, known, start, 5, 0)
     (tmp_path / "work").mkdir()
-    table = dedupe.Table.gather([part], tmp_path / "work")
+    table = Table.gather([part], tmp_path / "work")
     assert [table.key(place) for place in range(5)] == ["k0", "k1", "k2", "k3", "k4"]
-    assert dedupe.find_duplicates(table, 10, 8).kept.tolist() == [0, 0, 2, 2, 4]
-    assert dedupe.find_duplicates(table, 10, 5).kept.tolist() == [0, 1, 2, 3, 4]
-    assert dedupe.find_duplicates(table, None, 8).kept.tolist() == [0, 1, 2, 3, 4]
+    assert find_duplicates(table, 10, 8).kept.tolist() == [0, 0, 2, 2, 4]
+    assert find_duplicates(table, 10, 5).kept.tolist() == [0, 1, 2, 3, 4]
+    assert find_duplicates(table, None, 8).kept.tolist() == [0, 1, 2, 3, 4]

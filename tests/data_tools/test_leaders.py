@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_tools.leaders import distances, find_leaders
+from data_tools.dedupe.leaders import distances, find_leaders
 
 
 def brute(hashes: np.ndarray, colours: np.ndarray, distance: int, tolerance: int) -> list[int]:
