@@ -15,7 +15,6 @@ import fcntl
 import json
 import math
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -30,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from finetune import UserError, first_line
 from finetune.ema import LARGEST_SIGMA_REL, gamma_of
-from finetune.runs import Checkpoint, Weights, find_checkpoint
+from finetune.runs import Checkpoint, Weights, complete_in, find_checkpoint
 
 SNAPSHOTS = "snapshots"
 LARGEST_RESIDUAL = 0.1
@@ -117,13 +116,8 @@ def fit(kept: Sequence[Profile], wanted: Profile) -> Fit:
 
 
 def complete_snapshots(run: str | Path) -> dict[int, Path]:
-    """A run's snapshots by rising step: those with a `trainer.json`."""
-    found = {}
-    for path in (Path(run) / SNAPSHOTS).glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / "trainer.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """A run's snapshots by rising step, see `complete_in`."""
+    return complete_in(Path(run) / SNAPSHOTS)
 
 
 def read_snapshots(run: str | Path, step: int | None = None) -> list[Snapshot]:

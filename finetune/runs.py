@@ -77,13 +77,39 @@ def require_checkpoint(resume: str) -> None:
 
 
 def complete_checkpoints(run: str | Path) -> dict[int, Path]:
-    """A run's complete checkpoints by rising step: those with a `trainer.json`, which is written last."""
-    found = {}
-    for path in (Path(run) / "checkpoints").glob("step-*"):
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and (path / "trainer.json").is_file():
-            found[int(match[1])] = path
-    return dict(sorted(found.items()))
+    """A run's complete checkpoints by rising step, see `complete_in`."""
+    return complete_in(Path(run) / "checkpoints")
+
+
+def complete_in(folder: Path) -> dict[int, Path]:
+    """The complete folders step-N in one, by rising step: those with a `trainer.json`, which is written last.
+
+    Raises:
+        UserError: it is a link to what is not there.
+        OSError: it can't be read. A run that took it for empty would begin anew, and remove what is there.
+    """
+    try:
+        names = os.listdir(folder)  # `Path.glob` finds nothing where it is refused
+    except FileNotFoundError:
+        if folder.is_symlink():
+            raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there: mount it") from None
+        return {}
+    matches = [match for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
+    found = {int(match[1]): folder / match[0] for match in matches}
+    return {step: path for step, path in sorted(found.items()) if is_there(path / "trainer.json")}
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file or folder exists.
+
+    Raises:
+        OSError: nobody can tell (`Path.exists` says no to that, from Python 3.14 on).
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def latest_checkpoint(run: str | Path) -> Path:

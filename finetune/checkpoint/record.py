@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune import UserError
 from finetune.checkpoint.writing import Task, sum_of_words
-from finetune.runs import complete_checkpoints
+from finetune.runs import complete_checkpoints, is_there
 
 FORMAT = 1
 TEMPORARY = ".tmp-"
@@ -165,7 +165,7 @@ def find_fault(path: Path) -> str | None:
         files = dict(record["files"])
         if written == FORMAT:
             for name in files:
-                if not (path / name).is_file():
+                if not is_there(path / name):
                     return f"{name} is missing"
             found = _each(lambda name: _sum(path / name, lambda: None).sha256, list(files))
             for (name, wanted), digest in zip(files.items(), found, strict=True):

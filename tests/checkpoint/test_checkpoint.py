@@ -305,6 +305,36 @@ def test_what_is_no_damage_is_not_passed_over(saved: tuple[Parts, Path], monkeyp
     assert caught.value.filename == str(path)
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE])
+def test_a_folder_that_cannot_be_read_is_no_empty_one(
+    saved: tuple[Parts, Path], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """The run would begin anew: it would empty the metrics, and remove later checkpoints with its first save."""
+    parts, path = saved
+    original = {name: getattr(os, name) for name in ("listdir", "scandir")}
+
+    def refused(name: str) -> Callable[[Any], Any]:
+        def call(folder: Any) -> Any:
+            if Path(folder) == path.parent:
+                raise OSError(number, os.strerror(number), str(folder))
+            return original[name](folder)
+
+        return call
+
+    for name in original:
+        monkeypatch.setattr(os, name, refused(name))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        parts.checkpoints.latest()
+
+
+def test_a_link_to_a_disk_that_is_not_there_is_no_empty_folder(saved: tuple[Parts, Path]) -> None:
+    parts, path = saved
+    shutil.rmtree(path.parent)
+    path.parent.symlink_to("/not/mounted")
+    with pytest.raises(UserError, match="checkpoints is a link to /not/mounted, which is not there"):
+        parts.checkpoints.latest()
+
+
 # --- what a run depends on ------------------------------------------------------------------------
 
 
