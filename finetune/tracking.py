@@ -290,12 +290,20 @@ class Tracker:
             save_png(picture, path)
         except OSError as error:
             self.say(f"warning: {path} cannot be written ({error.strerror or error})")
-        if self.wandb is not None:
-            import wandb
-
-            values = {"samples": wandb.Image(picture, caption=caption), "step": step}
-            self._to_wandb(lambda run: run.log(values))
+        else:
+            self._to_wandb(lambda run: self._send(run, step, path, caption))
         return path
+
+    def _send(self, run: Any, step: int, path: Path, caption: str) -> None:
+        import wandb
+
+        try:
+            # The file, not the picture: W&B would put that into the system's temporary folder first.
+            run.log({"samples": wandb.Image(str(path), caption=caption), "step": step})
+        except ConnectionError:  # its process has ended
+            raise
+        except OSError as error:  # it keeps a copy, and lines go on where there is no room for one
+            self.say(f"warning: W&B lacks {path} ({error.strerror or error})")
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

@@ -260,6 +260,31 @@ def test_a_run_goes_on_when_wandbs_process_has_ended(tmp_path: Path) -> None:
     assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_picture_that_wandb_cannot_keep_costs_that_picture_alone(tmp_path: Path) -> None:
+    """The system's temporary folder is swept in long runs; the run's disk is full for a moment."""
+    code, said = in_a_process(
+        "import shutil\n"
+        "from wandb.sdk.data_types._private import MEDIA_TMP\n"
+        "tracker = tracker_of(Path(sys.argv[1]), wandb_mode='offline')\n"
+        "shutil.rmtree(MEDIA_TMP.name)\n"
+        "for step in (1, 2):\n"
+        "    tracker.image(step, Image.new('RGB', (5, 3)), 'caption')\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))\n"
+        "tracker.wandb.log = lambda values: (_ for _ in ()).throw(OSError(28, 'No space left on device'))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "tracker.image(3, Image.new('RGB', (5, 3)), 'caption')\n"
+        "assert tracker.wandb is not None\n"
+        "del tracker.wandb.log\n"
+        "tracker.close()\n",
+        tmp_path,
+    )
+    assert code == 0 and "W&B has ended" not in said, said
+    pictures = [f"{tmp_path}/samples/step-0000000{step}.png" for step in (2, 3)]
+    assert f"warning: {pictures[0]} cannot be written (File too large)" in said
+    assert f"warning: W&B lacks {pictures[1]} (No space left on device)" in said
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples_*.png"))) == 1
+
+
 def test_a_killed_run_goes_on_in_wandb_though_an_inherited_service_holds_its_id(tmp_path: Path) -> None:
     """A notebook, or an agent of W&B's, starts runs: its service outlives a killed one, and keeps the id."""
     import wandb
