@@ -178,7 +178,8 @@ def safe_key(tar: str, key: str) -> str:
     safe = re.sub(r"[^A-Za-z0-9_-]", "-", joined).lstrip("_")
     if safe == joined and len(safe) <= 80:
         return safe
-    return f"{safe[:60]}-{hashlib.sha256(joined.encode()).hexdigest()[:16]}"
+    # A file's name may have bytes that are no UTF-8, which Python keeps as surrogates.
+    return f"{safe[:60]}-{hashlib.sha256(joined.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 def caption_fields(record: dict[str, Any]) -> list[Any]:

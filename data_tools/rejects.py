@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from data_tools.output import REJECTS
+from data_tools.texts import printable
 from finetune import UserError
 from finetune.data.shards.files import naming
 
@@ -74,4 +75,5 @@ class Rejects:
         if not self.count:
             raise UserError(f"no pictures in {source}; nothing was written")
         file, reason = self.first
-        raise UserError(f"none of {self.count} pictures in {source} can be used; the first, {file}: {reason}")
+        first = f"{printable(file)}: {reason}"
+        raise UserError(f"none of {self.count} pictures in {source} can be used; the first, {first}")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,10 +12,9 @@ import numpy as np
 
 from data_tools.encode.parts import Part, bin_name, folder_of, read_runs
 from data_tools.encode.work import Work
-from data_tools.output import REJECTS
+from data_tools.rejects import Rejects
 from finetune import UserError
 from finetune.data.shards import Bucket, ShardInfo
-from finetune.data.shards.files import naming
 from finetune.data.shards.writer import write_shard
 
 SHARD_BYTES = 1 << 30
@@ -216,17 +213,12 @@ def load_shards(work: Work, plan: Plan) -> list[ShardInfo]:
 
 def write_rejects(work: Work, plan: Plan, units: int) -> None:
     """rejects.jsonl, one object a line (file, reason), in the order of the units; none if nothing was set aside."""
-    path = work.out / REJECTS
-    if not plan.rejects and not plan.repeats:
-        path.unlink(missing_ok=True)
-        return
-    temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("w", encoding="utf-8") as file:
-        for file_name, reason in _rejects(work, plan, units):
-            file.write(json.dumps({"file": file_name, "reason": reason}, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with Rejects(work.out) as rejects:
+        for where, reason in _rejects(work, plan, units):
+            rejects.add(where, reason)
+        rejects.save()
+    if not rejects:
+        rejects.path.unlink(missing_ok=True)
 
 
 def require_samples(work: Work, plan: Plan, units: int, source: Path) -> None:

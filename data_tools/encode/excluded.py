@@ -55,7 +55,7 @@ class Excluded:
 
 
 def _digest(key: str) -> bytes:
-    return hashlib.blake2b(key.encode(), digest_size=_DIGEST).digest()
+    return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=_DIGEST).digest()
 
 
 def _require_same_pictures(path: Path, source: PictureSource) -> None:
@@ -93,7 +93,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     continue
                 try:
                     row = json.loads(text)
-                except ValueError:
+                except (ValueError, RecursionError):
                     row = {}
                 head = number == 1 and "key" not in row and "pictures" in row
                 if not head and not isinstance(row.get("key"), str):

@@ -10,6 +10,7 @@ from data_tools.devices import add_device_argument
 from data_tools.encode.degrade import DEGRADATIONS
 from data_tools.filters import add_filter_arguments
 from data_tools.labels import LEAST_OF_A_BOX
+from data_tools.texts import sound_text
 from finetune.data.shards import set_folder
 from finetune.terminal import nonempty, positive
 
@@ -134,4 +135,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _caption(text: str) -> str:
     if "{}" not in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no place for the caption; put {{}} where it goes")
+    if sound_text(text) != text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8")
     return text

@@ -42,7 +42,7 @@ from data_tools.ingest.records import captions_of, clean_captions, labels_of
 from data_tools.ingest.shards import ingest
 from data_tools.labels import LabelFile
 from data_tools.pictures import CAPTION_COLUMNS
-from data_tools.texts import csv_rows, lines_of, number_or_text, text_of
+from data_tools.texts import csv_rows, lines_of, number_or_text, sound_text, text_of
 from finetune import UserError
 from finetune.data.shards import CLASSES, parse_classes
 from finetune.data.shards.images import PictureError
@@ -103,6 +103,7 @@ def _class_names(root: Path, listing: Listing, folders: bool) -> list[str]:
     if not folders:
         return names
     found = sorted({name.partition("/")[0] for name in listing.pictures if "/" in name})
+    found = [name for name in found if sound_text(name) == name]  # pictures in others are set aside
     if not found:
         raise UserError(f"no folders with pictures in {root}; --classes takes their names for the classes")
     if names and (more := [name for name in found if name not in names]):
@@ -125,7 +126,7 @@ def _found(
             if folder == name:
                 yield SetAside(name, f"in no folder below {root}, so it has no class")
                 continue
-            labels = {**labels, "class": numbers[folder]}
+            labels = {**labels, "class": numbers.get(folder)}
         beside = Path(name).with_suffix(".png")
         mask = args.masks / beside if args.masks is not None else None
         if mask is not None:

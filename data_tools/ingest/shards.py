@@ -25,7 +25,7 @@ from data_tools.ingest.options import Options
 from data_tools.ingest.prepare import Prepared, prepare
 from data_tools.output import SOURCE, claimed_folder, refuse_sources
 from data_tools.rejects import Rejects
-from data_tools.texts import printable
+from data_tools.texts import printable, sound_text
 from data_tools.workers import CrashError, Workers
 from finetune import UserError
 from finetune.data.shards import (
@@ -66,12 +66,12 @@ class _Tally:
         self.carried += carried
         self.boxes_lost += result.boxes_lost
         if result.odd is not None:
-            self.first_odd = self.first_odd or f"{item.file}: {result.odd}"
+            self.first_odd = self.first_odd or f"{printable(item.file)}: {result.odd}"
             self.odd += 1
         if len(self.sizes) < 2:
             self.sizes.add(result.bucket)
         if not result.record.get("captions"):
-            self.first_without = self.first_without or item.file
+            self.first_without = self.first_without or printable(item.file)
             self.without_caption += 1
 
     def lines(self, options: Options) -> Iterator[str]:
@@ -114,6 +114,7 @@ def ingest(
         UserError: nothing is left, or a mistake found on the way.
     """
     refuse_sources(args.out, paths)
+    classes = [sound_text(name) for name in classes]
     if classes:
         options = replace(options, classes=len(classes))
     workers = default_workers() if args.workers is None else args.workers

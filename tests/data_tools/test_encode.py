@@ -270,6 +270,7 @@ def test_latents_that_are_never_finite_are_set_aside(
         (["--batch", "0"], "'0' is not a whole number"),
         (["--vae", "/no/such/vae"], "no autoencoder at /no/such/vae"),
         (["--caption", "sks"], "'sks' has no place for the caption; put {} where it goes"),
+        (["--caption", "{}, \udcff"], "'{}, \\udcff' is not UTF-8"),
     ],
 )
 def test_mistakes(

@@ -100,9 +100,10 @@ def test_what_is_left_out_is_counted(cli: Cli, vae_folder: Path, tmp_path: Path)
     assert len(rows(tmp_path / "b")) == 12
     result = cli(*encode, "--min-size", 64, "--out", tmp_path / "c")
     assert (result.code, "smaller than 64 px" in result.err) == (2, True)
-    (tmp_path / "list.txt").write_text('{"kee": 1}\n')
-    result = cli(*encode, "--exclude", tmp_path / "list.txt", "--out", tmp_path / "d")
-    assert (result.code, "line 1 has no" in result.err) == (2, True)
+    for line in ('{"kee": 1}', '{"key": ' + 100_000 * "["):
+        (tmp_path / "list.txt").write_text('{"key": "\\ud83d"}\n' + line + "\n")
+        result = cli(*encode, "--exclude", tmp_path / "list.txt", "--out", tmp_path / "d")
+        assert (result.code, "line 2 has no" in result.err) == (2, True)
     result = cli(*encode, "--exclude", tmp_path / "none.txt", "--out", tmp_path / "d")
     assert (result.code, "cannot read" in result.err) == (2, True)
 

@@ -282,6 +282,28 @@ def test_the_output_folder_is_respected(cli: Cli, photos: Path, tmp_path: Path) 
     assert result.code == 2
 
 
+def test_names_of_classes_that_are_not_utf8(cli: Cli, tmp_path: Path) -> None:
+    for folder in ("cat", os.fsdecode(b"caf\xe9")):
+        (tmp_path / "in" / folder).mkdir(parents=True)
+        (tmp_path / "in" / folder / "a.png").write_bytes(encoded(smooth_picture(0, 8, 8)))
+    assert cli("ingest", "folder", tmp_path / "in", "--classes", "--out", tmp_path / "out").code == 0
+    assert ShardSet.open(tmp_path / "out").classes() == ["cat"]
+    (reason,) = rejects(tmp_path / "out").values()
+    assert reason.startswith("its name is not utf-8")
+    # Half a character, as JSON may spell it.
+    (tmp_path / "in" / "classes.json").write_text('["cat", "\\ud83d"]')
+    assert cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "named").code == 0
+    assert ShardSet.open(tmp_path / "named").classes() == ["cat", "\ufffd"]
+
+
+def test_names_that_would_write_to_the_terminal(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "-a\x1b[31m\nb.png").write_bytes(encoded(smooth_picture(0, 8, 8)))
+    result = cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out")
+    assert "1 pictures have no caption, the first is -a?[31m?b.png\n" in result.out
+    assert list(records(tmp_path / "out")) == ["-a\x1b[31m\nb.png"]
+
+
 def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(fd: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

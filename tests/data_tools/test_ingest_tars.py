@@ -76,6 +76,21 @@ def test_captions_that_are_not_utf8_are_set_aside(cli: Cli, tmp_path: Path) -> N
     assert [isinstance(picture, Picture) for picture in pictures] == [False, True, True]
 
 
+def test_a_tar_whose_name_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
+    """As one that was unpacked on another system; its rejects are listed, and its pictures kept."""
+    source = tmp_path / "in"
+    write_tar(source / os.fsdecode(b"caf\xe9.tar"), {"one.jpg": jpeg(1), "two.jpg": b"broken"})
+    (source / os.fsdecode(b"d\xe9.tar")).write_bytes(b"no tar at all")
+    for command in (
+        ("ingest", "tars", source, "--out", tmp_path / "out"),
+        ("encode", source, "--vae", "none", "--size", 16, "--workers", 0, "--out", tmp_path / "latents"),
+        ("dedupe", source, "--workers", 0),
+    ):
+        assert cli(*command).code == 0
+    assert len(samples(tmp_path / "out")) == 1
+    assert os.fsdecode(b"d\xe9.tar") in rejects(tmp_path / "latents")
+
+
 def test_members_become_what_they_mean(cli: Cli, tmp_path: Path) -> None:
     mask, depth = encoded(smooth_picture(1, 24, 32).convert("L")), b"\x93NUMPY and so on"
     write_tar(
