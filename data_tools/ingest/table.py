@@ -19,11 +19,11 @@ examples:
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ PATH_COLUMNS = (
 _KINDS = (".csv", ".tsv", ".jsonl", ".parquet")
 _LOOK = 100  # lines of a .jsonl that are looked at for its columns
 _BATCH = 1024
+_BROKEN = (OSError, EOFError, zlib.error)  # what unpacking ends in, too
 
 Row = tuple[str, "dict[str, Any] | str"]
 """Where it stands, and its cells, or why it can't be used."""
@@ -257,7 +258,7 @@ def open_table(path: Path) -> Table:
                 table = Table(path, columns, True, None, functools.partial(_csv, path, columns, delimiter))
             case _:
                 raise UserError(f"{path} is no table that can be read; give a file of {', '.join(_KINDS)}")
-    except (OSError, EOFError, gzip.BadGzipFile) as error:
+    except _BROKEN as error:
         raise UserError(f"cannot read {path} ({error})") from None
     if not table.columns:
         raise UserError(f"{path} has no columns; its first line names them, or each line is a JSON object")
@@ -293,7 +294,10 @@ def _header(path: Path, file: IO[str]) -> tuple[list[str], str]:
     delimiter = "\t" if _kind(path) == ".tsv" else ","
     if delimiter == "," and "," not in line:
         delimiter = max(";\t,", key=line.count)
-    columns = [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
+    cells = next((cells for _, cells in csv_rows([line], delimiter)), [])
+    if isinstance(cells, str) or len(line) == MAX_LINE:
+        raise UserError(f"{path}, line 1 names no columns; is it a table?")
+    columns = [name.strip() for name in cells]
     repeated = [name for name in columns if columns.count(name) > 1]
     if repeated:
         raise UserError(f"{path} has several columns {repeated[0]!r}; give each a name of its own")
@@ -315,7 +319,7 @@ def _csv(path: Path, columns: list[str], delimiter: str) -> Iterator[Row]:
                     yield where, "not UTF-8"
                 else:
                     yield where, dict(zip(columns, cells, strict=True))
-    except (OSError, EOFError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path} can't be read to its end ({error})") from None
 
 
@@ -344,7 +348,7 @@ def _jsonl(path: Path) -> Iterator[Row]:
                     yield where, f"not JSON ({error})"
                     continue
                 yield where, row if isinstance(row, dict) else "not an object"
-    except (OSError, EOFError) as error:
+    except _BROKEN as error:
         raise UserError(f"{path} can't be read to its end ({error})") from None
 
 

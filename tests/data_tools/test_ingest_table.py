@@ -222,7 +222,10 @@ def test_columns_are_guessed_only_when_it_is_plain(cli: Cli, pictures: Path, tmp
         ("t.csv", b"\x89PNG\r\n", "line 1 is not UTF-8; is it a table?"),
         ("t.xlsx", b"PK", "is no table that can be read"),
         ("t.parquet", b"PAR1 broken", "is no Parquet file"),
+        ("t.csv", b"path," + 17_000_000 * b"x", "line 1 names no columns; is it a table?"),
+        ("t.csv", b'path,"caption\n0.png,a cat\n', "line 1 names no columns; is it a table?"),
         ("t.csv.gz", b"not gzip", "cannot read"),
+        ("t.csv.gz", gzip.compress(b"path\n")[:10] + 99 * b"\xff", "cannot read"),
         ("t.csv.gz", gzip.compress(b"path\n" + bytes(range(256)) * 99)[:-9], "can't be read to its end"),
     ],
 )
