@@ -188,21 +188,23 @@ def _tar(path: Path, name: str, picture: str | None, failed: Counter[str]) -> It
             rows = _rows(table, failed)
         except Exception as error:  # pyarrow has an error of its own for each layer
             yield SetAside(table.name, f"can't be read ({first_line(error)}); the samples' own records were used")
+    seen: set[str] = set()  # in a tar that was appended to, a key may come back, and would end up in another shard
     for item in iter_tar(path):
         if not isinstance(item, TarSample):
             if rows is not None and item.key is not None:
                 rows.pop(item.key, None)
             yield SetAside(item.where, item.reason)
             continue
+        where = f"{path.name}: {printable(item.key)}"
+        if item.key in seen:
+            yield SetAside(where, "the key was there before; keys must differ")
+            continue
+        seen.add(item.key)
         row: dict[str, Any] | None = {}
         if rows is not None and (row := rows.pop(item.key, None)) is None:
-            yield SetAside(
-                f"{path.name}: {printable(item.key)}", f"no such key in {table.name}, or no success there"
-            )
+            yield SetAside(where, f"no such key in {table.name}, or no success there")
             continue
-        yield _sample(
-            f"{path.name}: {printable(item.key)}", safe_key(name, item.key), item.members, row or {}, picture
-        )
+        yield _sample(where, safe_key(name, item.key), item.members, row or {}, picture)
     for key in rows or ():
         yield SetAside(f"{path.name}: {printable(key)}", f"a success in {table.name}, but not in the tar")
 

@@ -91,6 +91,20 @@ def test_a_tar_whose_name_is_not_utf8(cli: Cli, tmp_path: Path) -> None:
     assert os.fsdecode(b"d\xe9.tar") in rejects(tmp_path / "latents")
 
 
+def test_a_key_that_comes_back_is_set_aside(cli: Cli, tmp_path: Path) -> None:
+    """`tar -r` appends; the two would be in different shards, where nobody else would see it."""
+    tar = write_tar(tmp_path / "a.tar", {"one.jpg": jpeg(1), "two.jpg": jpeg(2)})
+    with tarfile.open(tar, "a") as more:
+        info = tarfile.TarInfo("one.jpg")
+        info.size = len(jpeg(3))
+        more.addfile(info, io.BytesIO(jpeg(3)))
+    out = tmp_path / "out"
+    assert cli("ingest", "tars", tar, "--shard-samples", 1, "--out", out).code == 0
+    assert rejects(out) == {"a.tar: one": "the key was there before; keys must differ"}
+    assert {key: row["jpg"] for key, row in samples(out).items()} == {"a_one": jpeg(1), "a_two": jpeg(2)}
+    assert cli("verify", out).code == 0
+
+
 def test_members_become_what_they_mean(cli: Cli, tmp_path: Path) -> None:
     mask, depth = encoded(smooth_picture(1, 24, 32).convert("L")), b"\x93NUMPY and so on"
     write_tar(
