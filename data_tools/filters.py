@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from finetune import UserError
+from finetune import UserError, first_line
 from finetune.terminal import positive
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -194,7 +194,9 @@ def _judge(expression: str, record: Mapping[str, Any], height: int, width: int) 
     except NameNotDefined as error:
         return f"no field {error.name}"
     except Exception as error:  # values of any type meet operators that aren't made for them
-        return f"--where {expression} can't be judged: {str(error).partition(chr(10))[0] or type(error).__name__}"
+        # Without the value that it names: reasons are counted, and each picture would have one of its own.
+        what = "no such key" if isinstance(error, KeyError) else first_line(error).partition(": ")[0]
+        return f"--where {expression} can't be judged: {what}"
     return None if kept else f"not --where {expression}"
 
 

@@ -140,6 +140,14 @@ def test_expressions_that_are_refused_at_the_start(expression: str, says: str) -
     assert says in str(caught.value)
 
 
+def test_reasons_are_few_whatever_the_values() -> None:
+    filters = parsed("--where", "int(score) > 3 or float(score) > 3 or tags[score]")
+    records = [{"score": f"s{n}", "tags": {}} for n in range(9)] + [{"score": n, "tags": {}} for n in range(4)]
+    reasons = {filters.reason(record, 9, 9) for record in records}
+    about = "--where int(score) > 3 or float(score) > 3 or tags[score] can't be judged: "
+    assert reasons == {about + "invalid literal for int() with base 10", about + "no such key"}
+
+
 def test_limits_that_nothing_meets() -> None:
     for name in ("size", "caption-words"):
         with pytest.raises(UserError, match=f"--min-{name} 9 is more than --max-{name} 8"):
