@@ -89,7 +89,7 @@ def prepare(item: Found | SetAside, options: Options) -> SetAside | Filtered | P
     bucket = (image.height, image.width) if changed else (height, width)
     if changed:
         data = encode_image(image, member, options.quality)
-    extra, odd = _maps(item, (height, width), options)
+    extra, odd = _maps(item, (height, width), bucket, options)
     return Prepared(
         member,
         data if changed or isinstance(item.data, Path) else None,
@@ -113,7 +113,9 @@ def _check_classes(record: Mapping[str, Any], classes: int | None) -> None:
             raise PictureError(f"a box has class {box[0]}, the classes are 0 to {classes - 1}")
 
 
-def _maps(item: Found, size: tuple[int, int], options: Options) -> tuple[dict[str, bytes], str | None]:
+def _maps(
+    item: Found, size: tuple[int, int], bucket: Bucket, options: Options
+) -> tuple[dict[str, bytes], str | None]:
     """The map and mask of a picture, cut as it is, and why one that came with it (in a tar) isn't taken for one.
 
     Raises:
@@ -124,24 +126,25 @@ def _maps(item: Found, size: tuple[int, int], options: Options) -> tuple[dict[st
     for name, path in ((MAP, item.labels.path if item.labels else None), (MASK, item.mask)):
         if path is not None:
             try:
-                made[name] = _cut(name, read_file(path), size, options, item.labels if name == MAP else None)
+                file = item.labels if name == MAP else None
+                made[name] = _cut(name, read_file(path), size, bucket, options.classes, file)
             except PictureError as error:
                 raise PictureError(f"{path}: {error}") from None
         elif (data := item.extra.get(name)) is not None:
             try:
-                made[name] = _cut(name, data, size, options, None)
+                made[name] = _cut(name, data, size, bucket, options.classes, None)
             except PictureError as error:  # others may mean something else by the name
                 made[f"other.{name}"], odd = data, odd or str(error)
     return made, odd
 
 
-def _cut(name: str, data: bytes, size: tuple[int, int], options: Options, file: LabelFile | None) -> bytes:
-    image = read_map(data, size, file, options.classes) if name == MAP else read_mask(data, size)
-    side = options.size
-    if side:
-        image, _, _ = cut_out(image, size, (side, side), resampling=RESAMPLING[name])
-    as_it_is = not side and png_header(data) == (*size, 8, 0) and (file is None or file.labels is None)
-    return data if as_it_is else grey_bytes(image)
+def _cut(
+    name: str, data: bytes, size: tuple[int, int], bucket: Bucket, classes: int | None, file: LabelFile | None
+) -> bytes:
+    image = read_map(data, size, file, classes) if name == MAP else read_mask(data, size)
+    if bucket == size and png_header(data) == (*size, 8, 0) and (file is None or file.labels is None):
+        return data
+    return grey_bytes(cut_out(image, size, bucket, resampling=RESAMPLING[name])[0])
 
 
 def read_file(path: Path) -> bytes:

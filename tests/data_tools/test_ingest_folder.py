@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.data.shards import ShardError, ShardSet, verify
+from data_tools.labels import read_map
+from finetune.data.shards import MAP, ShardError, ShardSet, verify
 from finetune.data.shards.images import decode_rgb
 from tests.data_tools.conftest import Result, encoded, smooth_picture
 
@@ -280,6 +281,21 @@ def test_the_output_folder_is_respected(cli: Cli, photos: Path, tmp_path: Path) 
     assert len(ShardSet.open(out)) == 5
     result = cli("ingest", "folder", photos, "--out", photos / "p2.txt")
     assert result.code == 2
+
+
+def test_maps_of_pictures_that_are_read_at_a_reduced_scale(cli: Cli, tmp_path: Path) -> None:
+    for folder, data in (
+        ("in", encoded(smooth_picture(0, 64, 96), "JPEG")),
+        ("maps", encoded(Image.fromarray(np.repeat(np.arange(96, dtype=np.uint8), 64).reshape(96, 64).T))),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"a.{'jpg' if folder == 'in' else 'png'}").write_bytes(data)
+    command = ("ingest", "folder", tmp_path / "in", "--maps", tmp_path / "maps", "--out", tmp_path / "out")
+    assert cli(*command, "--max-pixels", 2000, "--format", "png").code == 0
+    shards = ShardSet.open(tmp_path / "out")
+    assert shards.bucket_sizes == {(32, 48): 1}
+    labels_HW = np.asarray(read_map(shards.read_member(0, MAP), (32, 48)))
+    np.testing.assert_array_equal(labels_HW, np.tile(np.arange(1, 96, 2), (32, 1)))
 
 
 def test_names_of_classes_that_are_not_utf8(cli: Cli, tmp_path: Path) -> None:
