@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from data_tools.output import FINGERPRINTS, lock_folder
 from data_tools.pictures import PictureSource
 from finetune import UserError
 from finetune.data.shards import set_folder
+
+_SORT = "sort-"  # what the folder that a run sorts in begins with
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
             except OSError as error:
                 raise UserError(f"cannot write to {source.root} ({error.strerror}); copy the set") from None
             locks.enter_context(lock_folder(source.root / FINGERPRINTS, shared=False))
+            for left in (source.root / FINGERPRINTS).glob(f"{_SORT}*"):  # by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         return _dedupe(sources, args)
 
 
@@ -53,7 +58,7 @@ def _dedupe(sources: list[PictureSource], args: argparse.Namespace) -> int:
     for source in sources:
         if not any(part.count for part in known if part.source is source):
             raise UserError(f"{source.root} has no picture that can be read; run `data-tools verify` on it")
-    with tempfile.TemporaryDirectory(prefix="sort-", dir=sources[0].root / FINGERPRINTS) as work:
+    with tempfile.TemporaryDirectory(prefix=_SORT, dir=sources[0].root / FINGERPRINTS) as work:
         table = Table.gather(known, Path(work))
         found = find_duplicates(table, None if args.exact else args.distance, args.colour)
         if not args.dry_run:

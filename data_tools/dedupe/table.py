@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 
 from data_tools.dedupe.fingerprints import CELLS, Part
 from data_tools.dedupe.leaders import distances, find_leaders
+from finetune.data.shards.files import naming
 
 _CHUNK = 1 << 16
 
@@ -54,13 +57,10 @@ class Table:
         rank_of = np.empty(count, np.int64)
         rank_of[place_of] = np.arange(count)
 
-        def on_disk(name: str, dtype: str, *shape: int) -> np.ndarray:
-            return np.memmap(work / name, dtype, "w+", shape=(max(count, 1), *shape))[:count]
-
-        hashes, digests = on_disk("hashes", "<u8", 4), on_disk("digests", "<u8", 2)
-        cells = on_disk("cells", "u1", CELLS * CELLS, 3)
-        key_ends = np.memmap(work / "key_ends", "<i8", "w+", shape=(count + 1,))
-        with (work / "keys").open("wb") as file:
+        hashes, digests = _on_disk(work / "hashes", "<u8", count, 4), _on_disk(work / "digests", "<u8", count, 2)
+        cells = _on_disk(work / "cells", "u1", count, CELLS * CELLS, 3)
+        key_ends = _on_disk(work / "key_ends", "<i8", count + 1)
+        with naming(work / "keys"), (work / "keys").open("wb") as file:
             file.write(b"\0")  # a map must not be empty
             key_ends[0] = 1
             for part, start in zip(parts, starts[:-1].tolist(), strict=True):
@@ -74,6 +74,13 @@ class Table:
                 file.write("".join(keys).encode("ascii"))
         key_bytes = np.memmap(work / "keys", np.uint8, "r")
         return cls(place_of, hashes, digests, cells, key_ends, key_bytes, starts)
+
+
+def _on_disk(path: Path, dtype: str, *shape: int) -> np.ndarray:
+    """An array in a new file, which has all its room: on a full disk writing to a map would kill the process."""
+    with naming(path), path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, math.prod(shape) * np.dtype(dtype).itemsize)
+    return np.memmap(path, dtype, "r+", shape=shape)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -159,6 +161,26 @@ def test_a_set_is_for_one_at_a_time(cli: Cli, tmp_path: Path) -> None:
         result = cli("dedupe", one, two)
         assert (result.code, f"{two / '.dedupe'} is in use by another process" in result.err) == (2, True)
     assert cli("dedupe", one, two).code == 0
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Writing to a map of a file without blocks of its own would be a bus error."""
+    root = write_set(tmp_path / "set", {"a": encoded(scene(1)), "b": encoded(scene(1))})
+    killed = root / ".dedupe" / "sort-killed"
+    killed.mkdir(parents=True)
+    (killed / "hashes").write_bytes(b"of a run that was killed")
+
+    def full(fd: int, offset: int, size: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        result = cli("dedupe", root)
+    assert (result.code, "no space left on device while writing" in result.err) == (2, True)
+    assert not list((root / ".dedupe").glob("sort-*"))
+    assert cli("dedupe", root).code == 0 and len(rows(root)) == 1
 
 
 class _Inline:
