@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -34,7 +35,8 @@ class Rejects:
     def __exit__(self, *_: object) -> None:
         """Without `save`, nothing is left."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # closing flushes, which a full disk refuses again
+                self._file.close()
             self._file = None
             self.temporary.unlink(missing_ok=True)
 

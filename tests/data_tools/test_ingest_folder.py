@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 
 from data_tools.labels import read_map
+from data_tools.rejects import Rejects
 from finetune.data.shards import MAP, ShardError, ShardSet, verify
 from finetune.data.shards.images import decode_rgb
 from tests.data_tools.conftest import Result, encoded, smooth_picture
@@ -330,6 +332,19 @@ def test_a_full_disk_is_one_line(cli: Cli, photos: Path, tmp_path: Path, monkeyp
     assert "no space left on device while writing" in result.err
     with pytest.raises(ShardError, match="never finished"):
         ShardSet.open(tmp_path / "out")
+
+
+def test_rejects_on_a_full_disk_leave_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        with Rejects(tmp_path) as rows, Path("/dev/full").open("w") as full:
+            rows.add("a.png", "broken")
+            assert rows._file is not None
+            os.dup2(full.fileno(), rows._file.fileno())
+            rows.save()
+
+    with pytest.raises(OSError, match=re.escape(str(tmp_path / "rejects.jsonl"))):
+        fill()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
