@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_KEYS, MOST_FEATURES = 80, 64  # with more of them registers overflow, and flash kernels are faster
-# Queries that a program holds at a time, warps, stages: forward and backward.
-_FORWARD, _BACKWARD = (64, 4, 2), (64, 4, 1)
+# Queries that a program holds at a time, warps, stages: forward and backward. Tensor cores of other generations than
+# 9 and 10 take all operands from registers, where the gradients of 64 queries overflow (as compiled; measured on 9).
+_FORWARD, _BACKWARD, _BACKWARD_ELSEWHERE = (64, 4, 2), (64, 4, 1), (32, 4, 1)
 _PROGRAMS = 1024  # of either pass, if there are queries for as many
 
 
@@ -225,7 +226,8 @@ class _Attention(torch.autograd.Function):
         dy_BSHD = _dense(dy_BSHD)
         queries, keys = q_BSHD.shape[1], k_BKHD.shape[1]
         summed = any(ctx.needs_input_grad[1:])
-        grid, compiled_for = _launch(q_BSHD, keys, _BACKWARD)
+        elsewhere = q_BSHD.is_cuda and torch.cuda.get_device_capability(q_BSHD.device)[0] not in (9, 10)
+        grid, compiled_for = _launch(q_BSHD, keys, _BACKWARD_ELSEWHERE if elsewhere else _BACKWARD)
         dq_BSHD = torch.empty_like(q_BSHD, memory_format=torch.contiguous_format)
         sums_2NBKHD = torch.empty(
             (2, grid[0] if summed else 0, *k_BKHD.shape),
