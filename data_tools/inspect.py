@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from data_tools.output import whole_file
+from data_tools.texts import printable
 from finetune import UserError
 from finetune.data.shards import HOLE, LOWRES, MAP, MASK, ShardError, ShardSet, parse_boxes, set_folder
 
@@ -180,7 +181,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     if words := captions["words"]:
         spread = ", ".join(f"{name} {value:g}" for name, value in words.items())
         rows.append(("words a caption", f"{spread}; {captions['per_sample']:.3g} captions a sample{of}"))
-    rows += [("caption", text) for text in captions["first"]]
+    rows += [("caption", printable(text)) for text in captions["first"]]
     rows += _label_rows(facts)
     return rows
 
@@ -188,7 +189,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _label_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if names := facts.get("classes"):
         more = f", ... ({len(names)} in all)" if len(names) > _NAMES_AT_MOST else ""
-        yield "classes", ", ".join(names[:_NAMES_AT_MOST]) + more
+        yield "classes", printable(", ".join(names[:_NAMES_AT_MOST]), 1000) + more
     if (labels := facts.get("labels")) is None:
         return
     read = labels["samples_read"]
@@ -196,7 +197,7 @@ def _label_rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, samples in labels["samples"].items():
         counts = labels.get(name, {})
         common = sorted(counts, key=lambda label: -counts[label])
-        what = ", ".join(f"{counts[label]:,} {label}" for label in common[:_NAMES_AT_MOST])
+        what = ", ".join(f"{counts[label]:,} {printable(label)}" for label in common[:_NAMES_AT_MOST])
         rest = f", {len(common) - _NAMES_AT_MOST} more" if len(common) > _NAMES_AT_MOST else ""
         yield f"with {name}", f"{samples:,} samples{of}" + (f": {what}{rest}" if what else "")
 
@@ -216,7 +217,8 @@ def draw(out: Path, facts: dict[str, Any], lengths: list[int]) -> None:
     names, counts = bars(facts["buckets"])
     figure = Figure(figsize=(11, max(4.0, 1.5 + 0.22 * len(names))), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{Path(facts['path']).name}: {facts['samples']:,} {facts['kind']}")
+    title = f"{Path(facts['path']).name}: {facts['samples']:,} {facts['kind']}"
+    figure.suptitle(title, parse_math=False)  # a folder's name may have dollars
     left, right = figure.subplots(1, 2)
     left.barh(names, counts, color="tab:blue")
     left.invert_yaxis()

@@ -3,7 +3,7 @@
 The samples are evenly spaced over the set. The VAE is the one that the manifest names; another one with the
 same encoder may be given (a decoder trained further, say). Boxes are drawn, label maps tint their picture, what a
 loss mask leaves out is dimmed; --plain leaves all that out. A small picture and the picture with its first hole
-stand to the right of theirs.
+stand to the right of theirs. Pictures of more than a megapixel, or longer than 2,048 pixels, are shown smaller.
 
 examples:
   data-tools preview latents/photos --out sheet.png
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import colorsys
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from data_tools.devices import add_device_argument, choose_device
 from data_tools.inspect import record_of
 from data_tools.labels import read_map, read_mask
 from data_tools.output import whole_file
+from data_tools.texts import printable
 from finetune import UserError
 from finetune.data.shards import (
     IMAGE_MEMBERS,
@@ -47,6 +49,8 @@ _TINT = 0.45  # of a label's colour
 _DIM = 0.3  # what is left of a pixel whose loss doesn't count
 _TEXT = 16  # pixels that a name needs
 _BATCH = 8
+_MOST_PIXELS, _MOST_SIDE = 1 << 20, 2048  # of a picture on the sheet: photographs may be of 100 megapixels
+_SHEETS = {".jpg": 65_500, ".jpeg": 65_500, ".webp": 16_383}  # the most pixels that a side may have
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run `data-tools preview`."""
-    if args.out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    suffix = args.out.suffix.lower()
+    if suffix not in (".png", *_SHEETS):
         raise UserError(f"--out {args.out} should end in .png, .jpg or .webp")
     shards = ShardSet.open(args.shards)
     count = min(args.count, len(shards))
@@ -72,11 +77,14 @@ def run(args: argparse.Namespace) -> int:
     tiles = []
     for sample_id, pictures in zip(ids, tqdm(draw, total=count, unit="picture", disable=None), strict=True):
         if args.plain:
-            tiles.append(pictures[0])
+            tiles.append(_shown(pictures[0]))
         else:
-            first = annotate(shards, sample_id, pictures[0], names)
-            tiles.append(_row([first, *_small(shards, sample_id, first.size), *pictures[1:]]))
+            first = _shown(annotate(shards, sample_id, pictures[0], names))
+            tiles.append(_row([first, *_small(shards, sample_id, first.size), *map(_shown, pictures[1:])]))
     sheet = contact_sheet(tiles, args.columns)
+    if max(sheet.size) > (most := _SHEETS.get(suffix, max(sheet.size))):
+        shape = f"{sheet.width}x{sheet.height} pixels, and {suffix} holds sides of {most}"
+        raise UserError(f"the sheet would have {shape}; take fewer --columns, a smaller --count, or a .png")
     with whole_file(args.out) as temporary:
         sheet.save(temporary)
     print(f"{count} of {len(shards)} samples in {args.out}")
@@ -110,11 +118,21 @@ def annotate(shards: ShardSet, sample_id: int, tile: Image.Image, names: list[st
         # The last pixel inside: a box of the whole picture has its lines in the picture.
         corner = (max(round(x1) - 1, round(x0)), max(round(y1) - 1, round(y0)))
         pen.rectangle((round(x0), round(y0), *corner), outline=colour(label))
-        name = names[label] if label < len(names) else str(label)
+        name = printable(names[label]) if label < len(names) else str(label)
         if pen.textlength(name) < x1 - x0 - 6 and y1 - y0 > _TEXT:
             # Dark edges: the picture below may have the same colour.
             pen.text((round(x0) + 3, round(y0) + 2), name, fill=colour(label), stroke_width=1, stroke_fill="black")
     return drawn
+
+
+def _shown(picture: Image.Image) -> Image.Image:
+    """As it is, or smaller where it is too large for a sheet."""
+    area, side = picture.width * picture.height, max(picture.size)
+    scale = min(1.0, math.sqrt(_MOST_PIXELS / area), _MOST_SIDE / side)
+    if scale == 1:
+        return picture
+    width, height = (max(int(scale * length), 1) for length in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def colour(label: int) -> tuple[int, int, int]:

@@ -174,6 +174,40 @@ def test_preview_of_pictures(cli: Cli, image_shards: Path, tmp_path: Path) -> No
         np.testing.assert_array_equal(tile, np.asarray(smooth_picture(number, 32, 32)))
 
 
+def test_preview_of_large_pictures(cli: Cli, tmp_path: Path) -> None:
+    """They are shown smaller: 64 photographs would take gigabytes."""
+    with ShardWriter(tmp_path / "set", "images") as writer:
+        for key, size in (("a", (1500, 1000)), ("b", (20, 9000)), ("c", (1024, 1024))):
+            writer.write(key, {"png": encoded(smooth_picture(1, *size)), "json": b"{}"})
+        writer.finish()
+    assert cli("preview", tmp_path / "set", "--out", tmp_path / "sheet.jpg", "--columns", 3).code == 0
+    with Image.open(tmp_path / "sheet.jpg") as sheet:
+        assert sheet.size == (3 * 2050 + 2, 1254 + 4)
+    command = ("preview", tmp_path / "wide", "--columns", 40, "--plain", "--out")
+    with ShardWriter(tmp_path / "wide", "images") as writer:
+        for number in range(9):
+            writer.write(f"k{number}", {"png": encoded(smooth_picture(1, 8, 2000)), "json": b"{}"})
+        writer.finish()
+    assert cli(*command, tmp_path / "sheet.png").code == 0
+    result = cli(*command, tmp_path / "sheet.webp")
+    assert (result.code, "18020x12 pixels, and .webp holds sides of 16383; take fewer" in result.err) == (2, True)
+
+
+def test_texts_that_would_write_to_the_terminal(cli: Cli, tmp_path: Path) -> None:
+    """Names with line ends, captions of 100,000 characters with an escape, a folder with dollars."""
+    pytest.importorskip("matplotlib")
+    root = tmp_path / "of $a_{$"
+    record = {"captions": ["\x1b[31m" + 25_000 * "red "], "class": 0, "boxes": [[0, 0, 0, 1, 1]]}
+    with ShardWriter(root, "images") as writer:
+        writer.write("a", {"png": encoded(smooth_picture(1, 99, 99)), "json": json_bytes(record)})
+        Manifest("images", writer.members, writer.close(), classes=write_classes(root, ["a\nb"])).save(root)
+    assert cli("preview", root, "--out", tmp_path / "sheet.png").code == 0
+    result = cli("inspect", root, "--plot", tmp_path / "plot.png")
+    assert result.code == 0
+    assert "caption          ?[31mred red" in result.out and "1 a?b\n" in result.out
+    assert "\x1b" not in result.out and max(map(len, result.out.splitlines())) < 300
+
+
 def test_preview_of_latents_is_their_decoding(cli: Cli, latents: Path, vae_folder: Path, tmp_path: Path) -> None:
     result = cli("preview", latents, "--out", tmp_path / "sheet.png", "--count", 3)  # samples 0, 2 (of 2.5), 5
     assert result.code == 0, result.err

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 MOST_KEYS, MOST_FEATURES = 80, 64  # with more of them registers overflow, and flash kernels are faster
-# Queries that a program holds at a time, warps, stages: forward and backward. Tensor cores of other generations than
-# 9 and 10 take all operands from registers, where the gradients of 64 queries overflow (as compiled; measured on 9).
+# Queries that a program holds at a time, warps, stages: forward and backward. Tensor cores of other generations
+# than 9 and 10 take all operands from registers, which 64 queries overflow (as compiled; measured on 9 alone).
 _FORWARD, _BACKWARD, _BACKWARD_ELSEWHERE = (64, 4, 2), (64, 4, 1), (32, 4, 1)
 _PROGRAMS = 1024  # of either pass, if there are queries for as many
 
