@@ -151,12 +151,17 @@ def merge_small(table: list[Bucket], histogram: Histogram, least: int) -> list[B
     remains. Buckets that nobody needs go too, if `least` is 1 or more.
     """
     table = list(table)
+    steps: dict[Bucket, list[int]] = {bucket: [] for bucket in table}  # of the pictures that each would get
+    for step in histogram:
+        steps[table[_nearest_index(step, table)]].append(step)
+    sizes = {bucket: sum(histogram[step] for step in mine) for bucket, mine in steps.items()}
     while len(table) > 1:
-        sizes = dict.fromkeys(table, 0)
-        for step, count in histogram.items():
-            sizes[table[_nearest_index(step, table)]] += count
         smallest = min(table, key=lambda bucket: (sizes[bucket], bucket))
         if sizes[smallest] >= least:
             break
         table.remove(smallest)
+        for step in steps.pop(smallest):  # only these have another nearest one now
+            heir = table[_nearest_index(step, table)]
+            steps[heir].append(step)
+            sizes[heir] += histogram[step]
     return table

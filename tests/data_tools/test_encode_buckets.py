@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_tools.encode import buckets
 from data_tools.encode.buckets import (
     GRID,
     aspect_step,
@@ -143,6 +144,17 @@ def test_merged_buckets_are_large_enough(histogram: dict[int, int], least: int) 
         assert merged == table
     elif len(merged) > 1:
         assert min(sizes.values()) >= least
+
+
+def test_merging_looks_again_only_at_what_it_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each removed bucket all steps were compared with all buckets: minutes with steps of 16 pixels."""
+    looked: list[int] = []
+    nearest_index = buckets._nearest_index
+    monkeypatch.setattr(buckets, "_nearest_index", lambda step, t: looked.append(step) or nearest_index(step, t))
+    table, histogram = sdxl_table(1024, 32), dict.fromkeys(range(-1024, 1024), 1)
+    assert len(table) == 144
+    assert len(merge_small(table, histogram, 100)) > 10
+    assert len(looked) < 6 * len(histogram)
 
 
 def test_crop_loss() -> None:
