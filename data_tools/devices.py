@@ -53,7 +53,7 @@ def choose_device(name: str) -> torch.device:
     else:
         try:
             device = torch.device(name)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()  # which `meta` can't, nor a GPU that is broken
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(
                 f"--device {name} can't be used here ({first_line(error)}); try --device auto"

@@ -267,6 +267,7 @@ def test_latents_that_are_never_finite_are_set_aside(
         (["--aspect-buckets", "--size", "32"], "too small for --bucket-step 64"),
         (["--aspect-buckets", "--size", "32", "--bucket-step", "3"], "--bucket-step 3 does not divide by 2"),
         (["--device", "warp"], "--device warp can't be used here"),
+        (["--device", "meta"], "--device meta can't be used here"),
         (["--batch", "0"], "'0' is not a whole number"),
         (["--vae", "/no/such/vae"], "no autoencoder at /no/such/vae"),
         (["--caption", "sks"], "'sks' has no place for the caption; put {} where it goes"),
