@@ -26,7 +26,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -44,6 +43,7 @@ from finetune.data.shards import UNLABELLED
 
 _VALUES = ("class", "id", "id-1")
 _DIGITS = 6
+_MOST = 1 << 31  # pixels; JSON may have numbers of any size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -240,7 +240,7 @@ class Annotations:
 def size_of(image: Mapping[str, Any]) -> tuple[int, int] | None:
     """(height, width) that a file says of a picture."""
     height, width = image.get("height"), image.get("width")
-    if type(height) is int and type(width) is int and height > 0 and width > 0:
+    if type(height) is int and type(width) is int and 0 < height < _MOST and 0 < width < _MOST:
         return height, width
     return None
 
@@ -250,7 +250,7 @@ def _is_key(value: Any, known: Mapping[int, Any]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) < _MOST
 
 
 class _Maps:

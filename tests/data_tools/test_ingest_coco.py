@@ -94,6 +94,7 @@ def test_bad_entries_are_counted_and_the_rest_goes_on(cli: Cli, scenes: Path, tm
             {**good, "bbox": [0, 0, 0, 5]},
             {**good, "bbox": [0, 0, 5]},
             {**good, "bbox": [0, 0, 5, float("inf")]},
+            {**good, "bbox": [10**400, 0, 5, 5]},
             {**good, "bbox": [0, 0, 5, 5], "category_id": 35},
             {**good, "bbox": [0, 0, 5, 5], "category_id": [3]},
             {**good, "bbox": [0, 0, 5, 5], "image_id": 1},
@@ -111,7 +112,7 @@ def test_bad_entries_are_counted_and_the_rest_goes_on(cli: Cli, scenes: Path, tm
     result = ingest(cli, tmp_path / "out", file, scenes / "pictures")
     assert result.code == 0, result.err
     assert (
-        "10 boxes left out: 2 outside their picture, 2 that are not four numbers, 2 of an unknown category"
+        "11 boxes left out: 3 that are not four numbers, 2 outside their picture, 2 of an unknown category"
         in result.out
     )
     for reason in (
@@ -136,7 +137,7 @@ def test_bad_entries_are_counted_and_the_rest_goes_on(cli: Cli, scenes: Path, tm
     assert reasons["../up.png"].startswith("a path that leads out of")
     assert [r for r in reasons.values() if "64x64 pixels, its annotations are for 64x63" in r]
     result = ingest(cli, tmp_path / "crowds", file, scenes / "pictures", "--crowds")
-    assert "9 boxes left out" in result.out
+    assert "10 boxes left out" in result.out
     assert len(ShardSet.open(tmp_path / "crowds").read_json(0)["boxes"]) == 3
 
 
