@@ -8,7 +8,6 @@ stays bounded whatever the servers send. What may pass (no connection, a stall, 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import random
 import tempfile
 import threading
@@ -90,16 +89,16 @@ class Fetcher:
             UserError: a library for the URL's scheme is missing.
         """
         queue: deque[tuple[Item, Future[bytes | Path | FetchError] | None]] = deque()
-        source = iter(items)
         pool = ThreadPoolExecutor(self.limits.threads, thread_name_prefix="fetch")
         try:
-            while True:
-                for item in itertools.islice(source, _AHEAD * self.limits.threads - len(queue)):
-                    where = url(item)
-                    queue.append((item, None if where is None else pool.submit(self.fetch, where)))
-                if not queue:
-                    return
-                item, future = queue.popleft()
+            for item in items:
+                where = url(item)
+                queue.append((item, None if where is None else pool.submit(self.fetch, where)))
+                # What has no URL may hold a picture's bytes: it waits only for downloads that come before it.
+                while queue and (queue[0][1] is None or len(queue) == _AHEAD * self.limits.threads):
+                    item, future = queue.popleft()
+                    yield item, None if future is None else future.result()
+            for item, future in queue:
                 yield item, None if future is None else future.result()
         finally:
             self._stop.set()  # downloads under way end at their next chunk

@@ -179,6 +179,23 @@ def test_what_is_no_url_of_a_picture(url: str, says: str, tmp_path: Path) -> Non
     assert "\n" not in reason
 
 
+def test_what_needs_no_download_is_not_taken_ahead(site: Web, tmp_path: Path) -> None:
+    """Rows of a table with pictures in it: hundreds of them would be in memory."""
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(600):
+            taken.append(number)
+            yield number
+
+    site.pages["/one"] = b"one"
+    with Fetcher(QUICK, tmp_path) as fetcher:
+        pairs = fetcher.map(items(), lambda number: f"{site.url}/one" if number % 300 == 50 else None)
+        ahead = [len(taken) - number for number, _ in pairs]
+    assert (ahead[:50], len(ahead)) == ([1] * 50, 600)
+    assert ahead[299] == 1 and max(ahead) <= 8 * QUICK.threads
+
+
 def test_leaving_early_ends_the_downloads(site: Web, tmp_path: Path) -> None:
     site.pages["/0"] = b"first"
     site.pages["/1"] = lambda handler, _: (send(handler, b"", length=9), site.release.wait(30))  # type: ignore[func-returns-value]
