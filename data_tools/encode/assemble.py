@@ -57,10 +57,11 @@ def make_plan(
     Args:
         summarise: the units' statistics to those of the set; [] where there are no samples.
     """
-    parts = [Part.load(work, unit) for unit in range(len(units))]
+    parts: list[Part] = []
     total = Plan([], 0, 0, 0, 0, 0, {}, 0)
-    for part in parts:
-        tally = part.tally
+    for unit in range(len(units)):
+        parts.append(Part.load(work, unit))
+        tally = parts[-1].tally
         total.seen += tally.seen
         total.excluded += tally.excluded
         total.redone += tally.redone
@@ -68,6 +69,7 @@ def make_plan(
         total.boxes += tally.boxes
         total.boxes_lost += tally.boxes_lost
         total.rejects += len(tally.rejects)
+        tally.rejects = []  # there may be as many as pictures; they are listed from their files
         for reason, count in tally.filtered.items():
             total.filtered[reason] = total.filtered.get(reason, 0) + count
         for bucket, loss in tally.crop_loss.items():

@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import tarfile
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,10 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
+from data_tools.encode.assemble import load_plan, make_plan
 from data_tools.encode.encoder import Encoder
+from data_tools.encode.parts import Tally
+from data_tools.encode.work import Work
 from finetune.data.shards import Manifest, ShardSet, ShardWriter, json_bytes, verify
 from finetune.data.shards.images import decode_rgb
 from finetune.latents import LatentSpace, RunningMoments
@@ -379,3 +384,17 @@ def test_a_shard_that_cannot_be_read_ends_the_work(
     index.write_bytes(whole)
     assert cli(*encode).code == 0
     assert len(rows(tmp_path / "out")) == 9
+
+
+def test_the_plan_holds_no_rejects_in_memory(tmp_path: Path) -> None:
+    """Of a set of a billion links there are as many rejects as pictures."""
+    work = Work(tmp_path, -1)
+    for unit in range(40):
+        tally = Tally(seen=2000, rejects=[[f"{unit:05d}.tar: {n:0100d}", "not a picture"] for n in range(2000)])
+        work.publish(f"done/{unit:05d}.json", asdict(tally))
+    tracemalloc.start()
+    make_plan(work, [f"{unit:05d}.tar" for unit in range(40)], 100, lambda states: [])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (load_plan(work).rejects, load_plan(work).seen) == (80_000, 80_000)
+    assert peak < 4 << 20
