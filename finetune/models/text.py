@@ -188,7 +188,8 @@ def fitting(tokenizer: CLIPTokenizer, encoder: Any, source: str | Path) -> CLIPT
 
 def _load(kind: type[Encoder], folder: Path, dtype: torch.dtype) -> Encoder:
     try:
-        text_encoder = load_folder(kind, folder)
+        # Files of the whole CLIP hold the encoder of pictures as well, some of OpenCLIP layers that are not used.
+        text_encoder = load_folder(kind, folder, may_hold_more=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no text encoder can be loaded from {folder}: {first_line(error)}") from error
     # transformers 4 loads float32, 5 what the files hold: say it here, for both.

@@ -40,11 +40,15 @@ def read_weights(path: Path) -> tuple[Mapping[str, Tensor], Mapping[str, str]]:
     return _read_pickle(path), {}
 
 
-def load_folder(kind: type[Module], folder: Path, **settings: Any) -> Module:
+def load_folder(kind: type[Module], folder: Path, *, may_hold_more: bool = False, **settings: Any) -> Module:
     """`kind.from_pretrained(folder)` of diffusers or transformers, of float16 files where there are no others.
 
+    Args:
+        may_hold_more: files may hold weights that `config.json` has no place for, which are left out.
+
     Raises:
-        UserError: a weight is missing: transformers would draw it, diffusers leave it without memory.
+        UserError: a weight is missing: transformers would draw it, diffusers leave it without memory. Or one has no
+            place: the model would compute something else than what was trained.
         OSError, ValueError, RuntimeError, SafetensorError: of the library's.
     """
     variant = None if whole_weights(folder) or not _weights(folder) else "fp16"
@@ -54,6 +58,12 @@ def load_folder(kind: type[Module], folder: Path, **settings: Any) -> Module:
     if missing := sorted(about["missing_keys"]):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"{folder} holds no {missing[0]}{more}: the files are not whole, get them again")
+    if not may_hold_more and (rest := sorted(about["unexpected_keys"])):
+        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+        raise UserError(
+            f"{folder} holds {rest[0]}{more}, which its config.json has no place for: the two are of different "
+            "models, get both again"
+        )
     return loaded  # type: ignore[no-any-return]
 
 

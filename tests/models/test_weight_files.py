@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -75,6 +76,22 @@ def test_a_weight_that_is_missing_is_named(xl, tmp_path, part):
         ) as caught:
             LOADERS[part](tmp_path / part)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "smaller", "first"),
+    [
+        ("unet", {"transformer_layers_per_block": 1}, "down_blocks.1.attentions.0.transformer_blocks.1"),
+        ("vae", {"mid_block_add_attention": False}, "decoder.mid_block.attentions.0"),
+    ],
+)
+def test_weights_that_the_configuration_has_no_place_for_are_named(xl, tmp_path, part, smaller, first):
+    """They were left out without a word: a smaller model than the one that was trained."""
+    shutil.copytree(xl / part, tmp_path / part)
+    config = tmp_path / part / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | smaller))
+    with pytest.raises(UserError, match=rf"holds {first}\S+ and \d+ more, which its config.json has no place for"):
+        LOADERS[part](tmp_path / part)
 
 
 @pytest.mark.parametrize("part", LOADERS)
