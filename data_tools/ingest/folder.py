@@ -28,6 +28,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -235,7 +236,19 @@ def scan(root: Path, others: Sequence[Path]) -> Listing:
                 listing.sidecars[(base / stem).as_posix()] = suffix
     listing.pictures.sort()
     listing.unread.sort()
+    _respell(listing)
     return listing
+
+
+def _respell(listing: Listing) -> None:
+    """Give rows the names of pictures that are spelled in another of Unicode's forms, as macOS spells accents."""
+    names = [*listing.pictures, *(name for name, _ in listing.unread)]
+    if unmatched := listing.metadata.keys() - set(names):
+        spelled = {unicodedata.normalize("NFC", name): name for name in names}
+        for name in unmatched:
+            found = spelled.get(unicodedata.normalize("NFC", name))
+            if found is not None and found not in listing.metadata:
+                listing.metadata[found] = listing.metadata.pop(name)
 
 
 def _same(folder: str, name: str, others: Sequence[Path]) -> bool:

@@ -300,6 +300,21 @@ def test_maps_of_pictures_that_are_read_at_a_reduced_scale(cli: Cli, tmp_path: P
     np.testing.assert_array_equal(labels_HW, np.tile(np.arange(1, 96, 2), (32, 1)))
 
 
+def test_metadata_that_spells_accents_in_another_form(cli: Cli, tmp_path: Path) -> None:
+    """As a folder from macOS with a table from elsewhere: the same name in other code points."""
+    (tmp_path / "in").mkdir()
+    for name in ("e\u0301.png", "\u00e8.png", "e\u0300.png"):
+        (tmp_path / "in" / name).write_bytes(encoded(smooth_picture(0, 8, 8)))
+    rows = {"\u00e9.png": "acute", "\u00e8.png": "grave"}
+    (tmp_path / "in" / "metadata.csv").write_text(
+        "file_name,text\n" + "".join(f"{name},{text}\n" for name, text in rows.items()), encoding="utf-8"
+    )
+    assert cli("ingest", "folder", tmp_path / "in", "--out", tmp_path / "out").code == 0
+    captions = {name: row["captions"] for name, row in records(tmp_path / "out").items()}
+    assert captions == {"e\u0301.png": ["acute"], "\u00e8.png": ["grave"], "e\u0300.png": []}
+    assert not (tmp_path / "out" / "rejects.jsonl").exists()
+
+
 def test_names_of_classes_that_are_not_utf8(cli: Cli, tmp_path: Path) -> None:
     for folder in ("cat", os.fsdecode(b"caf\xe9")):
         (tmp_path / "in" / folder).mkdir(parents=True)
