@@ -66,7 +66,7 @@ def load_scheduler(source: str | Path, revision: str | None = None) -> dict[str,
         read = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{source} has no scheduler that can be read: {path}") from error
-    return dict(read)
+    return {"prediction_type": "epsilon", **read}  # diffusers' default: files as old as SD 1.5's don't say it
 
 
 def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction: str) -> list[str]:
@@ -76,18 +76,18 @@ def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction:
         own: of the model (see `load_scheduler`).
         settings, prediction: of the run (see `scheduler_config`).
     """
-    if own.get("_class_name") == FLOW_SCHEDULER:
-        return [] if prediction == "flow" else [f"predicts flow, not objective.prediction={prediction}"]
     names = {"v_prediction": "v", "sample": "x0"}
     predicts = str(own.get("prediction_type", prediction))
-    predicts = names.get(predicts, predicts)
+    predicts = "flow" if own.get("_class_name") == FLOW_SCHEDULER else names.get(predicts, predicts)
     found = [] if predicts == prediction else [f"predicts {predicts}, not objective.prediction={prediction}"]
-    for key in () if prediction == "flow" else ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule"):
+    has_betas = "flow" not in (predicts, prediction)
+    # A flow's U-Net is told its times in these terms too.
+    for key in ("num_train_timesteps", *(("beta_start", "beta_end", "beta_schedule") if has_betas else ())):
         if key in own and own[key] != settings[key]:
             found.append(f"has {key}={own[key]}, not model.scheduler.{key}={settings[key]}")
     key = "rescale_betas_zero_snr"
     has, wanted = bool(own.get(key)), bool(settings[key])  # a model of before diffusers had it does not say
-    if own and prediction != "flow" and has != wanted:
+    if own and has_betas and has != wanted:
         remedy = " (objective=v_zero_snr has)" if has else ""
         found.append(f"has {key}={has}, not model.scheduler.{key}={wanted}{remedy}")
     return found

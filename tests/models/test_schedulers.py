@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +36,11 @@ SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"
         ),
         (SD | {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}, "epsilon", []),
         ({}, "v", []),
+        (
+            {"_class_name": FLOW_SCHEDULER, "num_train_timesteps": 500},
+            "flow",
+            ["has num_train_timesteps=500, not model.scheduler.num_train_timesteps=1000"],
+        ),
     ],
 )
 def test_what_a_model_was_trained_for_is_compared(own: dict[str, object], prediction: str, says: list[str]) -> None:
@@ -47,6 +53,16 @@ def test_a_model_that_never_saw_pure_noise_is_told_from_a_run_that_shows_it() ->
     says = ["has rescale_betas_zero_snr=False, not model.scheduler.rescale_betas_zero_snr=True"]
     assert differences(v, zero_snr, "v") == says
     assert differences(v | {"rescale_betas_zero_snr": True}, zero_snr, "v") == []
+
+
+def test_a_model_that_does_not_say_what_it_predicts_predicts_noise(tmp_path: Path) -> None:
+    """As Stable Diffusion 1.5, whose configuration is older than the setting; diffusers takes it so."""
+    path = tmp_path / "scheduler" / "scheduler_config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(SD | {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}))
+    own, settings = load_scheduler(tmp_path), asdict(SchedulerConfig())
+    assert differences(own, settings, "epsilon") == []
+    assert differences(own, settings, "v") == ["predicts epsilon, not objective.prediction=v"]
 
 
 def test_a_run_that_trains_otherwise_is_told(pipeline: Path, overrides: list[str], tmp_path: Path) -> None:
