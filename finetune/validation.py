@@ -66,6 +66,7 @@ def held_out_loss(
         inputs = to_device(conditioner.inputs(share, torch.zeros(len(share), dtype=torch.bool)), world.device)
         ids_B = share.sample_ids.to(world.device)
         for stratum in range(strata):
+            world.watch.going_on()
             timesteps_B = stratified_timesteps(ids_B, stratum, strata, num_train_timesteps)
             draw_ids_B = ids_B * strata + stratum
             loss_B = strategy(
@@ -121,6 +122,7 @@ def draw_samples(
         return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in made.items()}
 
     def denoise(inputs: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        world.watch.going_on()
         return strategy("predict", inputs, t.expand(len(inputs)), condition)
 
     latents = []

@@ -18,6 +18,7 @@ from finetune.batch import Sample
 from finetune.conditioning import batch_of
 from finetune.config import Config, compose
 from finetune.distributed import World
+from finetune.distributed.watch import Watch
 from finetune.loop import Parts, asked
 from finetune.pictures import grid
 from finetune.validation import SEED, draw_samples, held_out_loss, shares, stratified_timesteps
@@ -96,6 +97,17 @@ def loss_of(config: Config, parts: Parts, strategy: Any) -> dict[str, float]:
         strata=config.validation.timesteps,
         num_train_timesteps=1000,
     )
+
+
+def test_a_long_validation_is_no_hang(built: tuple[Config, Parts], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, parts = built
+    marks = []
+    original = Watch.going_on
+    monkeypatch.setattr(Watch, "going_on", lambda self: (original(self), marks.append(self.mark)))
+    parts.strategy.world.watch.at("validating")
+    loss_of(config, parts, parts.strategy)
+    assert len(marks) == 3 * len(parts.data.held_out)
+    assert len({id(mark) for mark in marks}) > 1 and len(set(marks)) == 1  # as if it were said again
 
 
 def test_held_out_loss_is_a_plain_loop_over_samples(built: tuple[Config, Parts]) -> None:

@@ -41,6 +41,7 @@ from finetune.ema import Average, Power
 from finetune.posthoc import SNAPSHOTS
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
+_MEETING_SECONDS = 1.0  # while ranks wait together for a disk
 _STALLED_SECONDS = 300.0  # a disk that has taken nothing for so long is given up
 
 _FINISHED, _FINISHING, _WRITTEN, _WRITING = range(4)  # what a rank tells the others: `Checkpoints.state`
@@ -334,7 +335,7 @@ class Checkpoints:
 
     def _wait_for_round(self, save: _Save) -> None:
         assert save.task is not None
-        if not all(self._world.gather(save.task.wait(math.inf, stalled_after=_STALLED_SECONDS))):
+        if not self._all_done(save.task, math.inf):
             raise self._stalled(save.final)
 
     def _snapshot(
@@ -470,12 +471,28 @@ class Checkpoints:
         """Wait, so long at most, until nothing is under way; whether it is so. Collective."""
         ends = time.monotonic() + seconds
         while self._save is not None:
-            task = self._save.task
-            done = task is None or task.wait(ends - time.monotonic(), stalled_after=_STALLED_SECONDS)
-            if not all(self._world.gather(done)):
+            if not self._all_done(self._save.task, ends - time.monotonic()):
                 return False
             self._turn()
         return True
+
+    def _all_done(self, task: Task[Any] | None, seconds: float) -> bool:
+        """Wait, so long at most, until all ranks' tasks are done, or one has stalled; whether they are. Collective.
+
+        Ranks meet in between, since neither a collective nor the watch waits for as long as a slow disk may take.
+        """
+        ends = time.monotonic() + seconds
+        while True:
+            wait_s = min(ends - time.monotonic(), _MEETING_SECONDS)
+            done = task is None or task.wait(wait_s, stalled_after=_STALLED_SECONDS)
+            now = time.monotonic()
+            goes_on = task is None or now < min(ends, task.moved_at + _STALLED_SECONDS)
+            states = self._world.gather((done, done or goes_on))
+            if all(done for done, _ in states):
+                return True
+            if not all(may_be for _, may_be in states):
+                return False
+            self._world.watch.going_on()
 
     def _wait_a_little(self) -> bool:
         """Wait for the save under way, where it is young and the disk was fast so far; whether it is done.

@@ -130,6 +130,10 @@ class Watch:
         step, turn, _, _ = self.mark
         self.mark = Mark(step, turn + 1, place, self._patience if patience is None else patience)
 
+    def going_on(self) -> None:
+        """What the main thread waits for comes forward, however slowly: the time for it begins anew."""
+        self.mark = Mark(*self.mark)  # of the same turn: ranks that only wait are not behind
+
     def begin(self, step: int) -> None:
         """The main thread begins a step, counted from 1. This process's first two steps may compile."""
         self._steps += 1

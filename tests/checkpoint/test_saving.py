@@ -9,7 +9,9 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 from finetune import UserError
 from finetune.checkpoint import Checkpoints, checkpoints, find_fault, host, record, writing
+from finetune.distributed.watch import Bounds, Watch
 from finetune.loop import Parts
 from tests.checkpoint.conftest import Command, disturb, parts_of, progress_at
 
@@ -142,6 +145,7 @@ def test_no_step_waits_again_for_a_disk_that_was_slow(
     parts: Parts, said: list[str], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "_PATIENCE_SECONDS", 2)  # also on a busy machine
+    monkeypatch.setattr(checkpoints, "_MEETING_SECONDS", 9)
     waits: list[float] = []
     original = writing.Task.wait
 
@@ -157,6 +161,28 @@ def test_no_step_waits_again_for_a_disk_that_was_slow(
     gate.opened.set()
     parts.checkpoints.finish()
     assert find_fault(parts.checkpoints.folder / "step-00000001") is None
+
+
+def test_a_slow_disk_is_no_hang(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last save takes longer than the watch lets one place take."""
+    verdicts: list[str] = []
+
+    class Told(Watch):
+        def _end(self, verdict: Any) -> None:
+            verdicts.append(verdict.line)
+
+    watch = Told(bounds=Bounds(0, 0.5, 0))
+    parts.strategy.world = replace(parts.strategy.world, watch=watch)
+    original = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (threading.Event().wait(0.1), original(file)))
+    monkeypatch.setattr(checkpoints, "_MEETING_SECONDS", 0.05)
+    watch.start()
+    started = time.monotonic()
+    watch.at("saving", 2)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
+    watch.leave()
+    assert time.monotonic() - started > 1.5
+    assert verdicts == []
 
 
 def test_a_disk_that_takes_nothing_is_given_up_in_bounded_time(
