@@ -57,3 +57,13 @@ def test_a_run_keeps_its_ranks(pipeline: Path, overrides: list[str], command: Co
 def test_mistakes_are_one_line(overrides: list[str], word: str, says: str) -> None:
     with pytest.raises(UserError, match=says):
         parts_of(overrides, word)
+
+
+def test_ranks_of_what_is_not_adapted_are_refused(overrides: list[str], pipeline: Path) -> None:
+    """They had no effect: the part is there, but `adapter.targets` takes nothing in it."""
+    lora = [*overrides, f"model.pretrained={pipeline}", "model.unet={}", "adapter=lora"]
+    with pytest.raises(
+        UserError, match=r"adapter\.ranks\.resnets: no part of what is trained .* such a name is .*to_q"
+    ):
+        parts_of(lora, "adapter.ranks.resnets=8")
+    parts_of(lora, "adapter.ranks.resnets=8", "adapter.targets=[to_q,conv1]")

@@ -21,7 +21,7 @@ from finetune.config import Config, ModelConfig, SchedulerConfig
 from finetune.data.loader import Data
 from finetune.distributed import ORDERED, World
 from finetune.models import fast
-from finetune.models.adapters import TEXT_TARGETS, add_lora
+from finetune.models.adapters import TEXT_TARGETS, add_lora, targeted
 from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoencoder
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, require_parts
@@ -216,7 +216,8 @@ def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict
         text.requires_grad_(train_text and config.adapter.kind == "full")
     if config.adapter.kind == "lora":
         ranks = {part: int(rank) for part, rank in flat(config.adapter.ranks).items()}
-        every = [name for model in adapted.values() for name, _ in model.named_modules()]
+        targets = {name: config.adapter.targets if part is unet else TEXT_TARGETS for name, part in adapted.items()}
+        every = [layer for name, part in adapted.items() for layer in targeted(part, targets[name])]
         require_parts("adapter.ranks", ranks, every)
         for name, part in adapted.items():
             add_lora(
@@ -227,7 +228,7 @@ def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict
                 ranks=ranks,
                 rank_stabilized=config.adapter.rank_stabilized,
                 dora=config.adapter.dora,
-                target_modules=config.adapter.targets if part is unet else TEXT_TARGETS,
+                target_modules=targets[name],
                 seed=fold(config.seed, f"{name} lora"),
             )
     for unused in text.unused() if text is not None else []:

@@ -77,12 +77,8 @@ def add_lora(
     """
     if rank < 1 or alpha <= 0 or not 0 <= dropout < 1:
         raise UserError(f"LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1; got {rank}, {alpha} and {dropout}")
-    layers = dict(module.named_modules())
-    for target in target_modules:
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            raise UserError(f"LoRA target {target!r} is no module of {type(module).__name__}")
-    targets, ranks = tuple(f".{target}" for target in target_modules), ranks or {}
-    own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in layers if f".{name}".endswith(targets)}
+    layers, ranks = dict(module.named_modules()), ranks or {}
+    own = {name: ranks.get(part_of(name, ranks) or "", rank) for name in targeted(module, target_modules)}
     own = {name: value for name, value in own.items() if value > 0}
     for name in own:
         if not isinstance(layers[name], nn.Linear | nn.Conv2d):
@@ -120,6 +116,20 @@ def add_lora(
         parameter.requires_grad_(True)
         trainable.append(name)
     return trainable
+
+
+def targeted(module: nn.Module, target_modules: Sequence[str]) -> list[str]:
+    """Names of the modules that `add_lora` takes for these targets.
+
+    Raises:
+        UserError: a target is no module's.
+    """
+    names = [name for name, _ in module.named_modules()]
+    for target in target_modules:
+        if not any(f".{name}".endswith(f".{target}") for name in names):
+            raise UserError(f"LoRA target {target!r} is no module of {type(module).__name__}")
+    targets = tuple(f".{target}" for target in target_modules)
+    return [name for name in names if f".{name}".endswith(targets)]
 
 
 def lora_alphas(component: str, module: nn.Module) -> dict[str, float]:
