@@ -67,3 +67,4 @@ def test_ranks_of_what_is_not_adapted_are_refused(overrides: list[str], pipeline
     ):
         parts_of(lora, "adapter.ranks.resnets=8")
     parts_of(lora, "adapter.ranks.resnets=8", "adapter.targets=[to_q,conv1]")
+    parts_of(lora, "adapter.ranks.resnets=0")  # what it asks for holds

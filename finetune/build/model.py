@@ -217,8 +217,10 @@ def adapt(config: Config, unet: UNet2DConditionModel, text: Text | None) -> dict
     if config.adapter.kind == "lora":
         ranks = {part: int(rank) for part, rank in flat(config.adapter.ranks).items()}
         targets = {name: config.adapter.targets if part is unet else TEXT_TARGETS for name, part in adapted.items()}
-        every = [layer for name, part in adapted.items() for layer in targeted(part, targets[name])]
+        every = [layer for part in adapted.values() for layer, _ in part.named_modules()]
         require_parts("adapter.ranks", ranks, every)
+        taken = [layer for name, part in adapted.items() for layer in targeted(part, targets[name])]
+        require_parts("adapter.ranks", [part for part, rank in ranks.items() if rank], taken)
         for name, part in adapted.items():
             add_lora(
                 part,
