@@ -13,6 +13,7 @@ from data_tools.encode.buckets import candidates
 from data_tools.encode.course import Course
 from data_tools.encode.encoder import Encoder, TextCache, make_fast
 from data_tools.encode.excluded import Excluded
+from data_tools.encode.options import refuse_idle
 from data_tools.encode.prepare import Recipe
 from data_tools.encode.work import join
 from data_tools.filters import Filters
@@ -30,12 +31,11 @@ def run(args: argparse.Namespace) -> int:
     place = Place.find()
     if args.overwrite and place.world > 1:
         raise UserError(f"--overwrite is for one process, not {place.world}; delete {args.out} and start again")
+    refuse_idle(args)
     refuse_sources(args.out, [args.shards])
     recipe = _recipe(args)
     source = PictureSource.open(args.shards)
     excluded = Excluded.load(source, args.exclude, args.keep_duplicates)
-    if args.full_holes and not args.holes:
-        raise UserError(f"--full-holes {args.full_holes:g} needs holes; give --holes")
     classes = source.shards.classes() if source.shards is not None else []
 
     import torch

@@ -11,11 +11,13 @@ from data_tools.encode.degrade import DEGRADATIONS
 from data_tools.filters import add_filter_arguments
 from data_tools.labels import LEAST_OF_A_BOX
 from data_tools.texts import sound_text
+from finetune import UserError
 from finetune.data.shards import set_folder
 from finetune.terminal import nonempty, positive
 
 DTYPES = ("float32", "bfloat16", "float16")
 RULES = ("sd", "sdxl", "data")
+_BUCKETS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bucket-step", type=positive, default=64, metavar="N", help="sides are multiples of it (default: 64)"
     )
     sizes.add_argument(
-        "--max-buckets", type=positive, default=12, metavar="N", help="of --aspect-buckets data (default: 12)"
+        "--max-buckets", type=positive, default=_BUCKETS, metavar="N", help="of --aspect-buckets data (default: 12)"
     )
     sizes.add_argument(
         "--min-bucket",
@@ -130,6 +132,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workers_argument(parser)
     add_shard_arguments(parser, "LATENTS")
     add_filter_arguments(parser)
+
+
+def refuse_idle(args: argparse.Namespace) -> None:
+    """Refuse options that have no effect without another one.
+
+    Raises:
+        UserError: there is such a one; says which other it needs.
+    """
+    for name, idle, needs, there in (
+        ("full_holes", 0, "--holes", args.holes),
+        ("degradation", "bicubic", "--lowres", args.lowres),
+        ("min_bucket", 0, "--aspect-buckets", args.aspect_buckets),
+        ("max_buckets", _BUCKETS, "--aspect-buckets data", args.aspect_buckets == "data"),
+    ):
+        if (value := getattr(args, name)) != idle and not there:
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} has no effect without {needs}; give both, or neither"
+            )
 
 
 def _caption(text: str) -> str:

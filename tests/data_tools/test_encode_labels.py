@@ -455,7 +455,7 @@ def test_pictures_with_a_wrong_map_are_set_aside(cli: Cli, vae_folder: Path, tmp
     ("extra", "says"),
     [
         (["--lowres", "3"], "--lowres 3 does not divide pictures of 32x32"),
-        (["--full-holes", "0.5"], "--full-holes 0.5 needs holes; give --holes"),
+        (["--full-holes", "0.5"], "--full-holes 0.5 has no effect without --holes; give both, or neither"),
         (["--min-box", "1.5"], "'1.5' is not a number from 0 to 1"),
         (["--holes", "-1"], "is not a whole number of at least 0"),
         (["--degradation", "worse"], "invalid choice: 'worse'"),
