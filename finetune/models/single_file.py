@@ -128,7 +128,11 @@ class SingleFile:
             return told.get(str(self.sidecar["parameterization"]))
         if "v_pred" in self.tensors or self.kind == "upscaler":  # the first: a mark that ComfyUI looks for
             return "v_prediction"
-        return told.get(self.metadata.get("modelspec.prediction_type", ""))
+        named = (self.metadata.get(f"modelspec.{key}", "") for key in ("prediction_type", "predict_key"))
+        said = next((told[name] for name in named if name in told), None)  # the second name is ComfyUI's
+        if said is None and self.sidecar and self.kind != "xl":
+            return "epsilon"  # what that code takes it for: the published configurations don't say it
+        return said
 
     @property
     def says_scale(self) -> bool:

@@ -311,6 +311,11 @@ def test_the_schedule_is_the_kinds_or_the_sidecars(tmp_path: Path) -> None:
     assert open_file(path).scheduler() == sd | told
     path.with_suffix(".yaml").write_text("model: {params: {parameterization: eps}}")
     assert open_file(path).scheduler() == sd | {"prediction_type": "epsilon"}  # over what the metadata say
+    save_file(tensors, path, metadata={"modelspec.predict_key": "v"})  # as ComfyUI names it
+    path.with_suffix(".yaml").write_text("model: {params: {scale_factor: 0.18215}}")
+    assert open_file(path).prediction == "v_prediction"
+    save_file(tensors, path)
+    assert open_file(path).prediction == "epsilon"  # the published v2-inference.yaml does not say it
     path.with_suffix(".yaml").write_text("[")
     with pytest.raises(UserError, match=r"model\.yaml is no configuration"):
         open_file(path).scheduler()
@@ -328,6 +333,8 @@ def test_a_file_of_2_that_does_not_say_what_it_predicts_is_pointed_out(tmp_path:
         parts = load_components(path, tokenizer=tmp_path / "words")
         assert len(parts.notices) == told and parts.scheduler["prediction_type"] == "epsilon"
     assert "put its configuration beside it as model.yaml" in parts.notices[0]
+    path.with_suffix(".yaml").write_text("model: {params: {linear_start: 0.00085}}")  # a model that predicts noise
+    assert load_components(path, tokenizer=tmp_path / "words").notices == ()
     path.with_suffix(".yaml").write_text("model: {params: {parameterization: v}}")
     parts = load_components(path, tokenizer=tmp_path / "words")
     assert parts.notices == () and parts.scheduler["prediction_type"] == "v_prediction"
