@@ -48,6 +48,14 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 class UserError(Exception):
     """A mistake that the user can mend. Its text is one line: what, which value, what to do."""
 
+    exit_code = 2
+
+
+class AwayError(UserError):
+    """A disk does not answer now (see `AWAY`): the user need not do anything, since a retry may mend it."""
+
+    exit_code = 74
+
 
 class PeerLostError(Exception):
     """Another rank, or the store where ranks meet, is gone. Its text is one line; a retry may mend it."""
@@ -89,7 +97,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main()
     except UserError as error:
-        code = _complain(" ".join(str(error).split()))
+        _complain(" ".join(str(error).split()))
+        code = error.exit_code
     except PeerLostError as error:
         _complain(" ".join(str(error).split()))
         code = PEER_LOST

@@ -75,8 +75,8 @@ def speak_in_turn(main: Callable[[], int]) -> int:
         # A launcher ends all ranks with the first one: most errors are everyone's, and rank 0 says them best.
         time.sleep(_LATE_SECONDS)
         if is_by_all(error):
-            return 2
-        raise UserError(f"[rank {rank}] {error}") from None
+            return error.exit_code
+        raise type(error)(f"[rank {rank}] {error}") from None
 
 
 @contextlib.contextmanager

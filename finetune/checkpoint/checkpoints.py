@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from finetune import UserError, by_all, memory
+from finetune import AwayError, UserError, by_all, memory
 from finetune.checkpoint.host import HostMemory
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
@@ -35,7 +35,7 @@ from finetune.checkpoint.record import (
 )
 from finetune.checkpoint.restore import Named, Reader
 from finetune.checkpoint.snapshots import keep_snapshot, prune_snapshots
-from finetune.checkpoint.writing import Piece, Report, Task, Writing, describe
+from finetune.checkpoint.writing import Piece, Report, Task, Trouble, Writing, describe
 from finetune.distributed import Strategy, Wanted
 from finetune.ema import Average, Power
 from finetune.posthoc import SNAPSHOTS
@@ -102,7 +102,7 @@ class _Round:
 class _Outcome:
     """How a save ended: why it failed, or None; and what else there is to say."""
 
-    error: str | None = None
+    trouble: Trouble | None = None
     note: str | None = None
 
 
@@ -260,6 +260,7 @@ class Checkpoints:
 
         Raises:
             UserError, on every rank: the disk is full or refuses; what was half written is removed.
+            AwayError, on every rank: it does not answer.
         """
         self.finish()
         for more in (1, 0):
@@ -271,18 +272,16 @@ class Checkpoints:
                 return
             if more:
                 self._say(f"note: trying to save step {progress.step} once more")
-        raise by_all(
-            UserError(
-                f"cannot save {final}: {self._last_error}; the checkpoints before it are untouched: "
-                "make room and start the same command again"
-            )
-        )
+        what = f"cannot save {final}: {self._trouble.text}; the checkpoints before it are untouched"
+        if self._trouble.is_away:
+            raise by_all(AwayError(f"{what}: start the same command again when the disk answers"))
+        raise by_all(UserError(f"{what}: make room and start the same command again"))
 
     def finish(self) -> None:
         """Wait for the save that is under way, if any; collective. Its failure is told, not raised.
 
         Raises:
-            UserError, on every rank: it is just being published, and the disk no longer answers.
+            AwayError, on every rank: it is just being published, and the disk no longer answers.
         """
         if self._settle(math.inf):
             return
@@ -399,12 +398,12 @@ class Checkpoints:
         self._is_patient = seconds < _PATIENCE_SECONDS
         if outcome.note is not None:
             self._say(f"warning: {outcome.note}")
-        if outcome.error is None:
+        if outcome.trouble is None:
             self._last_saved, self._failures = save.progress.step, 0
         else:
             self._failures += 1
-            self._last_error = outcome.error
-            self._say(f"warning: {self._lost(save)}: {outcome.error}")
+            self._trouble = outcome.trouble
+            self._say(f"warning: {self._lost(save)}: {outcome.trouble.text}")
 
     def _report(self, save: _Save) -> tuple[Report, BaseException | None]:
         """This rank's report, and an error of its thread that is no disk's."""
@@ -412,31 +411,31 @@ class Checkpoints:
         try:
             save.task.result()
         except Exception as error:
-            text = describe(error, self._world.rank, self._world.size)
-            return Report({}, text), None if isinstance(error, OSError) else error
+            trouble = describe(error, self._world.rank, self._world.size)
+            return Report({}, trouble), None if isinstance(error, OSError) else error
         return Report(save.writing.sums), None
 
     def _complete(self, save: _Save, reports: list[Report], moved: Callable[[], None]) -> _Outcome:
         """On rank 0, in its thread: check what was written, record and publish it; else remove it."""
-        errors = [report.error for report in reports if report.error is not None]
+        troubles = [report.trouble for report in reports if report.trouble is not None]
         note = None
         try:
-            if not errors:
+            if not troubles:
                 sums = sum_files(save.temporary, moved)
-                errors += self._differences(save, reports, {name: of.words for name, of in sums.items()})
-            if not errors:
+                troubles += self._differences(save, reports, {name: of.words for name, of in sums.items()})
+            if not troubles:
                 record = asdict(save.progress) | {"averages": save.averages}
                 write_record(save.temporary, record, sums)
                 with save.publishing:
                     if save.is_given_up:
-                        errors.append("it was given up")
+                        troubles.append(Trouble("it was given up"))
                     else:
                         note = self._publish(save, record, sums, moved)
         except OSError as error:
-            errors.append(describe(error, 0, self._world.size))
-        if errors:
+            troubles.append(describe(error, 0, self._world.size))
+        if troubles:
             shutil.rmtree(save.temporary, ignore_errors=True)
-        return _Outcome(errors[0] if errors else None, note)
+        return _Outcome(troubles[0] if troubles else None, note)
 
     def _publish(
         self, save: _Save, record: dict[str, Any], sums: dict[str, FileSum], moved: Callable[[], None]
@@ -454,14 +453,16 @@ class Checkpoints:
             return f"old checkpoints in {self.folder} cannot be removed: {error.strerror or error}"
         return None
 
-    def _differences(self, save: _Save, reports: list[Report], found: dict[str, int]) -> list[str]:
+    def _differences(self, save: _Save, reports: list[Report], found: dict[str, int]) -> list[Trouble]:
         for file, size in save.writing.sizes.items():
             meant = sum(report.sums.get(file, 0) for report in reports) % (1 << 64)
             path = save.temporary / file
             if path.stat().st_size != size or found.get(file) != meant:
                 return [
-                    f"{file} does not hold what was written to it: is {self.folder} the same folder on all "
-                    "machines, and its disk sound?"
+                    Trouble(
+                        f"{file} does not hold what was written to it: is {self.folder} the same folder on all "
+                        "machines, and its disk sound?"
+                    )
                 ]
         return []
 
@@ -528,9 +529,9 @@ class Checkpoints:
         if self._world.is_main:
             self.say(line)
 
-    def _stalled(self, final: Path) -> UserError:
+    def _stalled(self, final: Path) -> AwayError:
         return by_all(
-            UserError(
+            AwayError(
                 f"cannot save {final}: the disk has taken nothing for {_STALLED_SECONDS:.0f} s; the checkpoints "
                 "before it are untouched: start the same command again when the disk answers"
             )

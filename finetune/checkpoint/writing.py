@@ -13,7 +13,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-from finetune import first_line
+from finetune import AWAY, first_line
 
 T = TypeVar("T")
 
@@ -69,11 +69,19 @@ class Task(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Trouble:
+    """Why something is not written, in a few words. `is_away`: the disk does not answer, and may do so later."""
+
+    text: str
+    is_away: bool = False
+
+
+@dataclass(frozen=True)
 class Report:
-    """What a rank says of its part: `sums` of the words it wrote, by file; `error`: why it could not, or None."""
+    """What a rank says of its part: `sums` of the words it wrote, by file; `trouble`: why it could not, or None."""
 
     sums: dict[str, int]
-    error: str | None = None
+    trouble: Trouble | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +161,8 @@ def sum_of_words(data: memoryview) -> int:
     return int(np.frombuffer(data, dtype="<u4").sum(dtype=np.uint64))
 
 
-def describe(error: BaseException, rank: int, world_size: int) -> str:
-    """An error of writing in a few words, with the rank and host where there are several."""
+def describe(error: BaseException, rank: int, world_size: int) -> Trouble:
+    """An error of writing, with the rank and host where there are several."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    return f"{text} (rank {rank} on {socket.gethostname()})" if world_size > 1 else text
+    where = f" (rank {rank} on {socket.gethostname()})" if world_size > 1 else ""
+    return Trouble(f"{text}{where}", isinstance(error, OSError) and error.errno in AWAY)

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import UserError
+from finetune import AwayError, UserError
 from finetune.checkpoint import Checkpoints, checkpoints, find_fault, host, record, writing
 from finetune.distributed.watch import Bounds, Watch
 from finetune.loop import Parts
@@ -189,7 +189,7 @@ def test_a_disk_that_takes_nothing_is_given_up_in_bounded_time(
     parts: Parts, said: list[str], gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "_STALLED_SECONDS", 0.3)
-    with pytest.raises(UserError, match=r"cannot save .*step-00000001: the disk has taken nothing for 0 s"):
+    with pytest.raises(AwayError, match=r"cannot save .*step-00000001: the disk has taken nothing for 0 s"):
         parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
 
 
@@ -302,6 +302,20 @@ def test_the_last_save_is_tried_twice(
     assert command("train", *overrides) == (0, "")
     assert failed
     assert find_fault(tmp_path / "run/checkpoints/step-00000004") is None
+
+
+def test_a_run_whose_disk_is_away_at_its_end_may_be_tried_again(
+    overrides: list[str], command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Launchers try none again that ends with 2, as for a mistake."""
+
+    def pwrite(*_: Any) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    code, line = command("train", *overrides)
+    assert code == 74
+    assert "step-00000004: Input/output error; the checkpoints before it are untouched: start the same" in line
 
 
 @pytest.fixture
