@@ -492,6 +492,8 @@ def require_told(unet: UNet2DConditionModel, conditioner: Conditioner, task: str
     is_xl = any(isinstance(part, TextXL) for part in conditioner.modules())
     if added not in (None, "text") and not (added == "text_time" and is_xl):  # text: of the context alone
         asks += ["addition_embed_type"]
+    if config.get("time_cond_proj_dim") is not None:  # of how much guidance was distilled into it
+        asks += ["time_cond_proj_dim"]
     if asks:
         raise UserError(
             f"the U-Net has {asks[0]}={config[asks[0]]}: it must be told more than task={task} tells it here; "

@@ -241,6 +241,7 @@ def test_words_without_a_length_have_that_of_the_text_encoder(base, tmp_path, is
     [
         {"num_class_embeds": 10},
         {"class_embed_type": "timestep"},
+        {"time_cond_proj_dim": 8},  # diffusers' pipelines tell it the guidance (Meng et al. 2023, arXiv 2210.03142)
         {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 8,
