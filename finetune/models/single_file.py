@@ -165,6 +165,10 @@ class SingleFile:
         Raises:
             UserError: there is none, or of a kind that is not known.
         """
+        if mark := next((key for key in self.tensors if key.startswith(("edm_vpred.", "edm_mean"))), None):
+            raise UserError(
+                f"{self.path} holds a U-Net of EDM's noise levels, which are not known here: it has {mark}"
+            )
         config = self.written.get("unet") or unet_config(self)
         module = _on_meta(lambda: UNet2DConditionModel.from_config(config), self.path, "U-Net")
         self._require_all(

@@ -325,6 +325,15 @@ def test_the_schedule_is_the_kinds_or_the_sidecars(tmp_path: Path) -> None:
     assert open_file(path).scheduler() == sd | told
 
 
+def test_a_model_of_other_noise_levels_is_refused(tmp_path: Path) -> None:
+    """CosXL and Playground 2.5 were taken for models that predict the noise of Stable Diffusion's levels."""
+    path = tmp_path / "model.safetensors"
+    for mark in ("edm_vpred.sigma_max", "edm_mean"):
+        save_file(small("xl")[1] | {mark: torch.ones(1)}, path)
+        with pytest.raises(UserError, match=f"of EDM's noise levels, which are not known here: it has {mark}"):
+            load_unet(path)
+
+
 def test_a_file_of_2_that_does_not_say_what_it_predicts_is_pointed_out(tmp_path: Path) -> None:
     text.save_tokenizer(fakes.tokenizer(), tmp_path / "words")
     path = tmp_path / "model.safetensors"
