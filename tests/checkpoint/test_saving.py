@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import stat
 import subprocess
 import sys
 import threading
@@ -260,6 +261,23 @@ def test_a_hung_read_keeps_no_process_from_ending(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     done = subprocess.run([sys.executable, "-c", HUNG_READ, tmp_path], capture_output=True, text=True, timeout=40)
     assert (done.returncode, done.stdout) == (0, "reads\n"), done.stderr
+
+
+def test_a_file_system_that_syncs_no_folders_takes_checkpoints(
+    parts: Parts, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As older CIFS, and shared folders of virtual machines, where the kernel has no fsync for folders."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        original(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    parts.checkpoints.save(progress_at(1), parts.strategy, parts.averages)
+    assert find_fault(parts.checkpoints.folder / "step-00000001") is None
+    assert said == []
 
 
 # --- a full disk ----------------------------------------------------------------------------------
