@@ -37,7 +37,15 @@ def scheduler_config(settings: Mapping[str, Any], prediction: str = "epsilon") -
 
 
 def sampler_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's."""
+    """What a DDIM sampler can take from any scheduler's configuration; its offset and clipping are SD's.
+
+    Raises:
+        UserError: the model has no such noise levels.
+    """
+    if _is_edm(config):
+        raise UserError(
+            f"a model of EDM's noise levels ({config['_class_name']}) can't be sampled here: take another"
+        )
     if config.get("_class_name") == FLOW_SCHEDULER:
         return scheduler_config(config, "flow")
     known = set(DDIMScheduler._get_init_keys(DDIMScheduler))
@@ -85,9 +93,16 @@ def differences(own: Mapping[str, Any], settings: Mapping[str, Any], prediction:
     for key in ("num_train_timesteps", *(("beta_start", "beta_end", "beta_schedule") if has_betas else ())):
         if key in own and own[key] != settings[key]:
             found.append(f"has {key}={own[key]}, not model.scheduler.{key}={settings[key]}")
+    if _is_edm(own):
+        found.append("has EDM's noise levels, not model.scheduler's")
     key = "rescale_betas_zero_snr"
     has, wanted = bool(own.get(key)), bool(settings[key])  # a model of before diffusers had it does not say
     if own and has_betas and has != wanted:
         remedy = " (objective=v_zero_snr has)" if has else ""
         found.append(f"has {key}={has}, not model.scheduler.{key}={wanted}{remedy}")
     return found
+
+
+def _is_edm(config: Mapping[str, Any]) -> bool:
+    """Whether there are no betas, but the noise levels of Karras et al. 2022 (arXiv 2206.00364), as CosXL has."""
+    return str(config.get("_class_name")).startswith("EDM")

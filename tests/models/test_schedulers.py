@@ -10,7 +10,7 @@ import pytest
 
 from finetune import UserError
 from finetune.config import SchedulerConfig
-from finetune.models.schedulers import FLOW_SCHEDULER, differences, load_scheduler
+from finetune.models.schedulers import FLOW_SCHEDULER, differences, load_scheduler, sampler_config
 from tests.test_train import parts_of
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -63,6 +63,14 @@ def test_a_model_that_does_not_say_what_it_predicts_predicts_noise(tmp_path: Pat
     own, settings = load_scheduler(tmp_path), asdict(SchedulerConfig())
     assert differences(own, settings, "epsilon") == []
     assert differences(own, settings, "v") == ["predicts epsilon, not objective.prediction=v"]
+
+
+def test_a_model_of_other_noise_levels_is_not_sampled_as_one_of_betas() -> None:
+    """DDIM's own betas were taken, which no model here was trained with."""
+    own = {"_class_name": "EDMEulerScheduler", "sigma_max": 120.0, "prediction_type": "v_prediction"}
+    with pytest.raises(UserError, match=r"EDM's noise levels \(EDMEulerScheduler\) can't be sampled here"):
+        sampler_config(own)
+    assert differences(own, asdict(SchedulerConfig()), "v") == ["has EDM's noise levels, not model.scheduler's"]
 
 
 def test_a_run_that_trains_otherwise_is_told(pipeline: Path, overrides: list[str], tmp_path: Path) -> None:
