@@ -32,6 +32,9 @@ from finetune.checkpoint import publish
 from finetune.models.autoencoder import FirstStage, downsample_factor, to_signed
 from finetune.tracking import Tracker
 
+# Of pictures that one process measures at a time: the global batch may be what many GPUs share.
+_PIXELS_AT_ONCE = 2**20
+
 
 def finish(
     config: Config,
@@ -42,7 +45,7 @@ def finish(
     tracker: Tracker,
 ) -> Path:
     """Measure the latents' scale and held-out PSNR, SSIM and rFID, write RUN/vae and the last grid."""
-    size, run, device, say = config.train.global_batch, tracker.run, tracker.world.device, tracker.say
+    run, device, say = tracker.run, tracker.world.device, tracker.say
     result: dict[str, Any] = {"step": config.train.steps}
     if tracker.bar is not None:
         tracker.bar.close()  # of steps, of which there are no more
@@ -65,7 +68,7 @@ def finish(
         decibels: list[float] = []
         similarities: list[float] = []
         features: list[tuple[np.ndarray, np.ndarray]] = []
-        for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, size):
+        for pixels_BHW3 in _read_all(pictures, pictures.held_out_ids, config.train.global_batch):
             recon_BHW3 = reconstruct(vae, pixels_BHW3, device)
             decibels += psnr(pixels_BHW3, recon_BHW3).tolist()
             if min(pixels_BHW3.shape[1:3]) >= SSIM_WINDOW:
@@ -158,8 +161,9 @@ def _evenly(ids: np.ndarray, count: int) -> np.ndarray:
     return ids[[round(i * len(ids) / count) for i in range(count)]] if count < len(ids) else ids
 
 
-def _read_all(pictures: Pictures, ids_by_bucket: Sequence[np.ndarray], size: int) -> Iterator[np.ndarray]:
-    """Batches of at most `size` pictures, each of one bucket: uint8 [B, H, W, 3]."""
+def _read_all(pictures: Pictures, ids_by_bucket: Sequence[np.ndarray], most: int) -> Iterator[np.ndarray]:
+    """Batches of at most `most` pictures and `_PIXELS_AT_ONCE`, each of one bucket: uint8 [B, H, W, 3]."""
     for bucket, ids in enumerate(ids_by_bucket):
+        size = max(1, min(most, _PIXELS_AT_ONCE // math.prod(pictures.buckets[bucket])))
         for start in range(0, len(ids), size):
             yield pictures.read(bucket, ids[start : start + size])

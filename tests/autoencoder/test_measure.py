@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from finetune.autoencoder import config as schema
+from finetune.autoencoder import results
 from finetune.autoencoder.build import build
 from finetune.autoencoder.config import AutoencoderConfig
 from finetune.autoencoder.measure import comparison, measure_latents, psnr, reconstruct, ssim
+from finetune.autoencoder.pictures import Pictures
+from finetune.data.shards import ShardWriter
 from finetune.latents import LatentSpace, sample_latents
 from finetune.models.autoencoder import to_signed, to_uint8
 
@@ -124,3 +133,27 @@ def test_the_sheet_has_pictures_above_their_reconstructions() -> None:
         left = 2 + 18 * i
         assert np.array_equal(sheet[2:18, left : left + 16], tops[i])
         assert np.array_equal(sheet[20:36, left : left + 16], bottoms[i])
+
+
+def test_a_global_batch_of_many_gpus_is_not_measured_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process measures, in the memory of one GPU: 2^20 pixels, or one picture."""
+    root, sides = tmp_path / "s", ((256, 256), (1024, 2048))
+    with ShardWriter(root, "images") as writer:
+        for number in range(42):
+            size = sides[number // 40]
+            buffer = io.BytesIO()
+            Image.new("L", size[::-1], number).save(buffer, "PNG")
+            writer.write(f"{number:02d}", {"png": buffer.getvalue()}, size)
+        writer.finish()
+    config, _ = schema.load([f"data.shards={root}", f"run.dir={tmp_path}", "train.global_batch=256"])
+    pictures = Pictures(str(root), size=None, held_out=0, seed=0, multiple=8, cache_bytes=0, readers=1)
+    sizes: list[int] = []
+
+    def measure(vae: object, batches: Iterator[np.ndarray], device: object) -> None:
+        sizes.extend(map(len, batches))
+
+    monkeypatch.setattr(results, "measure_latents", measure)
+    results._measure_latents(config, pictures, build(TINY, 0), torch.device("cpu"))
+    assert sizes == [16, 16, 8, 1, 1]
