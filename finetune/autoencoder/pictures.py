@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from finetune import UserError, rng
+from finetune.data.order import Order
 from finetune.data.shards import IMAGE_MEMBERS, ShardSet
 from finetune.data.shards.images import PictureError, cut_out, decode_rgb
 
@@ -105,6 +106,22 @@ class Pictures:
     def sha256(self) -> str:
         """Of the shards' manifest."""
         return self._shards.manifest.sha256
+
+    def never_trained(self, order: Order) -> str | None:
+        """What to say of buckets that do not hold one global batch of `order`; None where all do."""
+        small = {
+            bucket: int(pictures)
+            for bucket, pictures, batches in zip(self.buckets, order.sizes[0], order.batches, strict=True)
+            if pictures and not batches
+        }
+        if not small:
+            return None
+        named = ", ".join(f"{h}x{w} ({pictures})" for (h, w), pictures in list(small.items())[:8])
+        return (
+            f"{sum(small.values())} pictures are never trained on, in buckets smaller than a global batch of "
+            f"{order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; lower train.global_batch, "
+            "or give data.size for one bucket of all"
+        )
 
     def fill_cache(self, progress: Callable[[], object] = lambda: None) -> None:
         """Decode everything into memory if it fits (`cached`); `progress` is called once for each picture."""

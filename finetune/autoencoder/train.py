@@ -238,6 +238,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             f"{sum(p.numel() for p in vae.parameters()) / 1e6:.2f} M parameters on {device.type}{processes}"
             + (", of which the decoder is trained" if config.train.decoder_only else "")
         )
+        if said := pictures.never_trained(order):
+            tracker.say(said)
         parts = loop.Parts(pictures, order, vae, average, optimizer, lpips, adversary, begun_from, passed_over)
         failed, stop = True, 0
         try:

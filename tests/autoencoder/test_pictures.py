@@ -15,6 +15,7 @@ from PIL import Image, ImageCms, ImageOps
 from finetune import UserError
 from finetune.autoencoder import config as schema
 from finetune.autoencoder.pictures import Pictures, decode
+from finetune.data.order import Order, Source
 from finetune.data.shards import ShardWriter
 
 
@@ -76,6 +77,15 @@ def test_each_bucket_keeps_its_shape(tmp_path: Path) -> None:
     assert sorted(pictures.buckets) == [(8, 24), (16, 16)]
     for bucket, size in enumerate(pictures.buckets):
         assert pictures.read(bucket, pictures.train_ids[bucket][:3]).shape == (3, *size, 3)
+
+
+def test_buckets_smaller_than_a_global_batch_are_told_of(tmp_path: Path) -> None:
+    pictures = opened(write(tmp_path / "s", [(16, 16)] * 12 + [(8, 24)] * 5), held_out=0)
+    sources = [Source(pictures.shard_sizes)]
+    assert pictures.never_trained(Order(sources, seed=0, global_batch=4)) is None  # the fifth has its turn
+    said = pictures.never_trained(Order(sources, seed=0, global_batch=6))
+    assert said is not None
+    assert "5 pictures are never trained on, in buckets smaller than a global batch of 6: 8x24 (5);" in said
 
 
 def test_size_makes_one_bucket_of_mixed_pictures(tmp_path: Path) -> None:
