@@ -91,12 +91,12 @@ class Tracker:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_text().splitlines():
+        for line in self.metrics.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
-                continue  # the line that a kill cut short
+                continue  # a kill cut it short, or a machine that lost its power left anything there
         write_atomic(self.metrics, "".join(kept).encode())
 
     def _start_wandb(self, config: dict[str, Any], name: str, project: str, mode: str) -> None:

@@ -122,7 +122,8 @@ def test_lines_past_the_checkpoint_and_torn_lines_are_dropped(tmp_path: Path) ->
     kept = [json.dumps({"step": n, "loss": 0.5}) for n in (1, 2, 3, 4)]
     torn = kept[3][:9]
     validation = json.dumps({"step": 2, "validation/loss": 0.5})
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*kept[:2], validation, *kept[2:], "[]", "7", torn]))
+    left = "\n".join([*kept[:2], validation, *kept[2:], "[]", "7", torn])
+    (tmp_path / "metrics.jsonl").write_bytes(left.encode() + b"\n\0\0\xff")
     tracker = tracker_of(tmp_path, first_step=2)
     tracker.close()
     assert (tmp_path / "metrics.jsonl").read_text() == "\n".join([*kept[:2], validation, ""])
