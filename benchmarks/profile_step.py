@@ -97,9 +97,14 @@ def main() -> None:
     parser.add_argument("--kernels", action="store_true", help="list the longest kernels as well")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
     arguments = parser.parse_args()
+    variants = arguments.variants.split(",")
+    if unknown := set(variants) - MAKERS.keys():
+        parser.error(f"{min(unknown)} is not one of {', '.join(MAKERS)}")
+    if arguments.steps < 1:
+        parser.error("--steps must be at least 1")
     device = torch.device("cuda" if on_gpu else "cpu")
     rows = {}
-    for variant in arguments.variants.split(","):
+    for variant in variants:
         step = MAKERS[variant](WORKS[arguments.work], device)
         rows[variant], kernels = breakdown(step, arguments.steps, device)
         del step

@@ -302,7 +302,8 @@ def main() -> None:
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=arguments.limit)
                 lines = done.stdout.splitlines()
-                row = json.loads(lines[-1]) if not done.returncode else row | {"error": done.stderr[-2000:]}
+                said = done.stderr.strip() or f"exit code {done.returncode}"  # killed, it says nothing
+                row = json.loads(lines[-1]) if not done.returncode else row | {"error": said[-2000:]}
             except subprocess.TimeoutExpired:
                 row["error"] = f"took longer than {arguments.limit:g} s"
             if "images_per_s" in row:
@@ -313,7 +314,7 @@ def main() -> None:
     print(f"\n{'work':<14}{'variant':<12}{'images/s':>9}{'to first':>9}{'of peak':>9}{'GiB':>7}{'warm s':>8}  aim")
     for row in table:
         if "error" in row:
-            print(f"{row['work']:<14}{row['variant']:<12}failed: {row['error'].strip().splitlines()[-1][:100]}")
+            print(f"{row['work']:<14}{row['variant']:<12}failed: {row['error'].splitlines()[-1][:100]}")
             continue
         work, share = WORKS[row["work"]], row["of_peak"]
         aim = f"{work.reach:g} / {work.stretch:g}" if work.reach else ""
