@@ -267,6 +267,13 @@ def test_values_out_of_range_are_refused_before_anything_is_read(key: str, value
         (["data.cache_dir=/cache"], "no effect of data.cache_dir: all shards are on this machine"),
         (["data.cache_dir=/cache", "data.shards=https://example.org/set"], None),
         (["ema=none", "ema.halflife_images=5"], "no effect of ema.halflife_images: ema.enabled=false"),
+        (["ema=none", "ema.halflives_images.long=5"], "ema.halflives_images.long: ema.enabled=false"),
+        (["ema=power", "ema.halflife_images=5", "ema.rampup_ratio=0"], "ema.rampup_ratio: ema.kind=power"),
+        (["ema=power", "ema.halflives_images.long=5", "ema.rampup_ratio=0.1"], None),
+        (["model.pad_input=true"], "no effect of model.pad_input: the U-Net is built anew"),
+        (["model.train_text_encoder=false"], "a text encoder that is built anew is always trained"),
+        (["model.pretrained=x", "model.pad_input=true", "model.train_text_encoder=true"], None),
+        (["model.fast=false", "model.graphs=true"], "no effect of model.graphs: model.fast=false"),
         (
             ["sample.every=0", "sample.prompts=[x]", "sample.steps=9"],
             "of sample.prompts, sample.steps: sample.every=0",

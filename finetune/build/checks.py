@@ -245,10 +245,22 @@ def unused(config: Config, asked: Collection[str]) -> list[str]:
     sources = data_sources(asdict(config.data))
     fetches = any(is_remote(str(each["shards"])) for each in sources.values())
     draws, validates = config.sample.every > 0, config.validation.every > 0
+    ema, is_pretrained = config.ema, config.model.pretrained is not None
+    lengths = [f"ema.halflives_images.{name}" for name in ema.halflives_images]
+    of_halflives = ["ema.halflife_images"] + ([] if lengths else ["ema.rampup_ratio"])
     notices = []
     for names, is_used, why in (
         (("data.cache_dir", "data.cache_gib"), fetches, "all shards are on this machine"),
-        (("ema.halflife_images", "ema.rampup_ratio"), config.ema.enabled, "ema.enabled=false"),
+        (
+            ("ema.kind", "ema.halflife_images", "ema.rampup_ratio", "ema.sigma_rels"),
+            ema.enabled,
+            "ema.enabled=false",
+        ),
+        (lengths, ema.enabled, "ema.enabled=false"),
+        (of_halflives, not ema.enabled or ema.kind != "power", "ema.kind=power"),
+        (("model.pad_input",), is_pretrained, "the U-Net is built anew, with the channels that its task needs"),
+        (("model.train_text_encoder",), is_pretrained, "a text encoder that is built anew is always trained"),
+        (("model.graphs",), config.model.fast, "model.fast=false"),
         (("sample.prompts", "sample.seed", "sample.steps"), draws, "sample.every=0"),
         (("validation.timesteps",), validates, "validation.every=0"),
         (("tracker.mode", "tracker.project"), config.tracker.wandb, "tracker=none"),
