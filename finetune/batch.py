@@ -129,7 +129,7 @@ def picture(data: bytes, mode: str, name: str) -> np.ndarray:
             if mode == "L" and image.mode not in ("L", "P"):
                 raise UserError(f"{name} has the mode {image.mode}: one label a pixel, 8-bit gray, is needed")
             return np.array(image if mode == "L" else image.convert(mode))
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{name} cannot be read as a picture: {first_line(error)}") from error
 
 

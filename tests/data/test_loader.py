@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from dataclasses import replace
 from itertools import islice
 from operator import le
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from finetune import UserError, rng
-from finetune.batch import Batch, Sample, array
+from finetune.batch import Batch, Sample, array, picture
 from finetune.conditioning import draw
 from finetune.data.loader import Data, Loader, Samples, Wanted, hold_out, largest_bucket, read_batch, shrink
 from finetune.data.order import Order, Source
@@ -679,6 +680,16 @@ def test_a_mask_that_is_no_picture_names_its_sample(labelled: Path, tmp_path: Pa
     data = replace(data_of(tmp_path / "set", global_batch=4), wanted=Wanted(loss_masks=True))
     with pytest.raises(UserError, match=f"^{tmp_path}/set: sample 0007: mask.png cannot be read as a picture: "):
         take(data.loader(seed=0, micro_batch=4), 3)
+
+
+def test_a_picture_too_large_to_be_read_is_a_line() -> None:
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    small = buffer.getvalue()
+    header = b"IHDR" + (20_000).to_bytes(4, "big") * 2 + small[24:29]
+    large = small[:12] + header + zlib.crc32(header).to_bytes(4, "big") + small[33:]
+    with pytest.raises(UserError, match=r"^map\.png cannot be read as a picture: Image size \(400000000 pixels\)"):
+        picture(large, "L", "map.png")
 
 
 def test_a_damaged_array_is_a_line_whatever_is_wrong_with_it() -> None:
