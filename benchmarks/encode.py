@@ -143,6 +143,11 @@ def rate(vae: Any, images_B3HW: torch.Tensor, seconds: float) -> float:
     return count / (time.perf_counter() - started)
 
 
+def _begins(workers: int, batch: int) -> int:
+    """The picture from which on `decoded` counts: by then all workers run."""
+    return 4 * workers + batch
+
+
 def decoded(shards: Path, size: int, batch: int, workers: int, pin: bool) -> float:
     """Pictures a second from shards to batches, as the command makes them, once all workers run."""
     recipe = Recipe(((size, size),), (255, 255, 255), Filters())
@@ -157,7 +162,7 @@ def decoded(shards: Path, size: int, batch: int, workers: int, pin: bool) -> flo
             if len(few) == batch:
                 stack(few[0].bucket, few, pin)
                 few = []
-            if number == 4 * workers + batch:
+            if number == _begins(workers, batch):
                 started, count = time.perf_counter(), -number
         return (count + number) / (time.perf_counter() - started)
 
@@ -197,10 +202,15 @@ def main() -> None:
     for given, known in ((parts, PARTS), (variants, VARIANTS)):
         if unknown := [one for one in given if one not in known]:
             parser.error(f"{unknown[0]} is not one of {', '.join(known)}")
+    workers = default_workers() if args.workers is None else args.workers
+    begins = _begins(workers, max(args.batch))
+    if "path" in parts and args.pictures[1] < 2 * begins:
+        parser.error(
+            f"--pictures {args.pictures[1]}: the path begins to count at {begins}, take {2 * begins} or more"
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.deterministic = True  # as in `data-tools encode`
     dtype = getattr(torch, args.dtype)
-    workers = default_workers() if args.workers is None else args.workers
     common = {"benchmark": "encode", **context(), "size": args.size, "dtype": args.dtype}
 
     def report(part: str, **found: Any) -> None:
