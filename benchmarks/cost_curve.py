@@ -38,7 +38,7 @@ from torch import nn
 
 from benchmarks import cost_quality
 from benchmarks.common import context, record, rounded, save_plot
-from benchmarks.cost_quality import UNETS
+from benchmarks.cost_quality import STAGES, UNETS
 from benchmarks.ranks import waiter
 from benchmarks.train_speed import Trained, Work, measure, peak_tflops, stepping, tflop, trained
 from benchmarks.works import BETAS, MATCHED, SEED, SHAPES, channels_of
@@ -217,7 +217,7 @@ def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> 
         UserError: the pictures are not fit for it.
     """
     on_gpu = torch.cuda.is_available()
-    given = dict(one.split("=", 1) for one in arguments.vae)
+    given = dict(arguments.vae)
     arguments.kept.mkdir(parents=True, exist_ok=True)
     measure = cost_quality.Quality(
         arguments.quality,
@@ -236,7 +236,7 @@ def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> 
         row: dict[str, Any] = {"work": "cost_quality", "variant": "fast" if arguments.fast else "eager"}
         row |= {"factor": factor, "pixels": cost_quality.PIXELS, "precision": "bf16" if on_gpu else "fp32"}
         try:
-            row |= measure.of(factor, given.get(str(factor)))
+            row |= measure.of(factor, given.get(factor))
         except (UserError, RuntimeError) as error:
             row["error"] = str(error).splitlines()[0][:300]
         rows.append(row)
@@ -247,6 +247,15 @@ def quality_rows(arguments: argparse.Namespace, measured_on: dict[str, Any]) -> 
 
 def factors_of(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
+
+
+def first_stage_of(text: str) -> tuple[int, str]:
+    """(f, the first stage to take for it)."""
+    factor, _, model = text.partition("=")
+    if not model or factor not in map(str, STAGES):
+        named = ", ".join(f"{one}=MODEL" for one in STAGES)
+        raise argparse.ArgumentTypeError(f"{text} is none of {named}")
+    return int(factor), model
 
 
 def main() -> None:
@@ -269,7 +278,9 @@ def main() -> None:
     quality.add_argument(
         "--seed", type=int, default=SEED, metavar="N", help=f"of the U-Nets and what they draw (default: {SEED})"
     )
-    quality.add_argument("--vae", action="append", default=[], metavar="F=MODEL", help="a first stage to take")
+    quality.add_argument(
+        "--vae", type=first_stage_of, action="append", default=[], metavar="F=MODEL", help="a first stage to take"
+    )
     quality.add_argument("--first-stage-steps", type=int, default=1500 if on_gpu else 20)
     quality.add_argument("--classifier-steps", type=int, default=3000 if on_gpu else 20)
     quality.add_argument("--pictures", type=int, default=4096 if on_gpu else 80, help="drawn, for each f")

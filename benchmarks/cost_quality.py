@@ -37,12 +37,19 @@ from finetune.autoencoder.features import frechet
 from finetune.autoencoder.pictures import decode as decode_picture
 from finetune.data.loader import Data, Samples
 from finetune.data.order import Order, Source
-from finetune.data.shards import IMAGE_MEMBERS, NO_ENCODER, ShardSet
+from finetune.data.shards import IMAGE_MEMBERS, NO_ENCODER, Manifest, ShardSet
 from finetune.distributed import DataParallel, OptimizerSettings, ParamGroup, World
 from finetune.ema import Average, HalfLife
 from finetune.latents import LatentSpace, to_raw
 from finetune.models import fast
-from finetune.models.autoencoder import Autoencoder, decode, encode_moments, load_autoencoder, to_signed
+from finetune.models.autoencoder import (
+    Autoencoder,
+    decode,
+    encode_moments,
+    encoder_sha256,
+    load_autoencoder,
+    to_signed,
+)
 from finetune.models.unet import build_unet
 from finetune.objective import LatentDiffusion, Objective
 from finetune.sampling import draw_noise, generators, make_scheduler, sample, to_pil
@@ -187,7 +194,11 @@ def command(*words: str) -> None:
 def latents_of(
     shards: Path, factor: int, given: str | None, kept: Path, *, steps: int, batch: int, shrink: int
 ) -> tuple[Path, Autoencoder]:
-    """(shards of latents, the first stage), made in `kept` unless they are there."""
+    """(shards of latents, the first stage), made in `kept` unless they are there.
+
+    Raises:
+        UserError: one of our commands failed, or latents are there of other pictures or by another first stage.
+    """
     vae, latents = given, kept / f"latents-f{factor}"
     if factor == 1:
         vae = NO_ENCODER
@@ -205,7 +216,13 @@ def latents_of(
         vae = str(run / "vae")
     if not (latents / "manifest.json").is_file():
         command("data_tools", "encode", str(shards), "--vae", vae, "--out", str(latents), "--size", str(PIXELS))
-    return latents, load_autoencoder(vae)
+    made, stage = Manifest.load(latents), load_autoencoder(vae)
+    made.require_encoder(encoder_sha256(stage), vae)
+    if made.samples != (count := Manifest.load(shards).samples):
+        raise UserError(
+            f"{latents} has {made.samples} pictures, {shards} has {count}; give another folder as --kept"
+        )
+    return latents, stage
 
 
 def learn(

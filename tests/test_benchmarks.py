@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,9 +31,10 @@ from benchmarks import (
 )
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
-from finetune.data.shards import ShardWriter, json_bytes
+from finetune import UserError
+from finetune.data.shards import LATENT, EncoderInfo, ShardWriter, json_bytes, latent_bytes
 from finetune.latents import LatentSpace
-from finetune.models.autoencoder import Pixels
+from finetune.models.autoencoder import Pixels, encoder_sha256
 from finetune.models.fast import blocks
 from finetune.models.unet import build_unet
 from tests.conftest import ROOT, environment
@@ -73,6 +75,24 @@ def test_operations_are_counted_without_a_gpus_weights(monkeypatch):
     assert 0.6 < adapter / full < 0.75
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train_speed.tflop(train_speed.WORKS["tiny"]) == full
+
+
+def test_a_variant_that_dies_without_a_word_is_a_row_too(monkeypatch, capsys):
+    killed = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    monkeypatch.setattr(train_speed.subprocess, "run", lambda *_, **__: killed)
+    monkeypatch.setattr(sys, "argv", ["train_speed", "--works", "tiny", "--variants", "ours"])
+    monkeypatch.setattr(train_speed, "context", dict)
+    train_speed.main()
+    assert "failed: exit code -9" in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("given", [("--variants", "ours,theirs"), ("--steps", "0")])
+def test_what_cannot_be_profiled_is_refused(monkeypatch, capsys, given):
+    monkeypatch.setattr(sys, "argv", ["profile_step", "--work", "tiny", *given])
+    with pytest.raises(SystemExit) as ended:
+        profile_step.main()
+    assert ended.value.code == 2
+    assert f"error: {'--steps' if '0' in given else 'theirs'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [("--works", "huge"), ("--works", "tiny", "--variants", "ours,theirs")])
@@ -153,6 +173,14 @@ def test_the_whole_command_is_measured_with_and_without_our_kernels():
     rows = lines("encode", *TINY_ENCODER, "--parts", "whole", "--pictures", "20", "800")
     assert [(row["part"], row["variant"]) for row in rows] == [("whole", "stock"), ("whole", "ours")]
     assert all(row["pictures_per_s"] > 0 and row["start_s"] > 0 for row in rows)
+
+
+def test_too_few_pictures_to_measure_their_path_are_refused(monkeypatch, capsys):
+    """All of them would be counted before all workers run."""
+    monkeypatch.setattr(sys, "argv", ["encode", *TINY_ENCODER, "--parts", "path", "--pictures", "1", "12"])
+    with pytest.raises(SystemExit):
+        encode.main()
+    assert "--pictures 12: the path begins to count at 8, take 16 or more" in capsys.readouterr().err
 
 
 def test_unknown_parts_of_encoding_are_refused(monkeypatch, capsys):
@@ -393,6 +421,30 @@ def test_quality_of_latents_is_that_of_a_first_stage_made_here(tmp_path):
     (row,) = lines("cost_curve", *given, "--pictures", "32", "--first-stage-steps", "5", "--classifier-steps", "10")
     assert row["latents"] == [4, 8, 8] and row["frechet_first_stage"] > row["frechet_real"]
     assert (kept / "first-stage-f8/vae").is_dir() and (kept / "latents-f8/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("given", ["vae", "3=vae", "8="])
+def test_first_stages_of_no_factor_are_refused(monkeypatch, capsys, given):
+    monkeypatch.setattr(sys, "argv", ["cost_curve", "--vae", given])
+    with pytest.raises(SystemExit):
+        cost_curve.main()
+    assert f"{given} is none of 2=MODEL, 4=MODEL, 8=MODEL" in capsys.readouterr().err
+
+
+def test_latents_of_another_first_stage_or_of_other_pictures_are_refused(tmp_path):
+    shards, kept = write_squares(tmp_path / "shards"), tmp_path / "kept"
+
+    def made(sha256: str) -> None:
+        with ShardWriter(kept / "latents-f1", "latents", members=(LATENT, "json")) as writer:
+            latent = latent_bytes(np.zeros((6, 64, 64)))
+            writer.write("0", {LATENT: latent, "json": json_bytes({"captions": []})}, (64, 64))
+            writer.finish(EncoderInfo("none", sha256, 1.0, 0.0, "float32", (-1.0, 1.0), 3, 1))
+
+    for sha256, said in (("0" * 64, "wrong VAE"), (encoder_sha256(Pixels()), "has 1 pictures, .* has 32")):
+        shutil.rmtree(kept, ignore_errors=True)
+        made(sha256)
+        with pytest.raises(UserError, match=said):
+            cost_quality.latents_of(shards, 1, None, kept, steps=1, batch=1, shrink=8)
 
 
 def test_pictures_that_no_classifier_can_tell_apart_are_refused(tmp_path, monkeypatch, capsys):
