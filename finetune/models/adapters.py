@@ -246,8 +246,12 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
     """Put an adapter into the weights of `modules` (component name -> model), computed in float32.
 
     Raises:
-        UserError: the adapter is for another model.
+        UserError: the adapter is for another model, or not whole.
     """
+    for key in lora.state:
+        name = key.removesuffix(UP).removesuffix(MAGNITUDE)
+        if not key.endswith(DOWN) and name not in lora.scales:
+            raise UserError(f"this LoRA is not whole: there is no lora_A for {name}")
     for name, scale in lora.scales.items():
         component = component_of(name)
         path = name.removeprefix(f"{component}.")
@@ -258,7 +262,7 @@ def merge_lora(modules: Mapping[str, nn.Module], lora: Lora) -> None:
         if weight is None or up is None:
             lack = "lora_B for" if up is None else "layer"
             raise UserError(f"this LoRA is for another model: there is no {lack} {name}")
-        if (up.shape[0], *down.shape[1:]) != tuple(weight.shape):
+        if (up.shape[0], *down.shape[1:]) != tuple(weight.shape) or up.shape[1] != len(down):
             shapes = f"{list(up.shape)} x {list(down.shape)} for a weight of {list(weight.shape)}"
             raise UserError(f"this LoRA is for another model: {name} has {shapes}")
         update = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape) * scale

@@ -249,6 +249,16 @@ def test_mistakes_are_named(tmp_path):
     alone = adapters.Lora({"unet.a.lora_A.weight": torch.zeros(2, 3)}, {"unet.a": 1.0})
     with pytest.raises(UserError, match="no lora_B for unet"):
         adapters.merge_lora({"unet": unet}, alone)
+    for rest in ("lora_B", "lora_magnitude_vector"):  # was left out without a word
+        half = adapters.Lora({f"unet.conv_out.{rest}.weight": torch.zeros(4, 2)}, {})
+        with pytest.raises(UserError, match="this LoRA is not whole: there is no lora_A for unet.conv_out$"):
+            adapters.merge_lora({"unet": unet}, half)
+    ranks = {
+        "unet.conv_in.lora_A.weight": torch.zeros(2, 4, 3, 3),
+        "unet.conv_in.lora_B.weight": torch.zeros(32, 3),
+    }
+    with pytest.raises(UserError, match=r"for another model: unet\.conv_in has"):
+        adapters.merge_lora({"unet": unet}, adapters.Lora(ranks, {"unet.conv_in": 1.0}))
 
 
 @pytest.mark.parametrize("rank_stabilized", [False, True])
