@@ -68,8 +68,9 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"unknown option {unknown[0]} after --: overrides are KEY=VALUE, see finetune train --help")
     config, _ = compose("train", overrides, Config)
     check_batch(job, config.train.global_batch, config.train.micro_batch)
-    if config.data.shards is None and not config.data.sources:
-        raise UserError("no data: set data.shards=LATENTS, a folder or an address")
+    from finetune import build  # it loads torch and diffusers, which --help does without
+
+    build.check(config)
     overrides, notes = settle_paths(overrides, config, Path.cwd())
     environ = without_job(os.environ)
     known, default = queue.partitions(environ)
