@@ -44,6 +44,7 @@ options:
 settings (KEY=VALUE):
 """
 _DOCTOR_MINUTES = 30
+_LARGEST_BATCH = 1_000_000
 _NODE_LOCAL = ("/tmp", "/var/tmp", "/dev/shm", "/run")
 
 
@@ -131,22 +132,30 @@ def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
     Raises:
         UserError: names the numbers, and values that work.
     """
-    sizes = {nodes: nodes * job.processes for nodes in range(job.nodes[0], job.nodes[1] + 1)}
-    for nodes, size in sizes.items():
+    counts = range(job.nodes[0], job.nodes[1] + 1)
+    sizes = range(counts.start * job.processes, counts.stop * job.processes, job.processes)
+    for nodes, size in zip(counts, sizes, strict=True):
         kind = "GPUs" if job.gpus else "processes"
         many = f"{nodes} nodes with {job.processes} {kind} each" if nodes > 1 else f"{job.processes} {kind}"
         if global_batch % size or global_batch < size:
-            works = _nearest_batch(list(sizes.values()), global_batch, micro_batch)
-            what = "the smallest" if works == math.lcm(*sizes.values()) > global_batch else "the nearest"
+            said = f"train.global_batch={global_batch} cannot be shared by {many}"
             every, single = "", ""
             if len(sizes) > 1:
                 every = f", with any of {_range(job)} nodes"
                 single = f"; or give one number of nodes in place of nodes={_range(job)}"
+            least = _least_batch(sizes)
+            if len(sizes) > 1 and least > _LARGEST_BATCH:
+                raise UserError(
+                    f"{said}, and none up to {_LARGEST_BATCH} by any of {_range(job)} nodes: give one number of "
+                    f"nodes in place of nodes={_range(job)}, or a shorter range"
+                )
+            works = _nearest_batch(sizes, least, global_batch, micro_batch)
+            what = "the smallest" if works == least > global_batch else "the nearest"
             raise UserError(
-                f"train.global_batch={global_batch} cannot be shared by {many}: train.global_batch={works} is "
-                f"{what} that can{every}; it needs a learning rate of its own (optim.lr){single}"
+                f"{said}: train.global_batch={works} is {what} that can{every}; it needs a learning rate of its "
+                f"own (optim.lr){single}"
             )
-    shares = {nodes: global_batch // size for nodes, size in sizes.items()}
+    shares = {nodes: global_batch // size for nodes, size in zip(counts, sizes, strict=True)}
     for nodes, share in shares.items():
         if micro_batch and share % min(micro_batch, share):
             fits = max(each for each in range(1, micro_batch + 1) if math.gcd(*shares.values()) % each == 0)
@@ -157,9 +166,18 @@ def check_batch(job: Job, global_batch: int, micro_batch: int | None) -> None:
             )
 
 
-def _nearest_batch(sizes: Sequence[int], wanted: int, micro_batch: int | None) -> int:
-    """The global batch nearest to `wanted` that each number of processes in `sizes` can share by micro-batches."""
-    least = math.lcm(*sizes)
+def _least_batch(sizes: Sequence[int]) -> int:
+    """The smallest global batch that all of `sizes` can share, unless that is beyond reason."""
+    least = 1
+    for size in sizes:
+        least = math.lcm(least, size)
+        if least > _LARGEST_BATCH:  # of 1 to 100 nodes it has 41 digits
+            break
+    return least
+
+
+def _nearest_batch(sizes: Sequence[int], least: int, wanted: int, micro_batch: int | None) -> int:
+    """The multiple of `least` nearest to `wanted` that each number of processes can share by micro-batches."""
     micro = micro_batch or 1
 
     def works(batch: int) -> bool:

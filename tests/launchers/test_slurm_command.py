@@ -112,6 +112,8 @@ def test_gpus_are_read_from_what_sinfo_says(gres: str, counts: dict[str, int]) -
         ("gpus=2 -- train.micro_batch=3", "train.micro_batch=3 does not divide the 4 samples of each process"),
         ("gpus=1 -- train.stepz=3", "unknown override 'train.stepz': did you mean 'train.steps'?"),
         ("gpus=1 -- --print", "unknown option --print after --"),
+        ("nodes=1-64 gpus=1", "by 3 nodes with 1 GPUs each, and none up to 1000000 by any of 1-64 nodes: give one"),
+        ("nodes=1-20000 gpus=1", "and none up to 1000000 by any of 1-20000 nodes: give one number"),
         ("gpus=2 -- optim.lr=-1", "optim.lr=-1.0 must be greater than 0"),
         ("gpus=2 -- optim=prodigy strategy=zero2", "optim=prodigy needs a sum over all weights"),
         ("gpus=2 -- adapter.rank=3", "adapter.rank=3 has no effect here: choose adapter=lora"),
