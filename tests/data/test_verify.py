@@ -22,6 +22,7 @@ from finetune.data.shards import (
     json_bytes,
     latent_bytes,
     parse_boxes,
+    parse_classes,
     write_classes,
 )
 from finetune.data.shards.files import npy_bytes
@@ -281,3 +282,10 @@ def test_a_manifest_with_odd_classes_is_refused(tmp_path: Path, sha256: object) 
 )
 def test_the_form_of_boxes(value: object, good: bool) -> None:
     assert parse_boxes(value) == (value if good else None)
+
+
+def test_a_class_that_is_there_twice_is_found_among_many() -> None:
+    """A walk over all earlier names for each took hours."""
+    names = [*map(str, range(300_000)), "299999"]
+    with pytest.raises(ShardError, match="has the name '299999' twice; names must differ"):
+        parse_classes(json.dumps(names).encode())

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def parse_classes(data: bytes, where: object = CLASSES) -> list[str]:
     if len(names) > _MAX_CLASSES:
         raise ShardError(f"{where} has {len(names)} names; at most {_MAX_CLASSES} can be read")
     if len(set(names)) != len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
+        twice = Counter(names).most_common(1)[0][0]
         raise ShardError(f"{where} has the name {twice!r} twice; names must differ")
     return names
 
