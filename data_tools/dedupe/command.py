@@ -62,8 +62,7 @@ def _dedupe(sources: list[PictureSource], args: argparse.Namespace) -> int:
         table = Table.gather(known, Path(work))
         found = find_duplicates(table, None if args.exact else args.distance, args.colour)
         if not args.dry_run:
-            for source in sources:
-                write(source, identities, known, table, found)
+            write(identities, known, table, found)
         if args.report is not None:
             draw(args.report, known, table, found)
         tell(sources, known, table, found, args)

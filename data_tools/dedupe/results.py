@@ -17,40 +17,45 @@ from data_tools.dedupe.fingerprints import Part
 from data_tools.dedupe.table import Found, Table
 from data_tools.output import DUPLICATES, FINGERPRINTS, whole_file
 from data_tools.pictures import Picture, PictureSource
+from finetune.data.shards.files import naming
 from finetune.data.shards.images import decode_rgb
 
 
-def write(
-    source: PictureSource,
-    identities: dict[Path, str],
-    parts: list[Part],
-    table: Table,
-    found: Found,
-) -> None:
-    """SHARDS/duplicates.jsonl, in the order of the pictures."""
-    path = source.root / DUPLICATES
-    # Left by a kill, it doesn't make the set look unfinished there.
-    temporary = source.root / FINGERPRINTS / f"{path.name}.tmp"
-    names = {root: os.path.relpath(root, source.root) for root in identities if root != source.root}
-    head: dict[str, Any] = {"pictures": identities[source.root]}
-    if names:
-        head["sets"] = {name: identities[root] for root, name in names.items()}
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(head) + "\n")
-        for number, part in enumerate(parts):
-            if part.source is not source:
-                continue
-            places = np.arange(table.starts[number], table.starts[number + 1])
-            for place in places[found.kept[places] != places].tolist():
-                kept = int(found.kept[place])
-                row: dict[str, Any] = {"key": table.key(place), "duplicate_of": table.key(kept)}
-                if (other := names.get(parts[table.part_of(kept)].source.root)) is not None:
-                    row["set"] = other
-                row |= {"distance": int(found.distance[place]), "exact": bool(found.exact[place])}
+def write(identities: dict[Path, str], parts: list[Part], table: Table, found: Found) -> None:
+    """SHARDS/duplicates.jsonl of each set, in the order of its pictures.
+
+    All are written before the first takes its place: with an old list of one set beside a new one of another, a
+    picture may be left out for one that is left out too.
+    """
+    # Left by a kill, they don't make a set look unfinished there.
+    temporaries = {root: root / FINGERPRINTS / f"{DUPLICATES}.tmp" for root in identities}
+    for root, temporary in temporaries.items():
+        with naming(root / DUPLICATES), temporary.open("w", encoding="utf-8") as file:
+            for row in _rows(root, identities, parts, table, found):
                 file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+            file.flush()
+            os.fsync(file.fileno())
+    for root, temporary in temporaries.items():
+        os.replace(temporary, root / DUPLICATES)
+
+
+def _rows(
+    root: Path, identities: dict[Path, str], parts: list[Part], table: Table, found: Found
+) -> Iterator[dict[str, Any]]:
+    """Of which pictures a set's list is, then one for each picture to leave out."""
+    names = {other: os.path.relpath(other, root) for other in identities if other != root}
+    sets = {"sets": {name: identities[other] for other, name in names.items()}} if names else {}
+    yield {"pictures": identities[root], **sets}
+    for number, part in enumerate(parts):
+        if part.source.root != root:
+            continue
+        places = np.arange(table.starts[number], table.starts[number + 1])
+        for place in places[found.kept[places] != places].tolist():
+            kept = int(found.kept[place])
+            row: dict[str, Any] = {"key": table.key(place), "duplicate_of": table.key(kept)}
+            if (other := names.get(parts[table.part_of(kept)].source.root)) is not None:
+                row["set"] = other
+            yield row | {"distance": int(found.distance[place]), "exact": bool(found.exact[place])}
 
 
 def tell(

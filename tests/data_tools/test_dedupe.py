@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import os
 import shutil
@@ -181,6 +182,26 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert (result.code, "no space left on device while writing" in result.err) == (2, True)
     assert not list((root / ".dedupe").glob("sort-*"))
     assert cli("dedupe", root).code == 0 and len(rows(root)) == 1
+
+
+def test_lists_of_several_sets_change_together(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two = (write_set(tmp_path / name, {name: encoded(scene(1))}) for name in ("one", "two"))
+    assert cli("dedupe", one, two).code == 0
+    lists = [root / "duplicates.jsonl" for root in (one, two)]
+    before = [path.read_bytes() for path in lists]
+    calls = itertools.count(1)
+
+    def full(fd: int) -> None:
+        if next(calls) == 2:  # of the second list
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = cli("dedupe", two, one)
+    assert (result.code, f"while writing {lists[0]};" in result.err) == (2, True)
+    assert [path.read_bytes() for path in lists] == before
+    assert cli("dedupe", two, one).code == 0
+    assert ([*rows(two)], [*rows(one)]) == ([], ["one"])
 
 
 class _Inline:
