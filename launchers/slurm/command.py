@@ -8,11 +8,12 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from finetune import UserError
-from finetune.config import Config, compose, quoted
+from finetune.config import Config, compose, data_sources, quoted
+from finetune.data.shards import is_remote
 from launchers.slurm import queue
 from launchers.slurm.settings import KEYS, Job, read
 
@@ -189,10 +190,13 @@ def _nearest_batch(sizes: Sequence[int], least: int, wanted: int, micro_batch: i
 
 
 def settle_paths(overrides: Sequence[str], config: Config, here: Path) -> tuple[list[str], list[str]]:
-    """Overrides in which run.dir and data.shards are absolute, and what is worth knowing about the two."""
+    """Overrides in which the folders of run and shards are absolute, and what is worth knowing about them."""
     settled, notes = list(overrides), []
-    for key, value in (("run.dir", config.run.dir), ("data.shards", config.data.shards)):
-        if value is None or "://" in value:
+    folders = {"run.dir": config.run.dir}
+    for name, source in data_sources(asdict(config.data)).items():
+        folders[name if "." in name else f"data.sources.{name}.shards"] = source["shards"]
+    for key, value in folders.items():
+        if is_remote(value) or "://" in value:
             continue
         path = Path(value)
         if not path.is_absolute():
@@ -200,7 +204,7 @@ def settle_paths(overrides: Sequence[str], config: Config, here: Path) -> tuple[
             settled.append(f"{key}={_quoted(os.path.normpath(path))}")
         if any(path.is_relative_to(place) for place in _NODE_LOCAL):
             notes.append(f"{key}={path}: such a folder is usually each node's own; all nodes must see the same one")
-        elif key == "data.shards" and not path.exists():
+        elif key != "run.dir" and not path.exists():
             notes.append(f"{key}={path} is not there on this machine; the nodes must see it")
     return settled, notes
 

@@ -265,6 +265,14 @@ def test_relative_paths_compose_to_the_absolute_ones() -> None:
     assert "each node's own" in command.settle_paths([], config, here)[1][0]
     config, _ = compose("train", ["data.shards=s3://bucket/x", "run.dir=/work/run"], Config)
     assert command.settle_paths([], config, here) == ([], [])
+    pipe = "pipe:aws s3 cp s3:bucket/x/{} -"
+    config, _ = compose("train", [f'data.sources.a.shards="{pipe}"', "run.dir=/work/run"], Config)
+    assert command.settle_paths([], config, here) == ([], [])
+    words = ["data.sources.a.shards=latents", "data.sources.b.shards=/nowhere/b", "run.dir=/work/run"]
+    settled, notes = command.settle_paths(words, compose("train", words, Config)[0], here)
+    again, _ = compose("train", settled, Config)
+    assert again.data.sources["a"]["shards"] == str(here / "latents")
+    assert [note.partition("=")[0] for note in notes] == ["data.sources.a.shards", "data.sources.b.shards"]
 
 
 def test_a_controller_that_does_not_answer_at_once_is_asked_again(tmp_path: Path) -> None:
