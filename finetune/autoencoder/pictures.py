@@ -64,6 +64,8 @@ class Pictures:
             raise UserError(f"{root}: no pictures in these shards, only {self._shards.manifest.members}")
         self._members = members
         total = len(self._shards)
+        if not total:
+            raise UserError(f"{root} is a set of no pictures; make it again with some")
         if size is not None:
             every = {(size, size): np.arange(total)}
         else:

@@ -159,6 +159,14 @@ def test_sides_that_the_model_cannot_halve_are_refused_with_a_size_that_it_can(t
         opened(write(tmp_path / "s", [(18, 18)] * 4))
 
 
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_set_of_no_pictures_is_refused(tmp_path: Path, size: int | None) -> None:
+    with ShardWriter(tmp_path, "images", members=("png",)) as writer:
+        writer.finish()
+    with pytest.raises(UserError, match="is a set of no pictures"):
+        opened(tmp_path, size=size)
+
+
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "s", "images") as writer:
         writer.write("good", {"png": encoded(picture(0))}, (16, 16))
