@@ -28,7 +28,7 @@ import math
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     code = ingest(
         args,
         options,
-        (
+        _once(
             item
             for icons, names in zip(sets, chosen, strict=True)
             for name in names
@@ -148,6 +148,18 @@ def run(args: argparse.Namespace) -> int:
     for icons in sets:
         print(f"icons of {icons.title}, licence: {icons.licence}")
     return code
+
+
+def _once(items: Iterable[Found | SetAside]) -> Iterator[Found | SetAside]:
+    """Each key once: `b-c` of the set `a` and `c` of the set `a-b` have the same."""
+    seen: set[str] = set()
+    for item in items:
+        if isinstance(item, Found):
+            if item.key in seen:
+                item = SetAside(item.file, f"another icon has its key, {item.key}; draw the sets one by one")
+            else:
+                seen.add(item.key)
+        yield item
 
 
 def _drawn(
@@ -265,7 +277,7 @@ class IconSet:
         icons = {name: icon if isinstance(icon, dict) else {} for name, icon in data["icons"].items()}
         defaults: dict[str, Any] = {key: data[key] for key in ("left", "top", "width", "height") if key in data}
         own = data.get("info") if isinstance(data.get("info"), dict) else None
-        return cls(icons, defaults, info or own or {"prefix": data.get("prefix")}, package)
+        return cls(icons, defaults, {"prefix": data.get("prefix"), **(info or own or {})}, package)
 
     @property
     def visible(self) -> list[str]:

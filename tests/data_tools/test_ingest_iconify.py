@@ -293,3 +293,17 @@ def test_several_sets_go_into_the_same_shards(cli: Cli, tmp_path: Path) -> None:
     ]
     result = cli("ingest", "iconify", paths[0], paths[0], "--out", tmp_path / "twice")
     assert result.code != 0 and "the same set twice" in result.err
+
+
+def test_sets_whose_names_run_into_one_another(cli: Cli, tmp_path: Path) -> None:
+    """Plain icons.json, whose `info` has no prefix; two icons that would have one key, in different shards."""
+    paths = []
+    for prefix, names in (("a", ["b-c", "x"]), ("a-b", ["c"])):
+        paths.append(tmp_path / f"{prefix}.json")
+        icons = {name: {"body": HALF} for name in names}
+        paths[-1].write_text(json.dumps({"prefix": prefix, "icons": icons, "info": {"name": prefix.upper()}}))
+    out = tmp_path / "out"
+    assert cli("ingest", "iconify", *paths, "--shard-samples", 1, "--out", out).code == 0
+    assert [*drawn(out, "webp")] == ["a-b-c", "a-x"] and verify(out) == []
+    (row,) = map(json.loads, (out / "rejects.jsonl").read_text().splitlines())
+    assert row == {"file": "c", "reason": "another icon has its key, a-b-c; draw the sets one by one"}
