@@ -64,7 +64,7 @@ FLOORS: dict[str, float] = {
 }
 
 DATA_TOOLS_MAY_IMPORT = ("finetune.data.shards", "finetune.latents", "finetune.models", "finetune.terminal")
-LAUNCHERS_MAY_IMPORT = ("finetune.config",)
+LAUNCHERS_MAY_IMPORT = ("finetune.config", "finetune.build", "finetune.data.shards")
 RUN_DATA_TOOLS = ("finetune/demo.py",)  # its command, as a user would
 
 
