@@ -128,11 +128,14 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
 def outliving_readers() -> Iterator[None]:
     """Work inside goes on where its output has nowhere to go: `| head` has ended, a log's disk is full."""
     kept = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (_Outlet(stream) for stream in kept)  # type: ignore[assignment]
+    outlets = [_Outlet(stream) for stream in kept]
+    sys.stdout, sys.stderr = outlets  # type: ignore[assignment]
     try:
         yield
     finally:
         sys.stdout, sys.stderr = kept
+        for outlet in outlets:
+            outlet.end()
 
 
 class _Outlet:
@@ -149,15 +152,31 @@ class _Outlet:
     def _try(self, call: Callable[[], object]) -> None:
         try:
             call()
+        except OSError as error:
+            if error.errno not in DISK_FULL:  # a disk may have room again
+                _leave(self._stream)
+
+    def end(self) -> None:
+        """Leave nothing in a buffer that could not be written when the interpreter ends."""
+        try:
+            self._stream.flush()
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self._stream.fileno())  # so that what is still in a buffer goes there too
-            os.close(nowhere)
+            _leave(self._stream)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
+def _leave(stream: Any) -> None:
+    """Let what is written from now on go nowhere, and what is still in a buffer too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
 def _complain(line: str) -> int:
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    try:
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    except OSError:  # the exit code says the rest
+        _leave(sys.stderr)
     return 2

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -46,6 +47,38 @@ def test_a_reader_that_has_gone_is_no_success() -> None:
     started.stdout.close()
     assert started.stderr.read() == b""
     assert started.wait() == 141
+
+
+LOG = """
+import io, os, sys
+from finetune import outliving_readers
+refusals = 1
+class Disk(io.FileIO):
+    def write(self, data):
+        global refusals
+        refusals -= 1
+        if refusals >= 0:
+            raise OSError(28, os.strerror(28))
+        return super().write(data)
+sys.stdout = io.TextIOWrapper(io.BufferedWriter(Disk(1, "w", closefd=False)))
+with outliving_readers():
+    for line in ("one", "two", "three"):
+        print(line, flush=True)
+"""
+
+
+def test_a_log_goes_on_when_its_disk_has_room_again() -> None:
+    done = subprocess.run([sys.executable, "-c", LOG], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-2:] == ["two", "three"]
+
+
+@pytest.mark.parametrize(("error", "code"), [(UserError("a mistake"), 2), (PeerLostError("gone"), PEER_LOST)])
+def test_a_full_log_changes_no_exit_code(error: Exception, code: int) -> None:
+    """Launchers go by it."""
+    fail = f"from finetune import *; run_cli(lambda: (_ for _ in ()).throw({type(error).__name__}('{error}')))"
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run([sys.executable, "-c", fail], stderr=full).returncode == code
 
 
 def test_ctrl_c_while_libraries_are_loaded_ends_at_once() -> None:
