@@ -73,5 +73,8 @@ def _cpu() -> str:
 
 def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(git, capture_output=True, text=True)
+    try:
+        found = subprocess.run(git, capture_output=True, text=True)
+    except OSError:  # a machine without git, where results would be lost after they were measured
+        return None
     return found.stdout.strip() or None

@@ -29,6 +29,7 @@ from benchmarks import (
     strategies,
     train_speed,
 )
+from benchmarks.common import context
 from benchmarks.ranks import end
 from benchmarks.works import MATCHED, make_unet
 from finetune import UserError
@@ -75,6 +76,11 @@ def test_operations_are_counted_without_a_gpus_weights(monkeypatch):
     assert 0.6 < adapter / full < 0.75
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert train_speed.tflop(train_speed.WORKS["tiny"]) == full
+
+
+def test_results_need_no_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert context()["commit"] is None
 
 
 def test_a_variant_that_dies_without_a_word_is_a_row_too(monkeypatch, capsys):
