@@ -28,6 +28,7 @@ from data_tools.fetch import Limits
 from data_tools.ingest.items import Found, SetAside, Wanted, downloads
 from data_tools.ingest.options import Options, add_picture_arguments
 from data_tools.ingest.records import (
+    RESERVED,
     add_caption_argument,
     caption_columns,
     captions_of,
@@ -215,7 +216,7 @@ class _Plan:
             check_columns("--image-column", [image], columns)
         captions = caption_columns(captions, columns, texts)
         rest = [name for name in columns if name != image and name not in captions]
-        labels = [name for name in rest if _holds_values(features[name])]
+        labels = [name for name in rest if name not in RESERVED and _holds_values(features[name])]
         classes = {name: features[name].names for name in labels if isinstance(features[name], datasets.ClassLabel)}
         left_out = [name for name in rest if name not in labels]
         return cls(image, captions, labels, classes, left_out, isinstance(features[image], datasets.Image))

@@ -12,6 +12,7 @@ from data_tools.texts import sound_json, sound_text
 from finetune import UserError
 
 RESERVED = ("captions", "file", "original_size", "crop")
+"""What a record says of the picture: a column of such a name can't be a label."""
 
 
 def clean_captions(captions: Iterable[Any]) -> list[str]:

@@ -33,6 +33,7 @@ from data_tools.fetch import Limits
 from data_tools.ingest.items import Found, SetAside, Wanted, downloads
 from data_tools.ingest.options import Options, add_picture_arguments
 from data_tools.ingest.records import (
+    RESERVED,
     add_caption_argument,
     caption_columns,
     captions_of,
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
         columns = [column for column in columns if column in table.columns]
     plan = _Plan.choose(columns, args.url_column, args.path_column, args.caption_column)
     limits = Limits(args.downloads, float(args.timeout), 30.0 * args.timeout, args.tries, args.max_bytes)
+    if left_out := [name for name in columns if name in RESERVED and name not in (plan.place, *plan.captions)]:
+        print(f"columns left out: {', '.join(left_out)}")
     known = [table.rows for table in tables if table.rows is not None]
     total = sum(known) if len(known) == len(tables) else None
     with downloads(_pictures(tables, plan), limits) as items:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_tools.pictures import Picture, PictureSource
@@ -164,6 +166,17 @@ def test_that_no_column_has_captions_is_said(cli: Cli, pictures: Path, tmp_path:
     )
     named = cli("ingest", "table", pictures / "t.csv", "--out", tmp_path / "named", "--caption-column", "title")
     assert named.code == 0 and "note:" not in named.out
+
+
+def test_columns_that_cannot_be_labels_are_said(cli: Cli, pictures: Path, tmp_path: Path) -> None:
+    """Their names are those of what a record says of the picture; they were left out without a word."""
+    (pictures / "t.csv").write_text("path,caption,crop,original_size,score\n0.png,a cat,yes,big,5\n")
+    result = cli("ingest", "table", pictures / "t.csv", "--out", tmp_path / "out")
+    assert (result.code, "columns left out: crop, original_size\n" in result.out) == (0, True)
+    parquet = pa.table({"image": [(pictures / "0.png").read_bytes()], "text": ["a cat"], "file": ["x"], "n": [1]})
+    pq.write_table(parquet, tmp_path / "t.parquet")
+    result = cli("ingest", "hf", tmp_path / "t.parquet", "--out", tmp_path / "hf")
+    assert (result.code, "columns left out: file\n" in result.out) == (0, True)
 
 
 def test_captions_that_are_missing_are_none(cli: Cli, pictures: Path, tmp_path: Path) -> None:
