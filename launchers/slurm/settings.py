@@ -76,6 +76,13 @@ _RESERVED = {
     "gpus-per-node": "gpus",
     "time": "time",
     "signal": "signal",
+    "partition": "partition",  # checked against what there is, as cpus and mem are
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "cpus-per-task": "cpus",
+    "mem": "mem",
+    "job-name": "name",
     "output": "log",
     "error": "log",
     "export": "",
@@ -114,7 +121,11 @@ def read(words: Sequence[str]) -> Job:
             if "." in key:
                 raise UserError(f"unknown setting '{key}': overrides of the run come after --")
             near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(KEYS)}"
+            hint = (
+                f"did you mean '{near[0]}'?"
+                if near
+                else f"overrides of the run come after --; settings of the job are {', '.join(KEYS)}"
+            )
             raise UserError(f"unknown setting '{key}': {hint}")
         elif key in given:
             raise UserError(f"{key} is given twice, as {given[key]} and {value}")
@@ -123,7 +134,7 @@ def read(words: Sequence[str]) -> Job:
         else:
             given[key] = value
     gpu_type, _, gpu_text = given.get("gpus", "0").rpartition(":")
-    gpus = _count("gpus", gpu_text, least=0)
+    gpus = _count("gpus", gpu_text, least=0, whole=given.get("gpus"))
     if not gpus and "processes" not in given:
         raise UserError("say gpus=N (a node), or processes=N (a node) for a job without GPUs")
     if gpus and "processes" in given:
