@@ -23,6 +23,7 @@ from finetune.config import Config, compose
 from finetune.data.shards import Manifest, ShardSet
 from finetune.distributed import World
 from finetune.loop import Parts
+from finetune.models.text import load_tokenizer, save_tokenizer
 from tests.conftest import CAPTIONS, launch, metrics
 from tests.data.servers import Server
 
@@ -103,6 +104,28 @@ def test_states_of_another_encoder_are_left_alone_with_a_note(
     parts = parts_of(settings, "model.unet={}", "validation.samples=0")[1]
     assert not parts.data.wanted.text_states
     assert any("cached states of captions are not used" in notice for notice in parts.notices)
+
+
+@pytest.mark.parametrize("other", ["padding", "words"])
+def test_states_of_other_tokens_are_left_alone_with_a_note(
+    pipeline: Path, with_states: Path, overrides: list[str], tmp_path: Path, other: str
+) -> None:
+    """Training saw states of the model's own tokenizer, and pictures were drawn by that of model.tokenizer."""
+    save_tokenizer(load_tokenizer(pipeline), tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").unlink()  # which would be read instead of the others
+    if other == "padding":
+        path = tmp_path / "tokenizer" / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": "!"}))
+    else:
+        path = tmp_path / "tokenizer" / "merges.txt"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    settings = [*overrides, f"data.shards={with_states}", "train.global_batch=4", f"model.pretrained={pipeline}"]
+    settings += ["model.unet={}", "validation.samples=0"]
+    same = parts_of(settings, f"model.tokenizer={pipeline / 'tokenizer'}")[1]
+    assert same.data.wanted.text_states
+    parts = parts_of(settings, f"model.tokenizer={tmp_path / 'tokenizer'}")[1]
+    assert not parts.data.wanted.text_states
+    assert any("has those of other tokens than this model's" in notice for notice in parts.notices)
 
 
 def test_a_mixture_trains_and_goes_on_exactly(
