@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from finetune import UserError
 from finetune.components import read_config, section
 from finetune.export.folder import whole_folder
 from finetune.export.single_file import predicts
-from finetune.models.adapters import LORA_FILE, Lora, read_lora, save_lora
+from finetune.models.adapters import DOWN, LORA_FILE, UP, Lora, read_lora, save_lora
 from finetune.models.kohya import to_kohya
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, scheduler_config
 from finetune.models.single_file import open_file
@@ -63,13 +64,13 @@ def export_kohya(
     dtype: torch.dtype = torch.float32,
 ) -> tuple[str, ...]:
     """As `export_lora`, into a file as kohya-ss/sd-scripts writes it."""
-    lora, notices = _adapter(run, weights, step, dtype)
+    lora, notices = _adapter(run, weights, step, torch.float32)
+    lora = _in_dtype(_of_one_alpha(lora), dtype)
     ranks = sorted({str(tensor.shape[0]) for name, tensor in lora.state.items() if ".lora_A." in name})
-    alphas = sorted({f"{alpha:g}" for alpha in lora.alphas.values()})
+    alpha = next(iter(lora.alphas.values()))
     # Readers show these; each module's own stand beside its tensors.
-    told = {"ss_network_module": "networks.lora", "ss_output_name": out.stem}
+    told = {"ss_network_module": "networks.lora", "ss_output_name": out.stem, "ss_network_alpha": f"{alpha:g}"}
     told |= {"ss_network_dim": ranks[0]} if len(ranks) == 1 else {}
-    told |= {"ss_network_alpha": alphas[0]} if len(alphas) == 1 else {}
     told |= _BASES.get(_base_kind(section(read_config(Path(run).expanduser()), "model")), {})
     write_weights(out, to_kohya(lora), told)
     if any(".lora_magnitude_vector." in name for name in lora.state):
@@ -102,7 +103,21 @@ def _adapter(
             )
         lora = read_lora(checkpoint.weights)
     notices = (*checkpoint.notices, *_unlike_base(read_config(folder)))
-    return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales), notices
+    return _in_dtype(lora, dtype), notices
+
+
+def _in_dtype(lora: Lora, dtype: torch.dtype) -> Lora:
+    return Lora({key: tensor.to(dtype) for key, tensor in lora.state.items()}, lora.scales)
+
+
+def _of_one_alpha(lora: Lora) -> Lora:
+    """The same adapter with one alpha for all modules, the usual one: diffusers takes no others from such files."""
+    shared = Counter(lora.alphas.values()).most_common(1)[0][0]
+    state, scales = dict(lora.state), {}
+    for name, alpha in lora.alphas.items():
+        state[name + UP] = state[name + UP] * (alpha / shared)
+        scales[name] = shared / len(state[name + DOWN])
+    return Lora(state, scales)
 
 
 def _unlike_base(config: Mapping[str, Any]) -> tuple[str, ...]:

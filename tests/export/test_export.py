@@ -118,6 +118,25 @@ def test_diffusers_draws_the_same_from_kohyas_format(lora, base, tmp_path):
     assert np.abs(sampled(base, tmp_path / "added", "--lora", str(out)) - ours).max() <= 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_diffusers_draws_parts_of_other_alphas_from_kohyas_format(lora, base, tmp_path, dtype):
+    """As `adapter.ranks` makes them. diffusers takes one alpha for the whole of such a file."""
+    run, out = shutil.copytree(lora, tmp_path / "run"), tmp_path / "style.safetensors"
+    for weights in run.glob("checkpoints/*/*/"):
+        adapter = read_lora(weights)
+        alphas = {name: alpha * (3 if "up_blocks" in name else 1) for name, alpha in adapter.alphas.items()}
+        save_lora(weights, adapter.state, alphas)
+    assert export.main([str(run), "--format", "kohya", "--out", str(out), "--dtype", dtype]) == 0
+    written = load_file(out)
+    assert {tensor.dtype for tensor in written.values()} == {getattr(torch, dtype)}
+    assert {tensor.item() for key, tensor in written.items() if key.endswith(".alpha")} == {10.0}
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    pipe.load_lora_weights(tmp_path, weight_name=out.name)
+    ours = sampled(run, tmp_path / "pictures")
+    assert np.abs(ours - drawn(pipe)).max() < (0.51 if dtype == "float32" else 2)
+    assert np.abs(sampled(base, tmp_path / "added", "--lora", str(out)) - ours).max() <= 1
+
+
 def test_the_adapter_is_exported_exactly(lora, tmp_path):
     export.main([str(lora), "--format", "lora", "--out", str(tmp_path / "out")])
     trained = lora / "checkpoints" / f"step-{fakes.STEP:08d}" / "ema" / LORA_FILE
