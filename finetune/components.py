@@ -39,7 +39,7 @@ from finetune.models.autoencoder import (
 from finetune.models.kohya import is_kohya, read_kohya
 from finetune.models.schedulers import FLOW_SCHEDULER, load_scheduler, sampler_config, scheduler_config
 from finetune.models.single_file import open_file
-from finetune.models.sources import fetch_file, has_part, local_folder
+from finetune.models.sources import download, fetch_file, has_part, local_folder
 from finetune.models.text import (
     fitting,
     load_text_encoder,
@@ -268,7 +268,7 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
     unet = load_unet(source, revision=revision)
     vae = load_autoencoder(source, revision=revision)
     space = space_of(vae)
-    folder = local_folder(source)
+    folder = folder_beside(source, revision)
     task = (tasks.Task.load(folder) if folder is not None else None) or _task_of(unet, vae)
 
     def text() -> Conditioner:
@@ -277,7 +277,7 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
     # What has no part of a name and no task of its own is told so by what can't be loaded.
     has_text = task.name == "text_to_image" or has_part(source, "text_encoder", revision)
     conditioner = _conditioner(task, unet, vae, space, text if has_text else None)
-    load_own_parts(conditioner, Path(source))
+    load_own_parts(conditioner, folder if folder is not None else Path(source))
     scheduler = load_scheduler(source, revision)
     notices: tuple[str, ...] = ()
     file = fetch_file(source, revision)
@@ -296,6 +296,18 @@ def _from_model(source: str | Path, revision: str | None, words: str | Path | No
         source=str(source),
         **(read_guidance(folder) if folder is not None else {}),
         notices=notices,
+    )
+
+
+def folder_beside(source: str | Path, revision: str | None = None) -> Path | None:
+    """A model's folder, with what an export has beside diffusers' parts: its task and the parts of that.
+
+    A hub id's is downloaded, these files alone. None of a single file, which has none.
+    """
+    if fetch_file(source, revision) is not None:
+        return None
+    return local_folder(source) or download(
+        str(source), [tasks.TASK_FILE, SAMPLING_FILE, "conditioner/*"], revision
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from finetune import UserError, diffusion, tasks
 from finetune.build.data import captions, classes
-from finetune.components import load_own_parts, own_parts, require_told, space_of
+from finetune.components import folder_beside, load_own_parts, own_parts, require_told, space_of
 from finetune.conditioning import Conditioner, Given
 from finetune.conditioning.text import Text
 from finetune.config import Config, ModelConfig, SchedulerConfig
@@ -26,7 +26,7 @@ from finetune.models.autoencoder import Autoencoder, encoder_sha256, load_autoen
 from finetune.models.layout import store_channels_last
 from finetune.models.parts import flat, require_parts
 from finetune.models.schedulers import differences, load_scheduler
-from finetune.models.sources import has_part, local_folder
+from finetune.models.sources import has_part
 from finetune.models.text import build_text_encoder, load_tokenizer, save_tokenizer, train_tokenizer
 from finetune.models.unet import (
     build_unet,
@@ -125,8 +125,7 @@ def conditioned(
     )
     conditioner = tasks.make(task.name, task.options, given)
     made = Task(task.name, asdict(tasks.options(task.name, task.options)), list(given.classes))
-    if model.pretrained is not None:
-        _take_up(model.pretrained, made, conditioner, notices)
+    _take_up(model, made, conditioner, notices)
     wanted = channels + conditioner.channels
     if unet is None:
         arguments = {"in_channels": wanted, "out_channels": channels, **model.unet}
@@ -153,17 +152,20 @@ def conditioned(
     return unet, conditioner, made
 
 
-def _take_up(pretrained: str, task: Task, conditioner: Conditioner, notices: list[str]) -> None:
-    """Load what a model learnt of its condition, where it is an export of the same task."""
-    folder = local_folder(pretrained)
+def _take_up(model: ModelConfig, task: Task, conditioner: Conditioner, notices: list[str]) -> None:
+    """Load what the pretrained model learnt of its condition, where it is an export of the same task."""
+    if model.pretrained is None or not own_parts(conditioner):
+        return
+    folder = folder_beside(model.pretrained, model.revision)
     learnt = None if folder is None else Task.load(folder)
-    if folder is None or learnt is None or learnt.name != task.name or not own_parts(conditioner):
+    if folder is None or learnt is None or learnt.name != task.name:
         return
     learnt_options = asdict(tasks.options(learnt.name, learnt.options))
     for what, is_same in (("options", learnt_options == task.options), ("classes", learnt.classes == task.classes)):
         if not is_same:
             notices.append(
-                f"{pretrained} has other {what} of task={task.name}: what it learnt of its conditions is left out"
+                f"{model.pretrained} has other {what} of task={task.name}: what it learnt of its conditions is "
+                "left out"
             )
             return
     load_own_parts(conditioner, folder)

@@ -13,6 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.components import load_components
+from finetune.models import sources
+from finetune.tasks import Task
 from tests.conftest import metrics
 from tests.scenes import write_scenes
 
@@ -121,6 +124,34 @@ def test_an_exported_model_is_gone_on_from_with_what_it_learnt_of_its_conditions
     learnt = load_file(model / "conditioner/model.safetensors")
     kept = load_file(second / "checkpoints/step-00000001/weights/conditioner/model.safetensors")
     assert learnt and all(torch.allclose(learnt[name], kept[name], atol=1e-6) for name in learnt)
+
+
+def test_an_exported_model_on_the_hub_is_known_by_its_task(
+    scene_latents: Shards, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked for a text encoder there, and training began its classes anew without a word."""
+    task, (first, model, second) = "class_to_image", [tmp_path / name for name in ("first", "model", "second")]
+    quiet = ["train.steps=1", "sample.every=0", "validation.every=0"]
+    assert command("train", *overrides(task, scene_latents[task], first), *quiet, "optim.lr=0.1") == (0, "")
+    assert command("export", str(first), "--format", "diffusers", "--out", str(model)) == (0, "")
+    asked: list[str] = []
+
+    def snapshot(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        assert name == "someone/model"
+        asked.extend(allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(sources, "_on_the_hub", lambda name, revision: True)
+    monkeypatch.setattr(sources.huggingface_hub, "snapshot_download", snapshot)
+    learnt = load_file(model / "conditioner/model.safetensors")
+    parts = load_components("someone/model")
+    assert parts.task == Task.load(model) and {"task.json", "conditioner/*"} <= set(asked)
+    assert torch.equal(parts.conditioner.parts()["conditioner"].weight, learnt["weight"])
+    settings = [*overrides(task, scene_latents[task], second)[:-1], *quiet, "model.unet={}", "seed=1"]
+    settings += ["model.pretrained=someone/model", "optim.lr=1e-12", "optim.warmup_images=0"]
+    assert command("train", *settings) == (0, "")
+    kept = load_file(second / "checkpoints/step-00000001/weights/conditioner/model.safetensors")
+    assert torch.allclose(kept["weight"], learnt["weight"], atol=1e-6)
 
 
 def test_a_start_that_was_refused_leaves_nothing_that_a_later_one_takes(
