@@ -41,13 +41,17 @@ def is_run(folder: str | Path) -> bool:
 
 
 def require_own_folder(path: str | Path) -> None:
-    """Refuse a run's folder that holds something else: run files would be strewn among it.
+    """Refuse a run's folder that holds something else: run files would be strewn among it. And addresses.
 
     What a launcher, W&B or `tee` leaves there before a run begins is no matter.
 
     Raises:
         UserError: says what the folder holds.
     """
+    if "://" in str(path):  # it would be a folder here, `s3:`
+        raise UserError(
+            f"run.dir={path} is an address: a run is written to a folder; copy it there when it has ended"
+        )
     folder = Path(path)
     try:
         names = sorted(os.listdir(folder))

@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune import UserError, first_line, memory
-from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
+from finetune.export.arguments import (
+    add_source_arguments,
+    add_weights_arguments,
+    require_path,
+    torch_dtype,
+)
 from finetune.models import SCHEDULERS
 from finetune.terminal import Parser, positive, quiet_libraries
 
@@ -251,6 +256,7 @@ def _out(text: str) -> Path:
     """The PNG file or the folder to write, with its parents made."""
     if not text.strip():
         raise UserError("--out is empty (a shell variable that is not set?): give a file or a folder")
+    require_path("--out", text)
     out = Path(text).expanduser()
     folder = out.is_dir() or not out.suffix or text.endswith(("/", os.sep))
     if not folder and out.suffix.lower() != ".png":

@@ -38,7 +38,7 @@ BAD = {
     "watch.stalled_s": ["-1"],
     "watch.start_s": ["0", "inf"],
     "tracker.project": ["a b/x", "''"],
-    "run.dir": ["''"],
+    "run.dir": ["''", "s3://bucket/run"],
 }
 TOO_LARGE = (
     "optim.lr",

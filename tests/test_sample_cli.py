@@ -111,6 +111,7 @@ def mistakes(run, tmp_path):
             str(run), *prompt, "--negative", "y", "--guidance", "1",
         ],
         "--noise-level is not for this model": [str(run), *prompt, "--noise-level", "3"],
+        "--out s3://bucket/x.png is an address": [str(run), "--prompt", "x", "--out", "s3://bucket/x.png"],
         "--out is empty": [str(run), "--prompt", "x", "--out", ""],
         "the name of the model is empty": ["", *prompt],
         "2000 sampling steps": [str(run), *prompt, "--steps", "2000"],

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetune import UserError
-from finetune.export.arguments import add_source_arguments, add_weights_arguments, torch_dtype
+from finetune.export.arguments import (
+    add_source_arguments,
+    add_weights_arguments,
+    require_path,
+    torch_dtype,
+)
 from finetune.terminal import Parser, quiet_libraries
 
 FORMATS = ("diffusers", "lora", "kohya", "single-file")
@@ -50,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.format not in FORMATS:
         raise UserError(f"--format {arguments.format}: unknown; choose {' or '.join(FORMATS)}")
 
+    require_path("--out", arguments.out)
     if arguments.format in _ADAPTERS and (arguments.tokenizer or arguments.revision):
         option = "--tokenizer" if arguments.tokenizer else "--revision"
         raise UserError(f"{option} has no effect on --format {arguments.format}, an adapter alone: leave it out")

@@ -6,6 +6,7 @@ import argparse
 import re
 from typing import Any
 
+from finetune import UserError
 from finetune.ema import LARGEST_SIGMA_REL
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -39,6 +40,16 @@ def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--checkpoint", type=step, metavar="STEP", help="a run's checkpoint (default: the latest)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+
+
+def require_path(option: str, text: str) -> None:
+    """Refuse an address where something is written, which would make a folder of the name `s3:` here.
+
+    Raises:
+        UserError: it is one.
+    """
+    if "://" in text:
+        raise UserError(f"{option} {text} is an address: give a folder or file of this machine, and copy it there")
 
 
 def weights(text: str) -> str:

@@ -399,6 +399,7 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
         "no complete checkpoint of step 3; there are 20": [
             str(lora), "--format", "lora", *out, "--checkpoint", "step-00000003",
         ],
+        "--out s3://bucket/x is an address": [str(full), "--format", "diffusers", "--out", "s3://bucket/x"],
         "is a file; give a folder": [str(full), "--format", "lora", "--out", str(tmp_path / "file")],
     }.items():  # fmt: skip
         with pytest.raises(UserError) as caught:
