@@ -33,7 +33,8 @@ USAGE = """\
 usage: finetune train --multirun KEY=VALUE,VALUE ... [hydra/launcher=submitit_slurm hydra.launcher.KEY=VALUE ...]
 
 One run for each combination of values. A run's folder is run.dir/KEY=VALUE; the same command goes on where an
-earlier one stopped. Without a launcher the runs come one after the other, here.
+earlier one stopped. Without a launcher the runs come one after the other, here, each of as many processes as
+LDM_FINETUNE_PROCESSES says (1).
 
 examples:
   finetune train --multirun experiment=smoke data.shards=LATENTS run.dir=sweeps/lr optim.lr=1e-4,3e-5
@@ -66,6 +67,11 @@ def main(words: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     require_settings(words, "finetune train --multirun")
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":  # each process would start the whole sweep
+        raise UserError(
+            f"--multirun starts the processes of each run itself: leave torchrun or accelerate launch out, and set "
+            f"LDM_FINETUNE_PROCESSES={size}"
+        )
     ours = [word for word in words if not _is_hydras(word)]
     swept, points = enumerate_points(ours)
     composed = [compose("train", point, Config)[0] for point in points]
@@ -95,7 +101,7 @@ def main(words: Sequence[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="train")(point)()
     except (HydraException, OmegaConfBaseException) as error:
-        if "submitit" in str(error):
+        if re.search("launcher/submitit_(slurm|local)'", str(error)):
             raise UserError(f"{first_line(error)}: pip install ldm-finetune[slurm]") from None
         raise UserError(first_line(error)) from None
     except subprocess.CalledProcessError as error:

@@ -100,14 +100,22 @@ def test_a_point_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
         (["optim.lr=1e-4,-1"], "optim.lr=-1.0 must be greater than 0"),
         (["seed=1,2", "hydra.launcher.partition=x"], "partition"),
         (["seed=1,2", "hydra/launcher=submitit_slurm"], "srun"),
+        (["seed=1,2", "hydra/launcher=submitit_slurn"], "Could not find 'hydra/launcher/submitit_slurn'"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path: Path, words: list[str], message: str) -> None:
     code, runs, err = listing([], "experiment=smoke", f"run.dir={tmp_path}", *words, PATH=str(tmp_path))
     assert (code, runs) == (2, [])
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert message in line
+    assert message in line and "pip install" not in line
     assert "Traceback" not in err
+
+
+def test_a_sweep_is_not_started_on_each_rank(tmp_path: Path) -> None:
+    words = ["experiment=smoke", "data.shards=x", f"run.dir={tmp_path}", "seed=1,2"]
+    code, runs, err = listing([], *words, RANK="1", WORLD_SIZE="4")
+    assert (code, runs) == (2, [])
+    assert "leave torchrun or accelerate launch out, and set LDM_FINETUNE_PROCESSES=4" in err
 
 
 def test_slurms_refusal_is_one_line(slurm: Cluster, tmp_path: Path) -> None:
