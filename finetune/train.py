@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-from finetune import UserError, first_line, is_by_all, outliving_readers, run_cli
+from finetune import outliving_readers, run_cli
 from finetune.config import Config, compose, parse_override
 from finetune.help import describe, describe_tasks
 from finetune.terminal import quiet_libraries, require_settings, speak_in_turn, stopped_at_once
@@ -75,23 +75,18 @@ def run(config: Config, composed: DictConfig, asked: Collection[str] = ()) -> in
 
 
 def _run(config: Config, composed: DictConfig, asked: Collection[str], request: StopRequest) -> int:
-    import torch
-
     from finetune import build, distributed, loop, tracking
-    from finetune.checkpoint import RunFolder, require_shared
+    from finetune.checkpoint import held_folder
     from finetune.data.shards import write_atomic
     from finetune.runs import changed_settings
 
     bounds = distributed.Bounds(config.watch.lost_s, config.watch.stalled_s, config.watch.start_s)
     uses_deepspeed = config.strategy.kind == "zero"
-    world = distributed.start(config.train.device, uses_deepspeed=uses_deepspeed, bounds=bounds)
-    folder: RunFolder | None = None
-    try:
-        box: list[RunFolder] = []  # the lock stays with rank 0
-        world.on_main(lambda: box.append(RunFolder(config.run.dir)))
-        folder = box[0] if box else None
-        path = Path(config.run.dir)
-        require_shared(world, path)
+    place = distributed.joined(
+        config.train.device, bounds, uses_deepspeed=uses_deepspeed, when_full=build.OUT_OF_MEMORY
+    )
+    path = Path(config.run.dir)
+    with place as world, held_folder(world, path):
         world.watch.at("building the model")
         parts = build.build(config, world, path)
         world.watch.at("restoring the last checkpoint")
@@ -128,23 +123,7 @@ def _run(config: Config, composed: DictConfig, asked: Collection[str], request: 
             tracker.close(failed=failed, goes_on=stop > 0)
         if world.is_main:
             print(f"run: {path}{', stopped: the same command goes on' if stop else ''}")
-        world.watch.leave()
-        distributed.stop()
-        return request.exit_code(stop) if stop else 0
-    except torch.OutOfMemoryError as error:
-        world.watch.judge(error)
-        if world.size == 1:
-            distributed.stop()
-        raise UserError(f"the device's memory is full ({first_line(error)}): {build.OUT_OF_MEMORY}") from error
-    except BaseException as error:
-        world.watch.judge(error)
-        # Leaving a group whose members are gone may take forever; the process is about to end anyway.
-        if world.size == 1 or is_by_all(error):
-            distributed.stop()
-        raise
-    finally:
-        if folder is not None:
-            folder.close()
+    return request.exit_code(stop) if stop else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune import UserError, by_all, first_line, memory, outliving_readers
+from finetune import UserError, by_all, outliving_readers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,13 +90,13 @@ def _run(argv: Sequence[str]) -> int:
 
 def train(config: Config, settings: Mapping[str, Any], yaml: str, request: StopRequest) -> int:
     """Join the other processes, if there are any, and train together, see `_train`; returns the exit code."""
-    import torch
-
-    from finetune import distributed, is_by_all
+    from finetune import distributed
 
     bounds = distributed.Bounds(config.watch.lost_s, config.watch.stalled_s, config.watch.start_s)
-    world = distributed.start(config.train.device, uses_deepspeed=False, bounds=bounds)
-    try:
+    when_full = (
+        "lower train.global_batch or data.size, share the batch among more processes, or set train.precision=bf16"
+    )
+    with distributed.joined(config.train.device, bounds, uses_deepspeed=False, when_full=when_full) as world:
         if config.train.global_batch % world.size:
             raise by_all(
                 UserError(
@@ -104,21 +104,8 @@ def train(config: Config, settings: Mapping[str, Any], yaml: str, request: StopR
                     "processes; give a multiple"
                 )
             )
-        with memory.shortage_told():
-            stop = _train(config, settings, yaml, world, request)
-        return request.exit_code(stop) if stop else 0
-    except torch.OutOfMemoryError as error:
-        world.watch.judge(error)
-        raise UserError(
-            f"the device's memory is full ({first_line(error)}): lower train.global_batch or data.size, share the "
-            "batch among more processes, or set train.precision=bf16"
-        ) from error
-    except BaseException as error:
-        world.watch.judge(error)
-        # Leaving a group whose members are gone may take forever; the process is about to end anyway.
-        if world.size == 1 or is_by_all(error):
-            distributed.stop()
-        raise
+        stop = _train(config, settings, yaml, world, request)
+    return request.exit_code(stop) if stop else 0
 
 
 def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World, request: StopRequest) -> int:
@@ -145,7 +132,7 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
     )
     from finetune.autoencoder.pictures import Pictures
     from finetune.autoencoder.results import finish
-    from finetune.checkpoint import RunFolder, require_same, require_shared
+    from finetune.checkpoint import held_folder, require_same
     from finetune.data.order import Order, Source
     from finetune.data.shards import write_atomic
     from finetune.models.autoencoder import downsample_factor
@@ -174,14 +161,10 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             "copy; make them the same (compare manifest.json)",
         )
         require_room(config, min(map(min, pictures.buckets)))
-        # What is measured is measured by rank 0, which writes too: its folder's lock stays with it.
+        # What is measured is measured by rank 0.
         of_main: list[FeatureNetwork | None] = []
         world.on_main(lambda: of_main.append(build_features(config, pictures, device)))
-        folders: list[RunFolder] = []
-        world.on_main(lambda: folders.append(RunFolder(run)))
-        for held in folders:
-            stack.enter_context(closing(held))
-        require_shared(world, run)
+        stack.enter_context(held_folder(world, run))
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
         if world.is_main:
             (run / "checkpoints").mkdir(exist_ok=True)

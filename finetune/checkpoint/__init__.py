@@ -28,7 +28,7 @@ checkpoints     saves and restores a run: what happens when
 """
 
 from finetune.checkpoint.checkpoints import Checkpoints, Progress
-from finetune.checkpoint.folder import RunFolder, require_shared
+from finetune.checkpoint.folder import RunFolder, held_folder, require_shared
 from finetune.checkpoint.layout import Layout
 from finetune.checkpoint.record import (
     find_fault,
@@ -47,6 +47,7 @@ __all__ = [
     "RunFolder",
     "find_fault",
     "followed",
+    "held_folder",
     "newest_whole",
     "prune",
     "publish",

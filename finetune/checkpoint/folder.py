@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from finetune import UserError, by_all
@@ -63,6 +64,23 @@ class RunFolder:
                 for folder in self._made:
                     folder.rmdir()
         self._lock.close()
+
+
+@contextlib.contextmanager
+def held_folder(world: World, path: str | Path) -> Iterator[None]:
+    """A run's folder for all ranks, which rank 0 holds. Collective.
+
+    Raises:
+        UserError: as `RunFolder` and `require_shared` do, on every rank.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            stack.enter_context(contextlib.closing(RunFolder(path)))
+
+        world.on_main(hold)
+        require_shared(world, path)
+        yield
 
 
 def require_shared(world: World, path: str | Path, seconds: float = _LOOK_SECONDS) -> None:

@@ -9,6 +9,7 @@ strategy        what a strategy is: `Shard`s, steps, gathers
 data_parallel   whole weights on each rank
 zero            ZeRO's stages: DeepSpeed's pieces and steps
 reduction       gradients, reduced while the backward pass goes on
+renewal         of stages 1 and 2: updated weights, sent beside the next forward pass
 graphs          a micro-batch's passes as one CUDA graph
 copies          of data parallelism: weights that are cast once a step
 gathering       of stage 3: weights, whole while they are computed with
@@ -21,7 +22,7 @@ from finetune.distributed.optimizers import KINDS, MOMENTS, NEED_WHOLE, ORDERED,
 from finetune.distributed.signals import StopRequest
 from finetune.distributed.strategy import Shard, Source, StepStats, Strategy, Wanted
 from finetune.distributed.watch import LONG, Bounds, Watch
-from finetune.distributed.world import World, require_agreement, start, stop
+from finetune.distributed.world import World, joined, require_agreement, start, stop
 from finetune.distributed.zero import ZeRO
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "Watch",
     "World",
     "ZeRO",
+    "joined",
     "require_agreement",
     "start",
     "stop",

@@ -10,7 +10,7 @@ import socket
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _coalescing_manager
 
-from finetune import PeerLostError, UserError, by_all, first_line
+from finetune import PeerLostError, UserError, by_all, first_line, is_by_all, memory
 from finetune.distributed.watch import Bounds, Watch
 
 T = TypeVar("T")
@@ -218,6 +218,32 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
     if size > 1:
         _agree(world)
     return world
+
+
+@contextlib.contextmanager
+def joined(device: str, bounds: Bounds, *, uses_deepspeed: bool, when_full: str) -> Iterator[World]:
+    """A run's time among the other processes, from `start` to `stop`. They are told of what ends this one.
+
+    Args:
+        when_full: what to do where memory is short.
+
+    Raises:
+        UserError: as `start` does; memory is short.
+    """
+    world = start(device, uses_deepspeed=uses_deepspeed, bounds=bounds)
+    try:
+        with memory.shortage_told():
+            yield world
+        world.watch.leave()
+        stop()
+    except BaseException as error:
+        world.watch.judge(error)
+        # Leaving a group whose members are gone may take forever; the process is about to end anyway.
+        if world.size == 1 or is_by_all(error):
+            stop()
+        if isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f"the device's memory is full ({first_line(error)}): {when_full}") from error
+        raise
 
 
 def _store(rank: int, timeout: datetime.timedelta) -> dist.Store:
