@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from finetune import UserError, first_line, is_by_all
+from finetune.data.shards.store import StoreAwayError
 from finetune.doctor.table import FAIL, Row
 from finetune.terminal import ranks_text
 
@@ -405,7 +406,7 @@ def attempt(function: Callable[[], Any]) -> Outcome:
     """Run it: its value, or its error in a line."""
     try:
         return Outcome(function())
-    except UserError as error:
+    except (UserError, StoreAwayError) as error:
         return Outcome(error=" ".join(str(error).split()))
     except Exception as error:
         kind = type(error).__name__

@@ -73,6 +73,11 @@ def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
         _borrow(context, tidy)
     rows += network.network_rows(context)
     rows += pieces.tracking_rows(context)
+    shared_batch = pieces.batch_rows(context)
+    rows += shared_batch
+    if shared_batch:
+        rows += skipped(("data", *_NEED_DATA), "the ranks cannot share the batch")
+        return
     opened = pieces.data_rows(context)
     rows += opened
     if any(row.result == FAIL for row in opened):

@@ -199,6 +199,8 @@ def rank_rows(context: Context) -> list[Row]:
     wrong = []
     for rank, outcome in enumerate(outcomes):
         layers, refused = outcome.value
+        if refused:
+            remedy = "see what it says"
         if any(layer != (rank, context.size) for layer in layers.values()):
             said = ", ".join(f"{name} says rank {r} of {n}" for name, (r, n) in layers.items())
             wrong.append(f"{context.named([rank])}: {said}")

@@ -6,11 +6,14 @@ import hashlib
 import shutil
 import socket
 import time
+from dataclasses import asdict
 from typing import Any
 
 import torch.distributed as dist
 
 from finetune import UserError, build, first_line
+from finetune.config import data_sources
+from finetune.data.shards import is_remote
 from finetune.distributed import DataParallel, ZeRO
 from finetune.doctor.context import Context, odd_ones, settle, skipped
 from finetune.doctor.memory import whole_numel
@@ -22,10 +25,22 @@ _MARGIN = 1.3  # readers must be that much faster than the steps
 _FAR_STEP = 10  # of whose samples no page was read by the steps
 
 
+def batch_rows(context: Context) -> list[Row]:
+    """A global batch that the ranks cannot share; nothing where they can."""
+    outcomes = context.exchange(
+        "hosts", "sharing the batch", lambda: build.batch_sizes(context.config, context.joined())
+    )
+    remedy = "change train.global_batch, train.micro_batch or the number of processes"
+    return context.failures("batch", outcomes, remedy)
+
+
 def data_rows(context: Context) -> list[Row]:
     """Every rank opens the shards by itself and reads one micro-batch."""
     outcomes = context.exchange("data", "opening the data", lambda: _open(context))
+    sources = data_sources(asdict(context.config.data)).values()
     remedy = "every machine must reach the shards under the same path; `data-tools verify SHARDS` looks at them all"
+    if any(is_remote(source["shards"]) for source in sources):
+        remedy = "every machine must reach the address, with the same credentials"
     if rows := context.failures("data", outcomes, remedy):
         return rows
     texts = odd_ones([outcome.value for outcome in outcomes])

@@ -294,6 +294,30 @@ def test_missing_data_is_a_row_with_a_remedy(examined, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_store_that_is_away_is_a_row_with_its_own_remedy(examined):
+    code, rows, _ = examined("data.shards=http://127.0.0.1:9/x")
+    assert code == 1
+    assert rows["data"].seen.startswith("cannot fetch http://127.0.0.1:9/x/manifest.json: ")
+    assert rows["data"].remedy == "every machine must reach the address, with the same credentials"
+
+
+@pytest.mark.parametrize("more", ["train.micro_batch=3", "train.micro_batch=5"])
+def test_a_batch_that_cannot_be_shared_is_no_fault_of_the_data(examined, more):
+    code, rows, text = examined(more, "train.global_batch=8")
+    assert (code, rows["batch"].result) == (1, "FAIL")
+    assert f"{more} does not divide the 8 samples of each rank" in rows["batch"].seen
+    assert rows["batch"].remedy == "change train.global_batch, train.micro_batch or the number of processes"
+    assert "every machine must reach" not in text
+    assert rows["data"].seen == rows["steps"].seen == "the ranks cannot share the batch"
+
+
+def test_what_a_run_would_refuse_has_its_own_remedy(examined, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, rows, _ = examined("train.device=cuda")
+    assert code == 1 and "torch sees no GPU; use train.device=cpu or auto" in rows["ranks"].seen
+    assert rows["ranks"].remedy == "see what it says"
+
+
 def test_steps_that_move_nothing_fail(examined, monkeypatch):
     from finetune import loop
 
