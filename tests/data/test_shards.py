@@ -32,6 +32,7 @@ from finetune.data.shards import (
     json_bytes,
     latent_bytes,
     verify,
+    write_atomic,
 )
 
 ENCODER = EncoderInfo("./vae", "ab" * 32, 0.18215, 0.0, "float32", (-1.0, 1.0), 4, 8)
@@ -588,3 +589,18 @@ def test_manifest_sums_are_checked(root: Path) -> None:
     data["samples"] += 1
     (root / "manifest.json").write_text(json.dumps(data))
     assert [str(problem) for problem in verify(root)] == ["manifest.json: samples is 12, the shards sum to 11"]
+
+
+def test_a_file_that_a_full_disk_refused_leaves_nothing_and_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "manifest.json"
+    write_atomic(path, b"before")
+
+    def refuse(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="manifest.json"):
+        write_atomic(path, b"after")
+    assert [each.name for each in tmp_path.iterdir()] == ["manifest.json"] and path.read_bytes() == b"before"

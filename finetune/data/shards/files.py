@@ -62,10 +62,15 @@ def key_hash(key: str) -> int:
 def write_atomic(path: Path, content: bytes) -> None:
     """Write a file under a temporary name in its folder, then rename it: whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with naming(path), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with naming(path), temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):  # it may be what fills the disk
+            temporary.unlink()
+        raise
     os.replace(temporary, path)
 
 
