@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from finetune import distributed
+from finetune.distributed import world
 from finetune.train import main
 
 
@@ -36,7 +36,7 @@ def take_half(whole: Path, half: Path) -> None:
 
 def drive(jobs: list[dict[str, Any]]) -> int:
     is_main = os.environ["RANK"] == "0"
-    stop, distributed.stop = distributed.stop, lambda: None
+    stop, world.stop = world.stop, lambda: None
     try:
         for job in jobs:
             started = time.perf_counter()
