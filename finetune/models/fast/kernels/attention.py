@@ -26,15 +26,49 @@ _PROGRAMS = 1024  # of either pass, if there are queries for as many
 
 
 @triton.jit
-def _rows(x, at, R, stride, d, D: tl.constexpr):
-    """Rows `at` of the R of a head, [at, d]; zeros beyond R and D."""
-    return tl.load(x + at[:, None] * stride + d[None, :], mask=(at < R)[:, None] & (d < D)[None, :], other=0.0)
+def _load(x, at, R, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+    """Rows `at` of the R of a head, in both parts of the features; zeros beyond R and D.
+
+    What is of a second part is the first where there is none, and never used: here and below.
+    """
+    d, there = tl.arange(0, D1), (at < R)[:, None]
+    first = tl.load(x + at[:, None] * stride + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+    second = first
+    if D2 > 0:
+        e = D1 + tl.arange(0, D2)
+        second = tl.load(x + at[:, None] * stride + e[None, :], mask=there & (e < D)[None, :], other=0.0)
+    return first, second
 
 
 @triton.jit
-def _store(x, at, R, stride, d, D: tl.constexpr, values):
-    kind = x.dtype.element_ty
-    tl.store(x + at[:, None] * stride + d[None, :], values.to(kind), mask=(at < R)[:, None] & (d < D)[None, :])
+def _store(x, at, R, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, first, second):
+    """What `_load` takes."""
+    d, there = tl.arange(0, D1), (at < R)[:, None]
+    first = first.to(x.dtype.element_ty)
+    tl.store(x + at[:, None] * stride + d[None, :], first, mask=there & (d < D)[None, :])
+    if D2 > 0:
+        e = D1 + tl.arange(0, D2)
+        second = second.to(x.dtype.element_ty)
+        tl.store(x + at[:, None] * stride + e[None, :], second, mask=there & (e < D)[None, :])
+
+
+@triton.jit
+def _load_all(x, K, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+              K1: tl.constexpr, K2: tl.constexpr):  # fmt: skip
+    """Keys or values of a head: the first part of them in both parts of the features, then the second."""
+    k1, k2 = _load(x, tl.arange(0, K1), K, stride, D, D1, D2)
+    l1, l2 = k1, k2
+    if K2 > 0:
+        l1, l2 = _load(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2)
+    return k1, k2, l1, l2
+
+
+@triton.jit
+def _store_all(x, K, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K1: tl.constexpr,
+               K2: tl.constexpr, k1, k2, l1, l2):  # fmt: skip
+    _store(x, tl.arange(0, K1), K, stride, D, D1, D2, k1, k2)
+    if K2 > 0:
+        _store(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2, l1, l2)
 
 
 @triton.jit
@@ -47,13 +81,15 @@ def _product(x1, x2, y1, y2, D2: tl.constexpr):
 
 
 @triton.jit
-def _weights(q1, q2, k1, k2, l1, l2, k, l, K, scale, K2: tl.constexpr, D2: tl.constexpr):
-    """Softmax of the queries over both parts of the keys, k1 and k2 at k and l1 and l2 at l."""
+def _weights(q1, q2, k1, k2, l1, l2, K, scale, K1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr):
+    """Softmax of the queries over both parts of the keys."""
     scale *= 1.4426950408889634  # of exponents of two
+    k = tl.arange(0, K1)
     of_k = tl.where((k < K)[None, :], _product(q1, q2, k1, k2, D2) * scale, -float("inf"))
     largest = tl.max(of_k, 1)
     of_l = of_k
     if K2 > 0:
+        l = K1 + tl.arange(0, K2)
         of_l = tl.where((l < K)[None, :], _product(q1, q2, l1, l2, D2) * scale, -float("inf"))
         largest = tl.maximum(largest, tl.max(of_l, 1))
     of_k = tl.exp2(of_k - largest[:, None])
@@ -66,6 +102,22 @@ def _weights(q1, q2, k1, k2, l1, l2, k, l, K, scale, K2: tl.constexpr, D2: tl.co
 
 
 @triton.jit
+def _mixed(of_k, of_l, v1, v2, w1, w2, K2: tl.constexpr, D2: tl.constexpr):
+    """The sum over both parts of the keys of weights times values, in both parts of the features."""
+    of_k = of_k.to(v1.dtype)
+    of_l = of_l.to(v1.dtype)
+    y1 = tl.dot(of_k, v1, input_precision="ieee")
+    if K2 > 0:
+        y1 = tl.dot(of_l, w1, y1, input_precision="ieee")
+    y2 = y1
+    if D2 > 0:
+        y2 = tl.dot(of_k, v2, input_precision="ieee")
+        if K2 > 0:
+            y2 = tl.dot(of_l, w2, y2, input_precision="ieee")
+    return y1, y2
+
+
+@triton.jit
 def _mix(q_BSHD, k_BKHD, v_BKHD, y_BSHD, S, K, q_b, q_s, k_b, k_s, v_b, v_s, y_b, y_s, scale, ROWS: tl.constexpr,
          TS: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
          K1: tl.constexpr, K2: tl.constexpr):  # fmt: skip
@@ -74,35 +126,14 @@ def _mix(q_BSHD, k_BKHD, v_BKHD, y_BSHD, S, K, q_b, q_s, k_b, k_s, v_b, v_s, y_b
     k_BKHD += sample * k_b + head
     v_BKHD += sample * v_b + head
     y_BSHD += sample * y_b + head
-    k, d = tl.arange(0, K1), tl.arange(0, D1)
-    k1, v1 = _rows(k_BKHD, k, K, k_s, d, D), _rows(v_BKHD, k, K, v_s, d, D)
-    # Of the second parts of features (e) and keys (l); never used where there are none.
-    e, l, k2, v2, l1, l2, w1, w2 = d, k, k1, v1, k1, k1, v1, v1
-    if D2 > 0:
-        e = D1 + tl.arange(0, D2)
-        k2, v2 = _rows(k_BKHD, k, K, k_s, e, D), _rows(v_BKHD, k, K, v_s, e, D)
-    if K2 > 0:
-        l = K1 + tl.arange(0, K2)
-        l1, w1 = _rows(k_BKHD, l, K, k_s, d, D), _rows(v_BKHD, l, K, v_s, d, D)
-        if D2 > 0:
-            l2, w2 = _rows(k_BKHD, l, K, k_s, e, D), _rows(v_BKHD, l, K, v_s, e, D)
+    k1, k2, l1, l2 = _load_all(k_BKHD, K, k_s, D, D1, D2, K1, K2)
+    v1, v2, w1, w2 = _load_all(v_BKHD, K, v_s, D, D1, D2, K1, K2)
     for row in range(0, ROWS, TS):
         s = tl.program_id(0) * ROWS + row + tl.arange(0, TS)
-        q1 = _rows(q_BSHD, s, S, q_s, d, D)
-        q2 = q1
-        if D2 > 0:
-            q2 = _rows(q_BSHD, s, S, q_s, e, D)
-        of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, k, l, K, scale, K2, D2)
-        of_k, of_l = of_k.to(v1.dtype), of_l.to(v1.dtype)
-        y1 = tl.dot(of_k, v1, input_precision="ieee")
-        if K2 > 0:
-            y1 = tl.dot(of_l, w1, y1, input_precision="ieee")
-        _store(y_BSHD, s, S, y_s, d, D, y1)
-        if D2 > 0:
-            y2 = tl.dot(of_k, v2, input_precision="ieee")
-            if K2 > 0:
-                y2 = tl.dot(of_l, w2, y2, input_precision="ieee")
-            _store(y_BSHD, s, S, y_s, e, D, y2)
+        q1, q2 = _load(q_BSHD, s, S, q_s, D, D1, D2)
+        of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, K, scale, K1, K2, D2)
+        y1, y2 = _mixed(of_k, of_l, v1, v2, w1, w2, K2, D2)
+        _store(y_BSHD, s, S, y_s, D, D1, D2, y1, y2)
 
 
 @triton.jit
@@ -129,30 +160,21 @@ def _mix_gradient(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, dk_NBKHD, dv_NBKHD, 
     v_BKHD += sample * v_b + head
     dy_BSHD += sample * dy_b + head
     dq_BSHD += sample * dq_b + head
-    k, d = tl.arange(0, K1), tl.arange(0, D1)
-    k1, v1 = _rows(k_BKHD, k, K, k_s, d, D), _rows(v_BKHD, k, K, v_s, d, D)
+    k1, k2, l1, l2 = _load_all(k_BKHD, K, k_s, D, D1, D2, K1, K2)
+    v1, v2, w1, w2 = _load_all(v_BKHD, K, v_s, D, D1, D2, K1, K2)
     dk1, dv1 = tl.zeros((K1, D1), tl.float32), tl.zeros((K1, D1), tl.float32)
-    # As in `_mix`.
-    e, l, k2, v2, l1, l2, w1, w2 = d, k, k1, v1, k1, k1, v1, v1
     dk2, dv2, dl1, dl2, dw1, dw2 = dk1, dv1, dk1, dk1, dv1, dv1
     if D2 > 0:
-        e = D1 + tl.arange(0, D2)
-        k2, v2 = _rows(k_BKHD, k, K, k_s, e, D), _rows(v_BKHD, k, K, v_s, e, D)
         dk2, dv2 = tl.zeros((K1, D2), tl.float32), tl.zeros((K1, D2), tl.float32)
     if K2 > 0:
-        l = K1 + tl.arange(0, K2)
-        l1, w1 = _rows(k_BKHD, l, K, k_s, d, D), _rows(v_BKHD, l, K, v_s, d, D)
         dl1, dw1 = tl.zeros((K2, D1), tl.float32), tl.zeros((K2, D1), tl.float32)
         if D2 > 0:
-            l2, w2 = _rows(k_BKHD, l, K, k_s, e, D), _rows(v_BKHD, l, K, v_s, e, D)
             dl2, dw2 = tl.zeros((K2, D2), tl.float32), tl.zeros((K2, D2), tl.float32)
     for row in range(0, ROWS, TS):
         s = tl.program_id(0) * ROWS + row + tl.arange(0, TS)
-        q1, dy1 = _rows(q_BSHD, s, S, q_s, d, D), _rows(dy_BSHD, s, S, dy_s, d, D)
-        q2, dy2 = q1, dy1
-        if D2 > 0:
-            q2, dy2 = _rows(q_BSHD, s, S, q_s, e, D), _rows(dy_BSHD, s, S, dy_s, e, D)
-        of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, k, l, K, scale, K2, D2)
+        q1, q2 = _load(q_BSHD, s, S, q_s, D, D1, D2)
+        dy1, dy2 = _load(dy_BSHD, s, S, dy_s, D, D1, D2)
+        of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, K, scale, K1, K2, D2)
         to_k = _product(dy1, dy2, v1, v2, D2)
         to_l = to_k
         mean = tl.sum(of_k * to_k, 1)
@@ -160,16 +182,10 @@ def _mix_gradient(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, dk_NBKHD, dv_NBKHD, 
             to_l = _product(dy1, dy2, w1, w2, D2)
             mean += tl.sum(of_l * to_l, 1)
         to_k = (of_k * (to_k - mean[:, None]) * scale).to(k1.dtype)
-        dq1 = tl.dot(to_k, k1, input_precision="ieee")
         if K2 > 0:
             to_l = (of_l * (to_l - mean[:, None]) * scale).to(k1.dtype)
-            dq1 = tl.dot(to_l, l1, dq1, input_precision="ieee")
-        _store(dq_BSHD, s, S, dq_s, d, D, dq1)
-        if D2 > 0:
-            dq2 = tl.dot(to_k, k2, input_precision="ieee")
-            if K2 > 0:
-                dq2 = tl.dot(to_l, l2, dq2, input_precision="ieee")
-            _store(dq_BSHD, s, S, dq_s, e, D, dq2)
+        dq1, dq2 = _mixed(to_k, to_l, k1, k2, l1, l2, K2, D2)
+        _store(dq_BSHD, s, S, dq_s, D, D1, D2, dq1, dq2)
         if SUMMED:
             dk1, dk2, dv1, dv2 = _onto(dk1, dk2, dv1, dv2, of_k, to_k, q1, q2, dy1, dy2, D2)
             if K2 > 0:
@@ -177,17 +193,8 @@ def _mix_gradient(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, dk_NBKHD, dv_NBKHD, 
     if SUMMED:
         token = H * D
         to = (tl.program_id(0) * tl.num_programs(2) + sample) * K * token + head
-        _store(dk_NBKHD + to, k, K, token, d, D, dk1)
-        _store(dv_NBKHD + to, k, K, token, d, D, dv1)
-        if D2 > 0:
-            _store(dk_NBKHD + to, k, K, token, e, D, dk2)
-            _store(dv_NBKHD + to, k, K, token, e, D, dv2)
-        if K2 > 0:
-            _store(dk_NBKHD + to, l, K, token, d, D, dl1)
-            _store(dv_NBKHD + to, l, K, token, d, D, dw1)
-            if D2 > 0:
-                _store(dk_NBKHD + to, l, K, token, e, D, dl2)
-                _store(dv_NBKHD + to, l, K, token, e, D, dw2)
+        _store_all(dk_NBKHD + to, K, token, D, D1, D2, K1, K2, dk1, dk2, dl1, dl2)
+        _store_all(dv_NBKHD + to, K, token, D, D1, D2, K1, K2, dv1, dv2, dw1, dw2)
 
 
 def _parts(count: int) -> tuple[int, int]:
