@@ -10,7 +10,7 @@ import errno
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,16 +55,19 @@ def load_folder(kind: type[Module], folder: Path, *, may_hold_more: bool = False
     loaded, about = kind.from_pretrained(  # type: ignore[attr-defined]
         folder, variant=variant, output_loading_info=True, **settings
     )
-    if missing := sorted(about["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise UserError(f"{folder} holds no {missing[0]}{more}: the files are not whole, get them again")
-    if not may_hold_more and (rest := sorted(about["unexpected_keys"])):
-        more = f" and {len(rest) - 1} more" if len(rest) > 1 else ""
+    if missing := about["missing_keys"]:
+        raise UserError(f"{folder} holds no {_named(missing)}: the files are not whole, get them again")
+    if not may_hold_more and (rest := about["unexpected_keys"]):
         raise UserError(
-            f"{folder} holds {rest[0]}{more}, which its config.json has no place for: the two are of different "
+            f"{folder} holds {_named(rest)}, which its config.json has no place for: the two are of different "
             "models, get both again"
         )
     return loaded  # type: ignore[no-any-return]
+
+
+def _named(keys: Iterable[str]) -> str:
+    first, *rest = sorted(keys)
+    return f"{first} and {len(rest)} more" if rest else first
 
 
 def whole_weights(folder: Path) -> list[Path]:
