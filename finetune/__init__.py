@@ -174,6 +174,12 @@ def _leave(stream: Any) -> None:
     os.close(nowhere)
 
 
+def say_at_once(text: str) -> None:
+    """To stderr past Python's streams, as from a thread or a signal's handler; where it has gone, to nobody."""
+    with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log` as well; a log's disk may be full
+        os.write(2, text.encode())
+
+
 def _complain(line: str) -> int:
     try:
         print(f"error: {line}", file=sys.stderr, flush=True)

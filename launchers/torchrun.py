@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from finetune import INTERRUPTED, PEER_LOST, STOPPED, UserError, first_line, run_cli
+from finetune import INTERRUPTED, PEER_LOST, STOPPED, UserError, first_line, run_cli, say_at_once
 
 DESCRIPTION = """\
 torchrun, with these differences:
@@ -140,7 +140,7 @@ def _asked_code(number: int) -> int:
 
 
 def _say(line: str) -> None:
-    os.write(2, f"launchers.torchrun: {line}\n".encode())
+    say_at_once(f"launchers.torchrun: {line}\n")
 
 
 def make_agent(base: type, signals: Signals, grace: float) -> type:

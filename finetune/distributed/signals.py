@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import threading
 import time
 from types import FrameType, TracebackType
 
-from finetune import STOPPED
+from finetune import STOPPED, say_at_once
 
 STOP_SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 # A launcher, the job's script and the scheduler may all pass on one signal; the script asks Slurm first.
@@ -76,8 +75,7 @@ class StopRequest:
                 os._exit(self.exit_code(number))
 
     def _say(self, line: str) -> None:
-        with contextlib.suppress(OSError):  # Ctrl-C ends `| tee log` as well; a log's disk may be full
-            os.write(2, f"\n[rank {self.rank}] {line}\n".encode())
+        say_at_once(f"\n[rank {self.rank}] {line}\n")
 
 
 def _noted(number: int, frame: FrameType | None) -> None:

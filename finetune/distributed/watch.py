@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune import PEER_LOST, UserError, first_line
+from finetune import PEER_LOST, UserError, first_line, say_at_once
 from finetune.terminal import ranks_text
 
 LONG = 6.0
@@ -378,8 +378,7 @@ class Watch:
         speakers = [r for r in range(self.size) if self._host(r) == self.host and r not in verdict.ranks]
         if not speakers or self.rank == min(speakers) or not self._met.is_set():
             advice = "the same command goes on from the last checkpoint"
-            with contextlib.suppress(OSError):  # who reads it has gone, or a log's disk is full
-                os.write(2, f"\nerror: {verdict.line}; {advice}\n".encode())
+            say_at_once(f"\nerror: {verdict.line}; {advice}\n")
         if self._peers[0].host == self.host and self.size > 1:
             time.sleep(3 * self._beat_s)  # the store may end with this process: let the others read the verdict
         _keep_flight_record(self.rank)

@@ -226,3 +226,10 @@ def test_help_says_what_is_added_and_mistakes_are_one_line():
     wrong = run("--nproc-per-node", "many", "worker.py")
     assert wrong.returncode == 2
     assert wrong.stderr == "error: Unsupported nproc_per_node value: many\n"
+
+
+def test_what_the_launcher_says_where_nobody_reads_costs_nothing() -> None:
+    """It is said in the thread of signals, which must go on: Ctrl-C ends `| tee log` as well."""
+    full = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"
+    code = f"import os; from launchers import torchrun; {full}; torchrun._say('a line')"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
