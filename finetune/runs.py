@@ -86,7 +86,12 @@ def complete_checkpoints(run: str | Path) -> dict[int, Path]:
 
 
 def complete_in(folder: Path) -> dict[int, Path]:
-    """The complete folders step-N in one, by rising step: those with a `trainer.json`, which is written last.
+    """The complete ones of `steps_in`: those with a `trainer.json`, which is written last."""
+    return {step: path for step, path in steps_in(folder).items() if is_there(path / "trainer.json")}
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The folders step-N in one, by rising step.
 
     Raises:
         UserError: it is a link to what is not there.
@@ -99,8 +104,7 @@ def complete_in(folder: Path) -> dict[int, Path]:
             raise UserError(f"{folder} is a link to {os.readlink(folder)}, which is not there: mount it") from None
         return {}
     matches = [match for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    found = {int(match[1]): folder / match[0] for match in matches}
-    return {step: path for step, path in sorted(found.items()) if is_there(path / "trainer.json")}
+    return dict(sorted((int(match[1]), folder / match[0]) for match in matches))
 
 
 def is_there(path: Path) -> bool:

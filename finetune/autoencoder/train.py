@@ -166,8 +166,6 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
         world.on_main(lambda: of_main.append(build_features(config, pictures, device)))
         stack.enter_context(held_folder(world, run))
         order = Order([Source(pictures.shard_sizes)], seed=config.seed, global_batch=batch)
-        if world.is_main:
-            (run / "checkpoints").mkdir(exist_ok=True)
 
         vae = vae.to(device)
         if config.train.channels_last:
@@ -198,6 +196,8 @@ def _train(config: Config, settings: Mapping[str, Any], yaml: str, world: World,
             raise UserError(
                 f"{run} is at step {step}, beyond train.steps={config.train.steps}; choose another run.dir"
             )
+        if world.is_main:
+            (run / "checkpoints").mkdir(exist_ok=True)
         if step == 0 and isinstance(vae, VQModel) and config.model.pretrained is None:
             watch.at("beginning the codebook", distributed.LONG)
             _begin_codebook(config, world, pictures, vae, average)
@@ -268,13 +268,14 @@ def _found(config: Config, world: World, passed_over: set[Path]) -> tuple[Path, 
         UserError: the named one is not whole; or there are some, and none shall be taken.
     """
     from finetune.autoencoder import checkpoint
+    from finetune.runs import steps_in
 
     run, wanted = Path(config.run.dir), config.checkpoint.resume
     if wanted == "auto":
         return world.on_main(lambda: checkpoint.latest(run, passed_over))
     if wanted != "never":
         return world.on_main(lambda: checkpoint.named(run, wanted, passed_over))
-    if any((run / "checkpoints").glob("step-*")):
+    if steps_in(run / "checkpoints"):
         raise UserError(f"{run} holds another run and checkpoint.resume=never; choose another run.dir")
     return None
 

@@ -288,6 +288,16 @@ def test_a_run_that_cannot_go_on_says_why(shards: Path, finished: Path, more: li
     assert losses(finished) == before
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_checkpoints_on_a_disk_that_is_not_mounted_are_not_taken_for_none(
+    shards: Path, tmp_path: Path, resume: str
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/checkpoints").symlink_to(tmp_path / "away")
+    with pytest.raises(UserError, match=r"is a link to \S+away, which is not there: mount it"):
+        main(arguments(shards, tmp_path / "run", "train.steps=1", f"checkpoint.resume={resume}"))
+
+
 def test_a_folder_in_use_is_refused(shards: Path, tmp_path: Path) -> None:
     from finetune.checkpoint import RunFolder
 
