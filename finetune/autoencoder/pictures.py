@@ -111,18 +111,13 @@ class Pictures:
 
     def never_trained(self, order: Order) -> str | None:
         """What to say of buckets that do not hold one global batch of `order`; None where all do."""
-        small = {
-            bucket: int(pictures)
-            for bucket, pictures, batches in zip(self.buckets, order.sizes[0], order.batches, strict=True)
-            if pictures and not batches
-        }
+        small, named = order.never_drawn(self.buckets)
         if not small:
             return None
-        named = ", ".join(f"{h}x{w} ({pictures})" for (h, w), pictures in list(small.items())[:8])
         return (
             f"{sum(small.values())} pictures are never trained on, in buckets smaller than a global batch of "
-            f"{order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; lower train.global_batch, "
-            "or give data.size for one bucket of all"
+            f"{order.global_batch}: {named}; lower train.global_batch, or "
+            "give data.size for one bucket of all"
         )
 
     def fill_cache(self, progress: Callable[[], object] = lambda: None) -> None:

@@ -268,19 +268,13 @@ def left_out(data: Data, wanted: int, *, is_validated: bool) -> list[str]:
     elif 0 < held_out < wanted:
         notices.append(f"{held_out} samples are held out, not {wanted}: a tenth of each bucket at most")
     order = data.order
-    never_SK = order.left_out == order.sizes
-    if small := {
-        bucket: int(count)
-        for bucket, count in zip(data.buckets, np.where(never_SK, order.sizes, 0).sum(axis=0), strict=True)
-        if count
-    }:
-        named = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(small.items())[:8])
+    small, named = order.never_drawn(data.buckets)
+    if small:
         notices.append(
             f"{sum(small.values())} samples are never trained on: {len(small)} buckets are smaller than a global "
-            f"batch of {order.global_batch}: {named}{', ...' if len(small) > 8 else ''}; "
-            "merge them with `data-tools encode --min-bucket`"
+            f"batch of {order.global_batch}: {named}; merge them with `data-tools encode --min-bucket`"
         )
-    if rest := int(order.left_out[~never_SK].sum()):
+    if rest := int(order.left_out.sum()) - sum(small.values()):
         notices.append(
             f"each epoch leaves out {rest} of {int(order.sizes.sum())} samples, others each time: "
             f"the rest of a bucket that fills no global batch of {order.global_batch}"

@@ -174,6 +174,13 @@ class Order:
         reached = [[line.stretches * line.length for line in lines] for lines in self._lines]
         return self.sizes - np.array(reached, np.int64).reshape(self.sizes.shape)
 
+    def never_drawn(self, buckets: Sequence[tuple[int, int]]) -> tuple[dict[tuple[int, int], int], str]:
+        """(samples that are in no batch ever, by (height, width) of their bucket; these in words, 8 at most)."""
+        never_K = np.where(self.left_out == self.sizes, self.sizes, 0).sum(axis=0)
+        small = {bucket: int(count) for bucket, count in zip(buckets, never_K, strict=True) if count}
+        named = ", ".join(f"{h}x{w} ({count})" for (h, w), count in list(small.items())[:8])
+        return small, f"{named}{', ...' if len(small) > 8 else ''}"
+
     def shards_at_once(self, nodes: int) -> np.ndarray:
         """[sources, buckets]: about how many shards each of `nodes` nodes reads by turns, at any time."""
         return np.array([[line.shards_at_once(nodes) for line in lines] for lines in self._lines])
