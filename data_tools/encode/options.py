@@ -61,7 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bucket-step", type=positive, default=64, metavar="N", help="sides are multiples of it (default: 64)"
     )
     sizes.add_argument(
-        "--max-buckets", type=positive, default=_BUCKETS, metavar="N", help="of --aspect-buckets data (default: 12)"
+        "--max-buckets",
+        type=positive,
+        default=_BUCKETS,
+        metavar="N",
+        help=f"of --aspect-buckets data (default: {_BUCKETS})",
     )
     sizes.add_argument(
         "--min-bucket",
