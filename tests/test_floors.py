@@ -20,7 +20,7 @@ FLOORS: dict[str, float] = {
     "__init__": -1,
     "npy": -1,
     "data/__init__": -1,
-    "config": 0,
+    "config/": 0,
     "rng": 0,
     "diffusion": 0,
     "latents": 0,
