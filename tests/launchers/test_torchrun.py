@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launchers.torchrun import verdict
+from launchers.torchrun.failures import verdict
 from tests.conftest import ROOT, environment
 
 WORKER = """
@@ -128,7 +128,7 @@ def test_an_end_that_torch_sees_first_keeps_its_exit_code(tmp_path):
         "from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent\n"
         "look = LocalElasticAgent._monitor_workers\n"
         "LocalElasticAgent._monitor_workers = lambda *args: (time.sleep(3), look(*args))[1]\n"
-        "from launchers.torchrun import main\n"
+        "from launchers.torchrun.command import main\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     (tmp_path / "worker.py").write_text("import sys, time; time.sleep(2); sys.exit(75)")
@@ -231,5 +231,5 @@ def test_help_says_what_is_added_and_mistakes_are_one_line():
 def test_what_the_launcher_says_where_nobody_reads_costs_nothing() -> None:
     """It is said in the thread of signals, which must go on: Ctrl-C ends `| tee log` as well."""
     full = "os.dup2(os.open('/dev/full', os.O_WRONLY), 2)"
-    code = f"import os; from launchers import torchrun; {full}; torchrun._say('a line')"
+    code = f"import os; from launchers.torchrun import failures; {full}; failures.say('a line')"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
