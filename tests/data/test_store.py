@@ -287,8 +287,6 @@ def test_stores_without_a_stream_are_read_by_ranges(content: bytes, tmp_path: Pa
     import fsspec
     from fsspec.asyn import AsyncFileSystem
 
-    from finetune.data.shards import store as module
-
     asked: list[tuple[int, int]] = []
     failures = [OSError("503"), None, OSError("reset"), None, None, None, None]
 
@@ -306,8 +304,8 @@ def test_stores_without_a_stream_are_read_by_ranges(content: bytes, tmp_path: Pa
                 raise failure
             return content[start:end]
 
-    monkeypatch.setattr(module, "BLOCK_BYTES", 100_000)
-    monkeypatch.setattr(module, "CHUNK_BYTES", 100_000)
+    monkeypatch.setattr("finetune.data.shards.streams.BLOCK_BYTES", 100_000)
+    monkeypatch.setattr("finetune.data.shards.store.CHUNK_BYTES", 100_000)
     fsspec.register_implementation("ranged", Ranged, clobber=True)
     assert copied(Store("ranged://far", QUICK), content, tmp_path) == 2
     cuts = [(0, 100_000), (0, 100_000), (100_000, 200_000), (100_000, 200_000), (200_000, 300_000)]

@@ -17,6 +17,9 @@ This package knows no torch, nor pictures but for `images`, and needs a POSIX sy
 
     files       names, .npy bytes, files that are whole or absent
     store       URLs and pipes: files from elsewhere, tried again when they break
+    streams     their bytes as they come, by each kind of library
+    failures    what a failed try means
+    forks       what is made anew in a forked child
     cache       copies of remote shards on this machine, bounded, fetched ahead of need
     labels      classes, boxes, maps, masks: their names and forms
     images      a picture's bytes -> upright 8-bit RGB, cut to a bucket

@@ -37,7 +37,8 @@ import numpy as np
 
 from finetune import DISK_FULL, npy
 from finetune.data.shards.files import BLOCK, NPY_ERRORS, ShardError, index_name, parse_npy
-from finetune.data.shards.store import StoppedError, Store, StoreAwayError, WriteError, reset_after_fork
+from finetune.data.shards.forks import reset_after_fork
+from finetune.data.shards.store import StoppedError, Store, StoreAwayError, WriteError
 
 if TYPE_CHECKING:
     from finetune.data.shards.manifest import ShardInfo

@@ -34,9 +34,10 @@ from finetune.data.shards.files import (
     npy_header,
     parse_npy,
 )
+from finetune.data.shards.forks import reset_after_fork
 from finetune.data.shards.labels import CLASSES, parse_classes
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
-from finetune.data.shards.store import Root, Store, StoreAwayError, reset_after_fork, resolve
+from finetune.data.shards.store import Root, Store, StoreAwayError, resolve
 
 _DECODER = json.JSONDecoder()
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk

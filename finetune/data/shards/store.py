@@ -15,38 +15,33 @@ which is no mistake of the user's: the same command may go on later.
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import hashlib
 import os
 import random
 import re
-import select
 import shlex
-import signal
-import subprocess
-import tempfile
 import threading
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from finetune import BUNDLED, first_line
+from finetune import BUNDLED
+from finetune.data.shards.failures import http_status, in_one_line, is_forbidden, is_hopeless
 from finetune.data.shards.files import MANIFEST, ShardError
+from finetune.data.shards.forks import reset_after_fork
+from finetune.data.shards.streams import BlockingFile, Blocks, Body, Pipe, Stream, open_http, open_s3
 
 T = TypeVar("T")
 
 CHUNK_BYTES = 4 << 20  # read, hashed and written at once: large beside the cost of a hop between threads
-BLOCK_BYTES = 8 << 20  # of ranged reads, where a store can't stream: one request each
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)(://|::)")
 FOLDED = re.compile(r"(?!file:|local:)[A-Za-z][A-Za-z0-9+.-]+:/")
 LOCAL = ("file://", "local://")
-LATER = (408, 416, 425, 429)  # the client errors of HTTP that a later request may not meet
 
 
 @dataclass(frozen=True)
@@ -102,40 +97,11 @@ class _WrongBytesError(Exception):
     """What came is not what the manifest says."""
 
 
-class _HopelessError(Exception):
-    """A failure that asking again can't mend."""
-
-
-class _Body(Protocol):
-    """A file's bytes from `offset` on (0 where the store can't start elsewhere)."""
-
-    offset: int
-
-    def read(self, size: int) -> bytes:
-        """Up to `size` bytes, b"" at the end; raises whatever the store's library does, or `TimeoutError`."""
-
-    def close(self) -> None: ...
-
-
 # which kind of root
 
-_forked: weakref.WeakSet[Any] = weakref.WeakSet()
 # fsspec's file systems, one a store that was used. They are never let go: closed in a forked child, when the
 # garbage is collected there, each would wait a second for the parent's thread.
 _kept: list[Any] = []
-
-
-def reset_after_fork(thing: Any) -> None:
-    """Have `thing._reset()` called in forked children: locks, threads and connections don't survive a fork."""
-    _forked.add(thing)
-
-
-def _reset_all() -> None:
-    for thing in list(_forked):
-        thing._reset()
-
-
-os.register_at_fork(after_in_child=_reset_all)
 
 
 def resolve(root: Root) -> Path | Store:
@@ -350,7 +316,7 @@ class Store:
                     raise _WrongBytesError(f"sha256 is {digest.hexdigest()[:12]}, the manifest says {sha256[:12]}")
             except Exception as error:
                 # A store that has checked the bytes itself complains when all have come; and no range begins there.
-                unsatisfiable = _status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
+                unsatisfiable = http_status(error) == 416 or getattr(error, "errno", None) == errno.EINVAL
                 if isinstance(error, _WrongBytesError) or got >= size or unsatisfiable:
                     digest, got = hashlib.sha256(), 0
                 raise
@@ -391,9 +357,9 @@ class Store:
                 raise
             except Exception as error:
                 last = error
-                if isinstance(error, FileNotFoundError) or _status(error) in (404, 410):
+                if isinstance(error, FileNotFoundError) or http_status(error) in (404, 410):
                     raise FileNotFoundError(errno.ENOENT, "no such file", self.url(name)) from error
-                if _is_hopeless(error):
+                if is_hopeless(error):
                     raise ShardError(f"cannot fetch {self.url(name)}: {self._why(error)}") from error
             came_further = received() > reached and not isinstance(last, _WrongBytesError)
             failures = 1 if came_further else failures + 1
@@ -418,8 +384,8 @@ class Store:
             raise ShardError(f"{self.url(name)} is missing; restore it or make the shards again") from error
 
     def _why(self, error: Exception) -> str:
-        if _status(error) in (401, 403) or isinstance(error, PermissionError) or _is_credential(error):
-            what = f"not allowed ({_line(error)})"
+        if is_forbidden(error):
+            what = f"not allowed ({in_one_line(error)})"
             match self.protocol:
                 case "s3" | "s3a":
                     how = (
@@ -434,23 +400,23 @@ class Store:
                     return f"{what}; give credentials that may read it"
         if isinstance(error, TimeoutError):  # asyncio's and fsspec's are kinds of it
             return f"no bytes for {self.retry.stall_s:g} s"
-        return _line(error)
+        return in_one_line(error)
 
     # the libraries
 
-    def _open(self, name: str, offset: int, end: int | None = None) -> _Body:
+    def _open(self, name: str, offset: int, end: int | None = None) -> Body:
         address, stall_s = self.address(name), self.retry.stall_s
         if self.protocol == "pipe":
-            return _Pipe(address.removeprefix("pipe:"), stall_s)
+            return Pipe(address.removeprefix("pipe:"), stall_s)
         filesystem = self._connect()
         if self.protocol in ("http", "https"):
-            return _Stream(filesystem, _open_http(filesystem, address, offset, end), stall_s)
+            return Stream(filesystem, open_http(filesystem, address, offset, end), stall_s)
         path = filesystem._strip_protocol(address)
         if self.protocol in ("s3", "s3a"):
-            return _Stream(filesystem, _open_s3(filesystem, path, offset, end), stall_s)
+            return Stream(filesystem, open_s3(filesystem, path, offset, end), stall_s)
         if getattr(filesystem, "async_impl", False):
-            return _Blocks(filesystem, path, offset, stall_s, end)
-        return _File(filesystem, path, offset, stall_s)
+            return Blocks(filesystem, path, offset, stall_s, end)
+        return BlockingFile(filesystem, path, offset, stall_s)
 
     def _class(self) -> Any:
         import fsspec
@@ -510,239 +476,6 @@ def _write(file: IO[bytes], chunk: bytes) -> None:
             view = view[file.write(view) :]
     except OSError as error:
         raise WriteError(str(error)) from error
-
-
-# what went wrong
-
-
-def _is_garbled(error: Exception) -> bool:
-    """Whether what came could not be parsed: aiohttp says 400 of that, and no server has."""
-    return any(type(each).__module__ == "aiohttp.http_exceptions" for each in (error, error.__cause__))
-
-
-def _status(error: Exception) -> int | None:
-    """The HTTP status that an exception of aiohttp (`status`) or gcsfs (`code`) carries."""
-    if _is_garbled(error):
-        return None
-    for field in ("status", "code"):
-        value = getattr(error, field, None)
-        if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
-            return int(value)
-    return None
-
-
-def _is_credential(error: Exception) -> bool:
-    """botocore's and google-auth's complaints about credentials; both libraries may be absent."""
-    return re.search(r"Credential|TokenRetrieval|SSOToken|ProfileNotFound", type(error).__name__) is not None
-
-
-def _is_hopeless(error: Exception) -> bool:
-    status = _status(error)
-    if status is not None and 400 <= status < 500:
-        return status not in LATER
-    kinds = (PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError, _HopelessError)
-    return isinstance(error, kinds) or _is_credential(error)
-
-
-def _line(error: Exception) -> str:
-    if _is_garbled(error):
-        return "an answer that is no HTTP"
-    status, reason = _status(error), getattr(error, "message", None)
-    if status is not None and isinstance(reason, str):  # aiohttp's own text repeats the URL, query and all
-        return f"HTTP {status} {reason}".strip()
-    return first_line(error)
-
-
-# bodies
-
-
-class _Stream:
-    """The open response of an async file system; `opening` gives its offset, its `read` and its `close`."""
-
-    def __init__(self, filesystem: Any, opening: Any, stall_s: float) -> None:
-        from fsspec.asyn import sync
-
-        self._run, self._loop, self._stall_s = sync, filesystem.loop, stall_s
-        self._error: Exception | None = None
-
-        async def begin() -> Any:
-            return await asyncio.wait_for(opening, stall_s)
-
-        self.offset, self._read, self._close = self._run(self._loop, begin)
-
-    def read(self, size: int) -> bytes:
-        if self._error is not None:
-            raise self._error
-        data: bytes = self._run(self._loop, self._collect, size)
-        return data
-
-    async def _collect(self, size: int) -> bytes:
-        """Gathers small network reads, so that threads change once a chunk; the limit is on each of them."""
-        parts, missing = [], size
-        try:
-            while missing and (part := await asyncio.wait_for(self._read(missing), self._stall_s)):
-                parts.append(part)
-                missing -= len(part)
-        except Exception as error:
-            if not parts:
-                raise
-            self._error = error  # first hand over what came: the next connection goes on behind it
-        return b"".join(parts)
-
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._close)
-
-
-async def _open_http(filesystem: Any, url: str, offset: int, end: int | None) -> tuple[int, Any, Any]:
-    session = await filesystem.set_session()
-    settings = dict(filesystem.kwargs)
-    # Compressed on the way, sizes and ranges would be those of other bytes.
-    headers = {**settings.pop("headers", {}), "Accept-Encoding": "identity"}
-    headers |= _range(offset, end)
-    response = await session.get(filesystem.encode_url(url), headers=headers, **settings)
-    try:
-        response.raise_for_status()
-    except Exception:
-        response.close()
-        raise
-    ranged = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
-    return (offset if ranged else 0), response.content.read, response.close
-
-
-async def _open_s3(filesystem: Any, path: str, offset: int, end: int | None) -> tuple[int, Any, Any]:
-    bucket, key, version = filesystem.split_path(path)
-    asked = _range(offset, end)
-    if version:
-        asked["VersionId"] = version
-    response = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, **asked)
-    ranged = response.get("ContentRange", "").startswith(f"bytes {offset}-")
-    return (offset if ranged else 0), response["Body"].read, response["Body"].close
-
-
-def _range(offset: int, end: int | None) -> dict[str, str]:
-    return {"Range": f"bytes={offset}-{'' if end is None else end - 1}"} if offset or end else {}
-
-
-class _Blocks:
-    """Ranged reads of an async file system that has no stream of its own (Google's, Azure's)."""
-
-    def __init__(self, filesystem: Any, path: str, offset: int, stall_s: float, end: int | None) -> None:
-        self._filesystem, self._path, self._stall_s = filesystem, path, stall_s
-        self.offset = self._at = offset
-        self._size = end
-
-    def read(self, size: int) -> bytes:
-        from fsspec.asyn import sync
-
-        run, filesystem = sync, self._filesystem
-        if self._size is None:  # a range beyond the end is an error to some stores
-            self._size = int(run(filesystem.loop, filesystem._info, self._path, timeout=self._stall_s)["size"])
-        end = min(self._at + max(size, BLOCK_BYTES), self._size)
-        if self._at >= end:
-            return b""
-        block: bytes = run(
-            filesystem.loop, filesystem._cat_file, self._path, start=self._at, end=end, timeout=self._stall_s
-        )
-        self._at += len(block)
-        return block
-
-    def close(self) -> None:
-        pass
-
-
-class _File:
-    """A file of a blocking file system; each read has its thread, for only so can it be given up."""
-
-    def __init__(self, filesystem: Any, path: str, offset: int, stall_s: float) -> None:
-        self.offset, self._stall_s = offset, stall_s
-        self._file = self._within(lambda: filesystem.open(path, "rb"))
-        if offset:
-            self._within(lambda: self._file.seek(offset))
-
-    def _within(self, function: Callable[[], Any]) -> Any:
-        result: list[Any] = []
-        failure: list[BaseException] = []
-
-        def run() -> None:
-            try:
-                result.append(function())
-            except BaseException as error:
-                failure.append(error)
-
-        thread = threading.Thread(target=run, name="store", daemon=True)
-        thread.start()
-        thread.join(self._stall_s)
-        if thread.is_alive():
-            raise TimeoutError
-        if failure:
-            raise failure[0]
-        return result[0]
-
-    def read(self, size: int) -> bytes:
-        data: bytes = self._within(lambda: self._file.read(size))
-        return data
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Pipe:
-    """The output of a shell command. It counts only if the command succeeds."""
-
-    offset = 0
-
-    def __init__(self, command: str, stall_s: float) -> None:
-        self._stall_s = stall_s
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            command,
-            shell=True,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            bufsize=0,
-            start_new_session=True,  # so that the command's own children end with it
-        )
-
-    def read(self, size: int) -> bytes:
-        assert self._process.stdout is not None
-        poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN)
-        parts, missing = [], size
-        while missing:
-            if not poll.poll(self._stall_s * 1000):
-                raise TimeoutError
-            part = os.read(self._process.stdout.fileno(), min(missing, 1 << 20))
-            if not part:
-                self._finish()
-                break
-            parts.append(part)
-            missing -= len(part)
-        return b"".join(parts)
-
-    def _finish(self) -> None:
-        try:
-            code = self._process.wait(self._stall_s)
-        except subprocess.TimeoutExpired:
-            raise TimeoutError from None
-        if code == 0:
-            return
-        self._complaints.seek(max(0, self._complaints.seek(0, os.SEEK_END) - 4096))
-        said = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
-        text = f"the command ended with {code}" + (f": {said[-1]}" if said else "")
-        # The shell's own codes: not executable, not found.
-        raise (_HopelessError if code in (126, 127) else OSError)(text)
-
-    def close(self) -> None:
-        if self._process.poll() is None:
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self._process.wait()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-        self._complaints.close()
 
 
 Root = str | os.PathLike[str] | Store
