@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from finetune import UserError, by_all, first_line
 from finetune.data.shards import is_remote, shown, write_atomic
-from finetune.distributed import World
+from finetune.distributed import LONG, World
 from finetune.pictures import save_png
 
 MODES = ("auto", "online", "offline")
@@ -74,6 +74,7 @@ class Tracker:
         self.steps_not_finite = 0
         self.steps_skipped = 0
         self.since = time.perf_counter()
+        self.goes_on = False  # see `close`; set inside `closing`
         self.unwritten: list[str] = []  # lines that the disk has not taken yet
         self.wandb: Any = None
         self.bar: tqdm[Any] | None = None
@@ -318,6 +319,20 @@ class Tracker:
         """Print a line above the progress bar, on rank 0."""
         if self.world.is_main:
             tqdm.write(line)
+
+    @contextlib.contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close at the end; of an error inside, which ends the run, the other ranks are told first."""
+        failed = True
+        try:
+            yield
+            failed = False
+        except BaseException as error:
+            self.world.watch.judge(error)
+            raise
+        finally:
+            self.world.watch.at("closing the tracker", LONG)
+            self.close(failed=failed, goes_on=self.goes_on)
 
     def close(self, *, failed: bool = False, goes_on: bool = False) -> None:
         """`goes_on`: the run was asked to stop and will be started again."""

@@ -107,20 +107,13 @@ def _run(config: Config, composed: DictConfig, asked: Collection[str], request: 
             global_batch=config.train.global_batch,
             open_losses=progress.open_losses,
         )
-        failed, stop = True, 0
-        try:
+        with tracker.closing():
             for notice in (*build.unused(config, asked), *parts.notices):
                 tracker.say(f"note: {notice}")
             if progress.step >= config.train.steps:
                 tracker.say(f"{path} is complete: {progress.step} steps; raise train.steps to go on")
             stop = loop.train(config, world, parts, tracker, progress, request)
-            failed = False
-        except BaseException as error:
-            world.watch.judge(error)
-            raise
-        finally:
-            world.watch.at("closing the tracker", distributed.LONG)
-            tracker.close(failed=failed, goes_on=stop > 0)
+            tracker.goes_on = stop > 0
         if world.is_main:
             print(f"run: {path}{', stopped: the same command goes on' if stop else ''}")
     return request.exit_code(stop) if stop else 0
