@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune import UserError, first_line, memory
 from finetune.export.arguments import (
@@ -19,6 +19,12 @@ from finetune.export.arguments import (
 )
 from finetune.models import SCHEDULERS
 from finetune.terminal import Parser, positive, quiet_libraries
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from finetune.batch import Sample
+    from finetune.components import Components
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
 _CONDITIONS = ("label", "layout", "map", "image", "mask")
@@ -78,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int:
     from tqdm import tqdm
 
-    from finetune import asking, pictures, sampling
+    from finetune import pictures, sampling
     from finetune.components import load_components
 
     device = _device(arguments.device)
@@ -94,31 +100,10 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
     )
     for notice in parts.notices:
         print(f"note: {notice}", file=sys.stderr)
-    height, width = parts.default_size
-    asked = asking.Asked(
-        prompt=prompts,
-        **{name: getattr(arguments, name) for name in _CONDITIONS},
-        noise_level=arguments.noise_level,
-    )
-    if arguments.negative and parts.text is None:
-        raise UserError(f"--negative has no effect: task={parts.task.name} takes no text; leave it out")
-    each = asking.samples(parts, asked, (arguments.height or height, arguments.width or width))
-    sizes = next((f"--{name}" for name in ("map", "image") if getattr(arguments, name)), None)
-    if sizes is not None and (arguments.height or arguments.width):
-        raise UserError(f"--height and --width have no effect: {sizes} says how large pictures are; leave them out")
-    guidance = arguments.guidance
-    if guidance is None:
-        guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
-    if arguments.negative and guidance <= 1:
-        raise UserError("--negative has no effect at guidance 1, which is none: give a greater --guidance")
+    wanted = _wanted(arguments, parts, prompts)
+    guidance, rescale = _guidance(arguments, parts)
     if parts.text is not None and (cut := _cut(parts.text.tokenizer, [*prompts, arguments.negative])):
         print(f"note: {cut}", file=sys.stderr)
-    rescale = arguments.guidance_rescale
-    if rescale is None:
-        rescale = parts.guidance_rescale
-    if not 0 <= rescale <= 1:
-        raise UserError(f"--guidance-rescale {rescale:g} is a share: 0 to 1")
-    wanted = [sample for sample in each for _ in range(arguments.count)]
     seeds = range(arguments.seed, arguments.seed + len(wanted))
     steps = len(sampling.batches([sample.bucket for sample in wanted], arguments.batch_size)) * arguments.steps
     with tqdm(total=steps, desc=f"sampling {len(wanted)}", unit="step", leave=False) as bar:
@@ -138,7 +123,69 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
             progress=bar.update,
         )
     images = [image for picture in drawn for image in sampling.to_pil(picture[None])]
-    settings = {
+    told = _told(arguments, parts, guidance, rescale)
+    columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
+    sheet = images[0] if len(images) == 1 else pictures.grid(images, columns)
+    of_sheet = {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **told, **_size(images[0])}
+    if out.suffix:
+        pictures.save_png(sheet, out, of_sheet)
+        print(out)
+        return 0
+    captions = [sample.captions[0] for sample in wanted]
+    for index, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
+        path = out / f"{index:04d}{_slug(caption)}.png"
+        pictures.save_png(image, path, {"prompt": caption, "seed": str(seed), **told, **_size(image)})
+    if len(images) > 1:
+        pictures.save_png(sheet, out / "grid.png", of_sheet)
+    print(f"{out}: {len(images) + (len(images) > 1)} files")
+    return 0
+
+
+def _wanted(arguments: argparse.Namespace, parts: Components, prompts: list[str]) -> list[Sample]:
+    """What each picture is drawn of.
+
+    Raises:
+        UserError: an option that the model has no use for, or lacks.
+    """
+    from finetune import asking
+
+    if arguments.negative and parts.text is None:
+        raise UserError(f"--negative has no effect: task={parts.task.name} takes no text; leave it out")
+    asked = asking.Asked(
+        prompt=prompts,
+        **{name: getattr(arguments, name) for name in _CONDITIONS},
+        noise_level=arguments.noise_level,
+    )
+    height, width = parts.default_size
+    each = asking.samples(parts, asked, (arguments.height or height, arguments.width or width))
+    sizes = next((f"--{name}" for name in ("map", "image") if getattr(arguments, name)), None)
+    if sizes is not None and (arguments.height or arguments.width):
+        raise UserError(f"--height and --width have no effect: {sizes} says how large pictures are; leave them out")
+    return [sample for sample in each for _ in range(arguments.count)]
+
+
+def _guidance(arguments: argparse.Namespace, parts: Components) -> tuple[float, float]:
+    """Scale and rescaling of classifier-free guidance: as asked for, else the run's or model's own.
+
+    Raises:
+        UserError: a negative prompt without guidance; a rescaling that is no share.
+    """
+    guidance = arguments.guidance
+    if guidance is None:
+        guidance = GUIDANCE if parts.guidance is None else max(1.0, float(parts.guidance))
+    if arguments.negative and guidance <= 1:
+        raise UserError("--negative has no effect at guidance 1, which is none: give a greater --guidance")
+    rescale = arguments.guidance_rescale
+    if rescale is None:
+        rescale = parts.guidance_rescale
+    if not 0 <= rescale <= 1:
+        raise UserError(f"--guidance-rescale {rescale:g} is a share: 0 to 1")
+    return guidance, rescale
+
+
+def _told(arguments: argparse.Namespace, parts: Components, guidance: float, rescale: float) -> dict[str, str]:
+    """What PNG files tell of how they were drawn, beside prompt, seed and size."""
+    return {
         "negative prompt": arguments.negative,
         "steps": str(arguments.steps),
         "guidance": f"{guidance:g}",
@@ -148,29 +195,10 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         **{name: " ".join(getattr(arguments, name)) for name in _CONDITIONS if getattr(arguments, name)},
         **({"lora": arguments.lora} if arguments.lora else {}),
     }
-    columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
-    captions = [sample.captions[0] for sample in wanted]
-    together = {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **settings}
 
-    def size(image: Any) -> dict[str, str]:
-        return {"size": f"{image.width}x{image.height}"}
 
-    written = []
-    if out.suffix:
-        picture = images[0] if len(images) == 1 else pictures.grid(images, columns)
-        pictures.save_png(picture, out, {**together, **size(images[0])})
-        written.append(out)
-    else:
-        for index, (image, caption, seed) in enumerate(zip(images, captions, seeds, strict=True)):
-            path = out / f"{index:04d}{_slug(caption)}.png"
-            pictures.save_png(image, path, {"prompt": caption, "seed": str(seed), **settings, **size(image)})
-            written.append(path)
-        if len(images) > 1:
-            sheet = pictures.grid(images, columns)
-            pictures.save_png(sheet, out / "grid.png", {**together, **size(images[0])})
-            written.append(out / "grid.png")
-    print(written[-1] if out.suffix else f"{out}: {len(written)} files")
-    return 0
+def _size(image: Image.Image) -> dict[str, str]:
+    return {"size": f"{image.width}x{image.height}"}
 
 
 def _parser() -> argparse.ArgumentParser:
