@@ -3,7 +3,8 @@
 table       what a check says (`Row`) and how it is printed
 board       what ranks tell each other without collectives, and a watch that ends what hangs
 context     what checks share
-launch      who is who, on which machines, with which versions
+launch      what the launch asks for, and who is who
+hosts       the machines: devices, versions, code, config, clocks
 files       the run's folder as all ranks see it
 network     bandwidth and latency
 pieces      data, model, strategy, reading

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from finetune import UserError, build, by_all, distributed
 from finetune.config import Config
-from finetune.doctor import files, launch, memory, network, pieces, saving, steps
+from finetune.doctor import files, hosts, launch, memory, network, pieces, saving, steps
 from finetune.doctor.board import Board
 from finetune.doctor.context import Context, skipped
 from finetune.doctor.table import FAIL, SKIPPED, Row, exit_code, show
@@ -42,7 +42,7 @@ def run(config: Config, composed: DictConfig, rank: int, size: int) -> int:
         _clean(tidy)
 
     try:
-        with Board(rank, size, launch.host_name(), broken) as board:
+        with Board(rank, size, hosts.host_name(), broken) as board:
             try:
                 context = Context(config, composed, board, rank, size, Path(config.run.dir))
                 examine(context, rows, tidy)
@@ -64,7 +64,7 @@ def examine(context: Context, rows: list[Row], tidy: Tidy) -> None:
     if context.world is None:
         rows += skipped(["the rest"], "the ranks could not be joined")
         return
-    rows += launch.host_rows(context)
+    rows += hosts.host_rows(context)
     scratch = context.run / files.SCRATCH
     _prepare(context, tidy)
     rows += files.folder_rows(context, scratch)

@@ -380,9 +380,7 @@ CASES: dict[str, Fault] = {
     "data": patched(build, "open_data", unreadable, ranks=(1,)),
     "config": another_seed,
     "space": patched(shutil, "disk_usage", full_disk),
-    "machines": both(
-        patched(examine.launch, "host_name", two_machines), patched(examine.launch, "time", slow_clock)
-    ),
+    "machines": both(patched(examine.hosts, "host_name", two_machines), patched(examine.hosts, "time", slow_clock)),
     "sleeps": patched(Loader, "_read", sleeps, ranks=(1,)),
     "dies": patched(DataParallel, "step", dies, ranks=(1,)),
     "defect": patched(examine.saving, "run_rows", defect, ranks=(1,)),

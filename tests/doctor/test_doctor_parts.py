@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from finetune import build, loop
 from finetune.config import Config, StrategyConfig, compose
 from finetune.distributed import StopRequest, World
-from finetune.doctor import files, launch, memory, network, saving, steps, table, weights
+from finetune.doctor import files, hosts, launch, memory, network, saving, steps, table, weights
 from finetune.doctor.board import Board
 from finetune.doctor.context import Context
 from finetune.doctor.table import FAIL, OK, SKIPPED, WARN, Row
@@ -162,9 +162,9 @@ def test_one_process_where_the_launch_looks_like_several(monkeypatch):
 
 def test_packages_out_of_bounds_are_named(monkeypatch):
     wanted = ["torch>=2.11", "deepspeed>=0.18; sys_platform == 'none'", "peft>=0.17", 'boto3>=1; extra == "dev"']
-    monkeypatch.setattr(launch.importlib.metadata, "requires", lambda _: wanted)
+    monkeypatch.setattr(hosts.importlib.metadata, "requires", lambda _: wanted)
     installed = {"torch": "2.9.1+cpu", "deepspeed": "0.1", "peft": "-", "boto3": "-"}
-    assert launch._unfit(installed) == ["torch is 2.9.1+cpu, wanted is >=2.11", "peft is -, wanted is >=0.17"]
+    assert hosts._unfit(installed) == ["torch is 2.9.1+cpu, wanted is >=2.11", "peft is -, wanted is >=0.17"]
 
 
 def test_what_was_skipped_for_one_reason_is_one_line():
@@ -193,10 +193,10 @@ def test_brackets_of_a_key_are_no_markup(monkeypatch, capsys):
 def test_code_is_compared_by_its_contents(monkeypatch, tmp_path):
     (tmp_path / "finetune").mkdir()
     (tmp_path / "finetune" / "__init__.py").write_text("one = 1\n")
-    monkeypatch.setattr(launch.finetune, "__file__", str(tmp_path / "finetune" / "__init__.py"))
-    first = launch.code_sha256()
+    monkeypatch.setattr(hosts.finetune, "__file__", str(tmp_path / "finetune" / "__init__.py"))
+    first = hosts.code_sha256()
     (tmp_path / "finetune" / "new.py").write_text("")
-    assert launch.code_sha256() != first
+    assert hosts.code_sha256() != first
 
 
 def test_a_lock_that_is_held_is_refused(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def gpu(uuid: str, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_devices_that_do_not_fit(seen, result, says):
-    (row,) = launch._device_rows(context_of(*(each["host"] for each in seen)), seen)
+    row = hosts._device_row(context_of(*(each["host"] for each in seen)), seen)
     assert (row.result, says in row.seen) == (result, True), row
 
 
@@ -356,5 +356,5 @@ def test_a_step_of_many_micro_batches_has_more_time():
 def test_versions_that_differ_are_named_with_their_ranks():
     ours = {"torch": "2.13.0", "peft": "0.17"}
     seen = [{"versions": ours}, {"versions": ours}, {"versions": ours | {"torch": "2.11.0"}}]
-    (row,) = launch._version_rows(context_of("a", "a", "b"), seen)
+    row = hosts._version_row(context_of("a", "a", "b"), seen)
     assert (row.result, row.seen) == (FAIL, "torch: 2.13.0 on rank 0 on a, rank 1 on a, 2.11.0 on rank 2 on b")
