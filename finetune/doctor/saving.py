@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,73 +26,86 @@ from finetune.runs import complete_checkpoints, latest_checkpoint
 _LOSS_RTOL = 1e-3  # of a repeated step on a GPU, whose kernels may add in another order
 
 
-def resume_rows(context: Context) -> list[Row]:
-    """Save, go one step on; load on all ranks, go the same step on: weights and loss must be the same."""
-    parts, world = context.parts, context.joined()
-    assert parts is not None and context.scratch is not None
-    config = loop_config(context.config, context.scratch)
-    seconds = {"stall": 0.0, "save": 0.0, "load": 0.0}
+class _Trial:
+    """What each rank does to save, load and go on; `seconds` is what that took."""
 
-    def save() -> None:
-        progress = replace(
-            at_start(context),
+    def __init__(self, context: Context, parts: Parts, scratch: Path) -> None:
+        self.context, self.parts, self.world = context, parts, context.joined()
+        self.config = loop_config(context.config, scratch)
+        self.seconds = {"stall": 0.0, "save": 0.0, "load": 0.0}
+
+    def progress(self) -> Progress:
+        """Of the run as it is now, after the doctor's steps."""
+        return replace(
+            at_start(self.context),
             step=STEPS,
-            images_seen=STEPS * config.train.global_batch,
-            steps_taken=parts.strategy.steps_taken,
-            loss_scale=parts.strategy.scaler_state(),
-            optimizer=parts.strategy.counts(),
+            images_seen=STEPS * self.config.train.global_batch,
+            steps_taken=self.parts.strategy.steps_taken,
+            loss_scale=self.parts.strategy.scaler_state(),
+            optimizer=self.parts.strategy.counts(),
         )
+
+    def save(self) -> None:
+        parts, progress = self.parts, self.progress()
         said: list[str] = []
         parts.checkpoints.say = said.append
         started = time.perf_counter()
         parts.checkpoints.begin(progress, parts.strategy, parts.averages)
-        settle(world)
-        seconds["stall"] = time.perf_counter() - started
+        settle(self.world)
+        self.seconds["stall"] = time.perf_counter() - started
         parts.checkpoints.finish()
-        seconds["save"] = time.perf_counter() - started
+        self.seconds["save"] = time.perf_counter() - started
         if complaints := [line for line in said if not line.startswith("note:")]:
             raise UserError("; ".join(complaints))
 
-    def state() -> tuple[str, str]:
-        return weights_of(parts, gather=False).masters_digest(), _state_digest(parts.strategy, parts)
-
-    def load() -> Progress:
+    def load(self) -> Progress:
         started = time.perf_counter()
-        progress = loop.resume(config, world, parts, build.depends_on(context.config, parts))
-        seconds["load"] = time.perf_counter() - started
+        depends_on = build.depends_on(self.context.config, self.parts)
+        progress = loop.resume(self.config, self.world, self.parts, depends_on)
+        self.seconds["load"] = time.perf_counter() - started
         if progress.step != STEPS:
             raise UserError(f"a checkpoint of step {STEPS} was saved, and one of step {progress.step} is found")
         return progress
 
-    def one_step(progress: Progress) -> float:
-        probe, _ = make_steps(context, progress, 1)
+    def one_step(self, progress: Progress) -> float:
+        """The loss, summed over this rank's samples."""
+        probe, _ = make_steps(self.context, progress, 1)
         return probe.loss_sums[0]
 
+    def state(self) -> tuple[str, str]:
+        """Digests of weights, and of all that goes with them."""
+        return weights_of(self.parts, gather=False).masters_digest(), _state_digest(self.parts.strategy, self.parts)
+
+
+def resume_rows(context: Context) -> list[Row]:
+    """Save, go one step on; load on all ranks, go the same step on: weights and loss must be the same."""
+    parts, scratch = context.parts, context.scratch
+    assert parts is not None and scratch is not None
+    trial = _Trial(context, parts, scratch)
     name, remedy = "resume", "see what it says; a run could not go on from its checkpoints here"
-    saved = context.exchange("save", "saving a checkpoint", save, collective=True)
+    saved = context.exchange("save", "saving a checkpoint", trial.save, collective=True)
     if rows := context.failures(name, saved, remedy):
         return rows
-    at_save = context.exchange("weights", "the saved state", state)
-    here = Progress(
-        **{
-            **at_start(context).__dict__,
-            "step": STEPS,
-            "images_seen": STEPS * config.train.global_batch,
-            "steps_taken": parts.strategy.steps_taken,
-        }
-    )
-    undisturbed = context.exchange("steps", "a step without loading", lambda: one_step(here), collective=True)
-    end = context.exchange("weights", "the state after it", state)
-    loaded = context.exchange("save", "loading the checkpoint", load, collective=True)
+    at_save = context.exchange("weights", "the saved state", trial.state)
+    here = trial.progress()
+    undisturbed = context.exchange("steps", "a step without loading", lambda: trial.one_step(here), collective=True)
+    end = context.exchange("weights", "the state after it", trial.state)
+    loaded = context.exchange("save", "loading the checkpoint", trial.load, collective=True)
     for phase in (at_save, undisturbed, end, loaded):
         if rows := context.failures(name, phase, remedy):
             return rows
-    at_load = context.exchange("weights", "the loaded state", state)
-    repeated = context.exchange("steps", "a step after loading", lambda: one_step(loaded[0].value), collective=True)
-    again = context.exchange("weights", "the state after that", state)
+    at_load = context.exchange("weights", "the loaded state", trial.state)
+    repeated = context.exchange(
+        "steps", "a step after loading", lambda: trial.one_step(loaded[0].value), collective=True
+    )
+    again = context.exchange("weights", "the state after that", trial.state)
     for phase in (at_load, repeated, again):
         if rows := context.failures(name, phase, remedy):
             return rows
+    checkpoint = latest_checkpoint(scratch)
+    record = json.loads((checkpoint / "trainer.json").read_text())
+    context.checkpoint_bytes = _bytes([checkpoint])
+    context.snapshot_bytes = _bytes(checkpoint / folder for folder in kept_averages(record))
     wrong = [
         f"{context.named([rank])} does not load what was saved: {what}"
         for rank in range(context.size)
@@ -100,26 +113,25 @@ def resume_rows(context: Context) -> list[Row]:
         if at_load[rank].value[place] != at_save[rank].value[place]
     ]
     losses = [sum(each.value for each in phase) for phase in (undisturbed, repeated)]
-    exact = all(again[rank].value == end[rank].value for rank in range(context.size)) and losses[0] == losses[1]
+    is_exact = all(again[rank].value == end[rank].value for rank in range(context.size)) and losses[0] == losses[1]
     apart = abs(losses[1] - losses[0]) / max(abs(losses[0]), 1e-12)
-    on_gpu = world.device.type == "cuda"
-    if not exact and (not on_gpu or apart > _LOSS_RTOL):
+    if not is_exact and (trial.world.device.type != "cuda" or apart > _LOSS_RTOL):
         wrong.append(f"the step after loading is another than without it: the losses differ by {apart:.1e}")
-    saved_to = latest_checkpoint(context.scratch)
-    context.checkpoint_bytes = size = _bytes([saved_to])
-    record = json.loads((saved_to / "trainer.json").read_text())
-    context.snapshot_bytes = _bytes(saved_to / folder for folder in kept_averages(record))
     if wrong:
         remedy = "if all rows above are good, do not trust this file system with checkpoints: compare with another"
         return [Row(name, FAIL, "; ".join(wrong[:4]), remedy)]
-    how = "bit for bit" if exact else f"to {apart:.0e} of the loss (kernels that add in any order)"
-    speed = size / max(seconds["save"], 1e-9) / 1e6
-    text = (
-        f"{size_text(size)} saved in {seconds['save']:.1f} s ({speed:.0f} MB/s; training waits for "
-        f"{seconds['stall']:.1f} s of it), loaded on all ranks in {seconds['load']:.1f} s; the next step is the "
-        f"same {how}"
-    )
+    how = "bit for bit" if is_exact else f"to {apart:.0e} of the loss (kernels that add in any order)"
+    text = f"{_rate_text(context.checkpoint_bytes, trial.seconds)}; the next step is the same {how}"
     return [Row(name, OK, text), space_row(context, lambda: _kept_bytes(context.run))]
+
+
+def _rate_text(size: int, seconds: Mapping[str, float]) -> str:
+    """How long a checkpoint of `size` bytes takes."""
+    speed = size / max(seconds["save"], 1e-9) / 1e6
+    return (
+        f"{size_text(size)} saved in {seconds['save']:.1f} s ({speed:.0f} MB/s; training waits for "
+        f"{seconds['stall']:.1f} s of it), loaded on all ranks in {seconds['load']:.1f} s"
+    )
 
 
 def _state_digest(strategy: Strategy, parts: Parts) -> str:
