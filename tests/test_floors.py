@@ -35,7 +35,7 @@ FLOORS: dict[str, float] = {
     "terminal": 0,
     "data/order": 0,
     "data/shards/": 0,
-    "data/loader": 1,
+    "data/loader/": 1,
     "models/": 1,
     "conditioning/": 1,
     "tasks/": 2,
@@ -188,7 +188,7 @@ def test_right_imports_pass(tmp_path: Path) -> None:
     write_tree(
         tmp_path,
         {
-            "finetune/data/loader.py": "from finetune.data import order\nimport finetune.data.shards",
+            "finetune/data/loader/readers.py": "from finetune.data import order\nimport finetune.data.shards",
             "finetune/models/unet.py": "from finetune import UserError\nimport finetune.models.text",
             "finetune/demo.py": "print('data-tools', 'data-tools encode')",
             "finetune/cli.py": "from finetune.autoencoder.train import main\nimport finetune.train",

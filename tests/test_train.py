@@ -24,8 +24,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from finetune import build, distributed, loop, rng
 from finetune.checkpoint import Checkpoints
 from finetune.config import Config, compose
-from finetune.data import loader
-from finetune.data.loader import Data
+from finetune.data.loader import Data, readers
 from finetune.distributed import World
 from finetune.distributed.watch import Watch
 from finetune.loop import Parts
@@ -431,7 +430,7 @@ def test_lack_of_memory_is_told_to_the_other_ranks(overrides, command, monkeypat
 
 def test_a_broken_sample_in_the_last_step_costs_that_step_alone(overrides, tmp_path, command, monkeypatch):
     """The same command would come to it again and again."""
-    original = loader.read_batch
+    original = readers.read_batch
 
     def read_batch(*args, **named):
         batch = original(*args, **named)
@@ -442,7 +441,7 @@ def test_a_broken_sample_in_the_last_step_costs_that_step_alone(overrides, tmp_p
     settings = [*overrides, "train.global_batch=8", "train.steps=4", "validation.every=0", "sample.every=0"]
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     assert command("train", *settings, f"run.dir={calm}", "checkpoint.every=3")[0] == 0
-    monkeypatch.setattr(loader, "read_batch", read_batch)
+    monkeypatch.setattr(readers, "read_batch", read_batch)
     assert command("train", *settings, f"run.dir={rough}", "checkpoint.every=4")[0] == 0
     assert metrics(rough)[-1]["loss"] is None
     ends = calm / "checkpoints/step-00000003", rough / "checkpoints/step-00000004"
