@@ -468,7 +468,7 @@ def test_a_used_set_works_in_a_child(server: Server, far: Path, tmp_path: Path, 
     shards = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
     shards.read(0)
     shards.prefetch([1, 2])
-    with shards._lock:  # held by another thread at the moment of the fork, say
+    with shards.tars.lock:  # held by another thread at the moment of the fork, say
         context = multiprocessing.get_context(method)
         queue = context.Queue()
         child = context.Process(target=_child, args=(shards, queue))
@@ -583,9 +583,9 @@ def test_removed_files_are_let_go(server: Server, far: Path, tmp_path: Path) -> 
     shards = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache", bound))
     for number in np.random.default_rng(0).permutation(SAMPLES):
         shards.read(int(number))
-        hidden = [tar.name for tar in shards._tars.values() if os.fstat(tar.fd).st_nlink == 0]
+        hidden = [tar.name for tar in shards.tars.open.values() if os.fstat(tar.fd).st_nlink == 0]
         assert not hidden
-    assert len(shards._tars) == 1  # half of the cache is little more than a shard
+    assert len(shards.tars.open) == 1  # half of the cache is little more than a shard
 
 
 def test_a_shard_larger_than_the_cache(server: Server, far: Path, tmp_path: Path) -> None:
@@ -732,7 +732,7 @@ def test_no_more_than_half_of_the_cache_is_fetched_ahead(
     for shard in range(8):
         # The reader takes one: one more may come, in the order in which they are needed.
         wait_until(lambda shard=shard: cache.stats.downloads == min(shard + 2, 8), requested)
-        assert sum(shards._prefetcher._ahead.values()) <= bound // 2
+        assert sum(shards.tars.prefetcher._ahead.values()) <= bound // 2
         shards.read(shard * A_SHARD)
     assert cache.stats.downloads == 8 and cache.stats.wait_s == 0
     tars = [Path(request.path).name for request in server.requests if request.path.endswith(".tar")]
@@ -750,7 +750,7 @@ def test_a_shard_larger_than_the_share_is_fetched_ahead_alone(server: Server, fa
     shards.prefetch(range(8))
     for shard in range(8):
         wait_until(lambda shard=shard: cache.stats.downloads == shard + 1, requested)
-        assert len(shards._prefetcher._ahead) == 1
+        assert len(shards.tars.prefetcher._ahead) == 1
         shards.read(shard * A_SHARD)
     assert cache.stats.wait_s == 0
     shards.close()
@@ -778,28 +778,28 @@ def test_an_error_ahead_is_left_to_the_reader(server: Server, far: Path, tmp_pat
     server.faults = {"00002.tar": [Fault("status", status=404)]}
     shards = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
     shards.prefetch([2, 3])
-    wait_until(lambda: 2 in shards._prefetcher.errors, requested)
-    assert "00002.tar is missing" in str(shards._prefetcher.errors[2])
+    wait_until(lambda: 2 in shards.tars.prefetcher.errors, requested)
+    assert "00002.tar is missing" in str(shards.tars.prefetcher.errors[2])
     server.faults = {"00004.tar": [Fault("status", status=503)] * 4}
     shards.prefetch([4, 6])
-    wait_until(lambda: 4 in shards._prefetcher.errors, requested)
-    assert isinstance(shards._prefetcher.errors[4], StoreAwayError)
+    wait_until(lambda: 4 in shards.tars.prefetcher.errors, requested)
+    assert isinstance(shards.tars.prefetcher.errors[4], StoreAwayError)
     assert_same(shards, far / "set")
-    assert not shards._prefetcher.errors
+    assert not shards.tars.prefetcher.errors
     shards.close()
 
 
 def test_closing_ends_the_threads(server: Server, far: Path, tmp_path: Path) -> None:
     shards = ShardSet.open(store_of(server), cache=Cache(tmp_path / "cache"))
     shards.prefetch(range(8))
-    threads = shards._prefetcher._threads
+    threads = shards.tars.prefetcher._threads
     shards.close()
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
     assert not temporaries(tmp_path / "cache")
     shards.prefetch(range(8))
-    threads = shards._prefetcher._threads
+    threads = shards.tars.prefetcher._threads
     assert_same(shards, far / "set")
     del shards  # so does letting go of the set
     for thread in threads:

@@ -257,7 +257,7 @@ out = np.empty((1, 4, 2, 2), np.float16)
 for shards in sets:
     for sample_id in range(len(shards)):
         shards.read_samples([sample_id], out)
-print(*[len(shards._tars) for shards in sets])
+print(*[len(shards.tars.open) for shards in sets])
 """
 _CROWDED = """
 import os, resource, sys
@@ -276,7 +276,7 @@ except OSError:
         os.close(fd)
 for sample_id in range(len(shards)):
     shards.read_samples([sample_id], out)
-print(shards.max_open)
+print(shards.tars.max_open)
 """
 
 

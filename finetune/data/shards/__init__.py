@@ -25,6 +25,7 @@ This package knows no torch, nor pictures but for `images`, and needs a POSIX sy
     images      a picture's bytes -> upright 8-bit RGB, cut to a bucket
     manifest    what a folder of shards holds
     writer      samples -> shards
+    tars        those of a set that are open
     reader      sample ids -> samples, at random
     verify      is a set what its manifest says?
 """
@@ -66,8 +67,9 @@ from finetune.data.shards.manifest import (
     ShardInfo,
     TextInfo,
 )
-from finetune.data.shards.reader import ShardSet, most_open
+from finetune.data.shards.reader import ShardSet
 from finetune.data.shards.store import Retry, Store, is_remote, set_folder, shown
+from finetune.data.shards.tars import most_open
 from finetune.data.shards.verify import Problem, verify
 from finetune.data.shards.writer import ShardWriter
 

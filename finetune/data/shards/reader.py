@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import resource
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import pairwise
@@ -20,104 +15,28 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 
-from finetune import first_line, is_of_machine, npy
-from finetune.data.shards.cache import Cache, Prefetcher
+from finetune import is_of_machine
+from finetune.data.shards.cache import Cache
 from finetune.data.shards.files import (
     BLOCK,
     LATENT,
     MANIFEST,
     NAME_BYTES,
-    NPY_ERRORS,
     ShardError,
-    index_name,
     naming,
     npy_header,
     parse_npy,
 )
-from finetune.data.shards.forks import reset_after_fork
 from finetune.data.shards.labels import CLASSES, parse_classes
 from finetune.data.shards.manifest import Bucket, Kind, Manifest
 from finetune.data.shards.store import Root, Store, StoreAwayError, resolve
+from finetune.data.shards.tars import OpenTars, Tar, identity, most_open
 
 _DECODER = json.JSONDecoder()
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)  # Linux: fail rather than wait for the disk
 _ADVISE = getattr(os, "posix_fadvise", None)
 _RANGES_AT_ONCE = 16  # requests are small: their latency counts
 _NEAR = 1 << 14  # a record this near to its latent comes with it in one read
-
-
-def most_open(sets: int = 1) -> int:
-    """How many shards each of so many sets may keep open in this process.
-
-    A batch draws from hundreds of shards, and opening one costs as much as reading a dozen samples. So the usual
-    limit of 1,024 files is raised to what the system lets any process have (as Go's runtime does), 16,384 at most;
-    a shard takes two of them. What is open already is left to others, a few hundred more, and four for each rank of
-    the run: gloo has a connection to each in each of its groups.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 1 << 14 if hard == resource.RLIM_INFINITY else min(hard, 1 << 14)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    files = wanted if soft == resource.RLIM_INFINITY else max(soft, wanted)
-    others = 256 + _open_now() + 4 * int(os.environ.get("WORLD_SIZE", 1))
-    return max(1, min(4096, (files - others) // 2) // sets)
-
-
-def _open_now() -> int:
-    with contextlib.suppress(OSError):
-        return len(os.listdir("/proc/self/fd"))
-    return 0
-
-
-def _lacks_descriptors(error: BaseException | None) -> bool:
-    """Whether an error came of a process, or a machine, that has no more files to open."""
-    seen: set[int] = set()  # an error that is raised again while its consequence is handled closes a circle
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
-
-
-class _Tar:
-    """An open tar and its index. Closed when its last reader lets go, so eviction can't pull it away."""
-
-    def __init__(self, name: str, fd: int, index: np.ndarray) -> None:
-        self.name, self.fd, self.index = name, fd, index
-
-    @classmethod
-    def open(cls, path: Path, samples: int, members: int) -> _Tar:
-        """Of a local set.
-
-        Raises:
-            ShardError: tar or index is missing, or the index is another set's.
-            OSError: the disk does not answer, or refuses.
-        """
-        index_path = path.with_name(index_name(path.name))
-        try:
-            tar = cls(path.name, os.open(path, os.O_RDONLY | os.O_CLOEXEC), np.zeros(0))
-            # A plain view of the map: np.memmap's own indexing is several times slower.
-            with naming(index_path):
-                tar.index = npy.load(index_path, mmap_mode="r")
-        except FileNotFoundError as error:
-            raise ShardError(f"{error.filename} is missing; restore it or make the shards again") from None
-        except NPY_ERRORS as error:
-            crowded = _lacks_descriptors(error)
-            if is_of_machine(error) and not crowded:
-                raise
-            remedy = "raise the limit with `ulimit -n`" if crowded else "run `data-tools verify`"
-            what = f"{index_path} is no index" if isinstance(error, ValueError) else first_line(error)
-            raise ShardError(f"cannot open {path} and its index: {what}; {remedy}") from None
-        if tar.index.dtype != np.int64 or tar.index.shape != (samples, members, 2):
-            raise ShardError(
-                f"{index_path} is {tar.index.dtype} {list(tar.index.shape)}, the manifest needs int64 "
-                f"{[samples, members, 2]}; run `data-tools verify`"
-            )
-        return tar
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone at the end
-        close(self.fd)
 
 
 class ShardSet:
@@ -140,11 +59,9 @@ class ShardSet:
         self.root: Path | str = home.name if isinstance(home, Store) else home
         self.cache = (cache or Cache()) if self.store is not None else None
         self.manifest = manifest
-        self._seen: tuple[int, int, int] | None = None  # which file a local set's manifest was read from
-        self.max_open = max_open or most_open()
+        self.tars = OpenTars(home, manifest, max_open or most_open(), self.cache)
         self._starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)], dtype=np.int64)
         self._columns = {member: column for column, member in enumerate(manifest.members)}
-        self._reset()
 
     @classmethod
     def open(
@@ -157,40 +74,22 @@ class ShardSet:
             StoreAwayError: the store does not answer.
         """
         home = resolve(root)
-        seen = None if isinstance(home, Store) else _identity(home / MANIFEST)
+        seen = None if isinstance(home, Store) else identity(home / MANIFEST)
         manifest = Manifest.load(home)
         if kind is not None and manifest.kind != kind:
             remedy = "run `data-tools encode` on it" if kind == "latents" else "give the set it was made from"
             name = home.name if isinstance(home, Store) else home
             raise ShardError(f"{name} holds {manifest.kind}, {kind} are needed; {remedy}")
         shards = cls(home, manifest, max_open=max_open, cache=cache)
-        shards._seen = seen
+        shards.tars.seen = seen
         return shards
-
-    def _reset(self) -> None:
-        self._lock = threading.Lock()
-        self._tars: OrderedDict[int, _Tar] = OrderedDict()
-        self._prefetcher: Prefetcher | None = None
-        reset_after_fork(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_lock", "_tars", "_prefetcher")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def close(self) -> None:
         """Let go of all open files and end fetching ahead; reading opens them again."""
-        with self._lock:
-            self._tars.clear()
-            prefetcher, self._prefetcher = self._prefetcher, None
-        if prefetcher is not None:
-            prefetcher.stop()
-            prefetcher.join(timeout_s=1.0)
+        self.tars.close()
 
     def read_file(self, name: str) -> bytes:
         """A small file that lies beside the shards.
@@ -285,15 +184,7 @@ class ShardSet:
         ahead of reading, but one shard always is; one that can't be fetched is an error for its reader alone, who
         tries again. Does nothing where the shards are local.
         """
-        if self.store is None or self.cache is None:
-            return
-        with self._lock:
-            if self._prefetcher is None:
-                members = len(self.manifest.members)
-                self._prefetcher = Prefetcher(self.cache, self.store, self.manifest.shards, members)
-                weakref.finalize(self, self._prefetcher.stop)
-            wanted = [shard for shard in shards if int(shard) not in self._tars]
-            self._prefetcher.want(wanted)
+        self.tars.prefetch(shards)
 
     def excerpt(self, sample_ids: np.ndarray) -> ShardSet:
         """The same set for reading a few samples, in this order: of remote shards that are not here only they come.
@@ -315,12 +206,12 @@ class ShardSet:
         def opened(shard: int) -> tuple[int, np.ndarray] | None:
             return cache.open_rows(store, self.manifest.shards[shard], members, rows[shard])
 
-        part = ShardSet(store, self.manifest, max_open=self.max_open, cache=cache)
-        few = list(rows)[: self.max_open]
+        part = ShardSet(store, self.manifest, max_open=self.tars.max_open, cache=cache)
+        few = list(rows)[: self.tars.max_open]
         with ThreadPoolExecutor(_RANGES_AT_ONCE) as pool:
             for shard, found in zip(few, pool.map(opened, few), strict=True):
                 if found is not None:
-                    part._tars[shard] = _Tar(self.manifest.shards[shard].name, *found)
+                    part.tars.open[shard] = Tar(self.manifest.shards[shard].name, *found)
         part.prefetch(list(rows))  # what is open is not fetched
         return part
 
@@ -338,7 +229,7 @@ class ShardSet:
             ShardError: it is missing, is not what the manifest says, or the set was made anew meanwhile.
             OSError: the disk or the store does not answer, or refuses.
         """
-        self._tar(shard)
+        self.tars.get(shard)
 
     def read(self, sample_id: int) -> dict[str, Any]:
         """All members of a sample as bytes, and its key (str) as `__key__`.
@@ -497,22 +388,22 @@ class ShardSet:
             texts[item] = self.read_member(int(ids[item]), "json")
         return self._parse_records(texts, tars, ids)
 
-    def _spans(self, ids: np.ndarray) -> tuple[list[_Tar], np.ndarray, np.ndarray]:
+    def _spans(self, ids: np.ndarray) -> tuple[list[Tar], np.ndarray, np.ndarray]:
         """The tar of each of ascending sample ids, its row there [n], and places of members [n, members, 2]."""
         for sample_id in (ids[0], ids[-1]):
             self.locate(int(sample_id))  # raises if there is no such sample
         shards = np.searchsorted(self._starts, ids, side="right") - 1
         rows = ids - self._starts[shards]
         spans = np.empty((len(ids), len(self.manifest.members), 2), np.int64)
-        tars: list[_Tar] = []
+        tars: list[Tar] = []
         for begin, end in pairwise([0, *(np.flatnonzero(np.diff(shards)) + 1).tolist(), len(ids)]):
-            tar = self._tar(int(shards[begin]))
+            tar = self.tars.get(int(shards[begin]))
             spans[begin:end] = tar.index[rows[begin:end]]
             tars += [tar] * (end - begin)
         return tars, rows, spans
 
     def _parse_records(
-        self, texts: Sequence[memoryview | bytes], tars: Sequence[_Tar], ids: np.ndarray
+        self, texts: Sequence[memoryview | bytes], tars: Sequence[Tar], ids: np.ndarray
     ) -> list[dict[str, Any]]:
         """Records of several samples: in one go, which takes half the time, unless one of them is wrong."""
         try:
@@ -548,7 +439,7 @@ class ShardSet:
         except (OSError, OverflowError) as error:
             self._unread(tar, sample_id, offset, error)
 
-    def _parse_record(self, tar: _Tar, sample_id: int, text: bytes) -> dict[str, Any]:
+    def _parse_record(self, tar: Tar, sample_id: int, text: bytes) -> dict[str, Any]:
         try:
             decoded = str(text, "utf-8")
             record, end = _DECODER.raw_decode(decoded)  # half the time of json.loads, which looks for encodings
@@ -559,7 +450,7 @@ class ShardSet:
             self._fail(tar, sample_id, "has a json member that is no object")
         return record
 
-    def _parse_latent(self, tar: _Tar, row: int, column: int, sample_id: int, shape: tuple[int, ...]) -> np.ndarray:
+    def _parse_latent(self, tar: Tar, row: int, column: int, sample_id: int, shape: tuple[int, ...]) -> np.ndarray:
         if tar.index[row, column, 0] < 0:
             self._fail(tar, sample_id, f"has no {LATENT}")
         array = parse_npy(self._pread(tar, row, column, sample_id))
@@ -569,76 +460,11 @@ class ShardSet:
             self._fail(tar, sample_id, f"is {array.dtype} {list(array.shape)}, not float16 {list(shape)}")
         return array
 
-    def _tar_of(self, sample_id: int) -> tuple[_Tar, int]:
+    def _tar_of(self, sample_id: int) -> tuple[Tar, int]:
         shard, row = self.locate(sample_id)
-        return self._tar(shard), row
+        return self.tars.get(shard), row
 
-    def _tar(self, shard: int) -> _Tar:
-        with self._lock:
-            tar = self._tars.get(shard)
-            if tar is not None:
-                self._tars.move_to_end(shard)
-                return tar
-            if self.cache is not None:
-                self._let_go(shard, self.cache)
-        while True:
-            try:
-                tar = self._open_tar(shard)  # may take long: other threads go on with other shards
-                break
-            except (ShardError, OSError) as error:
-                if not _lacks_descriptors(error) or not self._make_way():
-                    raise
-        with self._lock:
-            tar = self._tars.setdefault(shard, tar)
-            self._tars.move_to_end(shard)
-            while len(self._tars) > self.max_open:
-                self._tars.popitem(last=False)
-        return tar
-
-    def _open_tar(self, shard: int) -> _Tar:
-        info, members = self.manifest.shards[shard], len(self.manifest.members)
-        if self.store is None or self.cache is None:
-            try:
-                return _Tar.open(Path(self.root) / info.name, info.samples, members)
-            finally:  # once it is open: who makes a set anew removes the manifest before the shards
-                self._require_unchanged()
-        tar = _Tar(info.name, *self.cache.open(self.store, info, members))
-        if (prefetcher := self._prefetcher) is not None:
-            prefetcher.taken(shard)
-        return tar
-
-    def _require_unchanged(self) -> None:
-        """Refuse shards of a set that took the place of ours: they open and read as well as ours did."""
-        path = Path(self.root) / MANIFEST
-        if self._seen is None or (seen := _identity(path)) == self._seen:
-            return
-        if seen is not None:  # touched or restored, or a drive that was mounted again: what it says is what counts
-            found = Manifest.load(Path(self.root))
-            if (found.members, found.shards) == (self.manifest.members, self.manifest.shards):
-                self._seen = seen
-                return
-        what = "is gone" if seen is None else "is not the one that was there when the set was opened"
-        raise ShardError(f"{path} {what}: restore the set as it was, or start anew with the new one")
-
-    def _make_way(self) -> bool:
-        """Close half of what is open, from here on: others have taken more descriptors than were left to them."""
-        with self._lock:
-            self.max_open = max(1, len(self._tars) // 2)
-            had = len(self._tars)
-            while len(self._tars) > had // 2:
-                self._tars.popitem(last=False)
-            return had > 0
-
-    def _let_go(self, coming: int, cache: Cache) -> None:
-        """Close what would keep the disk full: more than our share, and files that the cache has removed."""
-        infos, members = self.manifest.shards, len(self.manifest.members)
-        size = cache.need_bytes(infos[coming], members)
-        for shard in reversed(list(self._tars)):
-            size += cache.need_bytes(infos[shard], members)
-            if size > cache.share_bytes or os.fstat(self._tars[shard].fd).st_nlink == 0:
-                del self._tars[shard]
-
-    def _pread(self, tar: _Tar, row: int, column: int, sample_id: int) -> bytes:
+    def _pread(self, tar: Tar, row: int, column: int, sample_id: int) -> bytes:
         offset, size = tar.index[row, column].tolist()
         try:
             data = _pread_all(tar.fd, size, offset)
@@ -648,7 +474,7 @@ class ShardSet:
             self._fail(tar, sample_id, f"ends early: {len(data)} of {size} bytes at byte {offset}")
         return data
 
-    def _key(self, tar: _Tar, row: int, sample_id: int) -> str:
+    def _key(self, tar: Tar, row: int, sample_id: int) -> str:
         column = next((c for c in range(len(self.manifest.members)) if tar.index[row, c, 0] >= BLOCK), None)
         if column is None:
             self._fail(tar, sample_id, "has no members")
@@ -658,7 +484,7 @@ class ShardSet:
             self._fail(tar, sample_id, f"is {name!r} where the index has {suffix}: it is another tar's index")
         return name.removesuffix(suffix)
 
-    def _header(self, tar: _Tar, row: int, column: int, sample_id: int) -> tuple[str, bytes]:
+    def _header(self, tar: Tar, row: int, column: int, sample_id: int) -> tuple[str, bytes]:
         """(a member's name, the digits of its size) as the tar has them."""
         offset = int(tar.index[row, column, 0])
         try:
@@ -667,33 +493,25 @@ class ShardSet:
             self._unread(tar, sample_id, offset, error)
         return header[:NAME_BYTES].rstrip(b"\0").decode("ascii", "backslashreplace"), header[124:136].strip(b" \0")
 
-    def _require_header(self, tar: _Tar, row: int, column: int, sample_id: int, name: str) -> None:
+    def _require_header(self, tar: Tar, row: int, column: int, sample_id: int, name: str) -> None:
         found, digits = self._header(tar, row, column, sample_id)
         size = int(tar.index[row, column, 1])
         if found != name or not digits.isdigit() or digits != b"%011o" % size:
             self._fail(tar, sample_id, f"is {found!r} where the index has {name} of {size} bytes")
 
-    def _unread(self, tar: _Tar, sample_id: int, offset: int, error: Exception) -> NoReturn:
+    def _unread(self, tar: Tar, sample_id: int, offset: int, error: Exception) -> NoReturn:
         """A disk that does not answer is no damage: its error goes on as it is, with the tar's name."""
         if is_of_machine(error):
             with naming(Path(self.root) / tar.name):
                 raise error
         self._fail(tar, sample_id, f"can't be read at byte {offset} ({error})")
 
-    def _fail(self, tar: _Tar, sample_id: int, what: str) -> NoReturn:
+    def _fail(self, tar: Tar, sample_id: int, what: str) -> NoReturn:
         if self.store is None:
             where, remedy = str(Path(self.root) / tar.name), f"run `data-tools verify {self.root}`"
         else:  # its bytes were those of the manifest when they were fetched
             where, remedy = self.store.url(tar.name), "run `data-tools verify` where the shards were made"
         raise ShardError(f"{where}: sample {sample_id} {what}; {remedy}")
-
-
-def _identity(path: Path) -> tuple[int, int, int] | None:
-    """What tells a file from the one that replaces it; None where there is none."""
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        status = path.stat()
-        return status.st_ino, status.st_mtime_ns, status.st_size
-    return None
 
 
 def _pread_all(fd: int, size: int, offset: int) -> bytes:
