@@ -110,11 +110,16 @@ def latest(run: Path, passed_over: set[Path]) -> tuple[Path, dict[str, Any]] | N
     """A run's newest whole checkpoint, see `newest_whole`, and its record; `passed_over` gets the broken ones.
 
     What a killed writer left under temporary names is removed.
+
+    Raises:
+        UserError: it is of another command.
     """
     for leftover in (run / "checkpoints").glob(".*-step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = newest_whole(run, passed_over=passed_over)
-    return None if folder is None else (folder, json.loads((folder / "trainer.json").read_text()))
+    if folder is None:
+        return None
+    return folder, _record(folder, str(folder), "choose another run.dir")
 
 
 def named(run: Path, path: str, passed_over: set[Path]) -> tuple[Path, dict[str, Any]]:
@@ -126,12 +131,20 @@ def named(run: Path, path: str, passed_over: set[Path]) -> tuple[Path, dict[str,
         UserError: it is not whole, or of another command.
     """
     folder, begun_from = followed(run, path, passed_over)
+    record = _record(folder, f"checkpoint.resume={path}", "choose another folder")
+    return folder, record | {"begun_from": begun_from}
+
+
+def _record(folder: Path, named: str, remedy: str) -> dict[str, Any]:
+    """What a checkpoint says of its run.
+
+    Raises:
+        UserError: it is of another command.
+    """
     if not (folder / "weights" / "vae" / WEIGHTS_NAME).is_file():
-        raise UserError(
-            f"checkpoint.resume={path} is no checkpoint of finetune autoencoder: it has no weights/vae; choose "
-            "another folder"
-        )
-    return folder, json.loads((folder / "trainer.json").read_text()) | {"begun_from": begun_from}
+        raise UserError(f"{named} is no checkpoint of finetune autoencoder: it has no weights/vae; {remedy}")
+    record: dict[str, Any] = json.loads((folder / "trainer.json").read_text())
+    return record
 
 
 @torch.no_grad()

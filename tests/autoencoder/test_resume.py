@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from finetune import UserError
 from finetune.autoencoder import checkpoint
 from finetune.autoencoder.train import main
+from finetune.checkpoint import write_record
 from finetune.data.shards import ShardSet, ShardWriter
 from finetune.models.autoencoder import encode_moments, load_autoencoder
 from tests.autoencoder.runs import arguments, assert_same_run, losses
@@ -174,6 +175,14 @@ def damage(checkpoint: Path) -> None:
     damaged = bytearray(weights.read_bytes())
     damaged[-1] ^= 1
     weights.write_bytes(bytes(damaged))
+
+
+def test_the_folder_of_a_run_of_finetune_train_is_refused(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoints/step-00000003/weights/unet").mkdir(parents=True)
+    same = {"seed": 0, "train.global_batch": 4}  # what both commands depend on, and likely have alike
+    write_record(tmp_path / "checkpoints/step-00000003", {"step": 3, "depends_on": same})
+    with pytest.raises(UserError, match="no checkpoint of finetune autoencoder: .* choose another run.dir"):
+        main(arguments(shards, tmp_path, "train.steps=6"))
 
 
 def test_a_broken_checkpoint_is_passed_over(
