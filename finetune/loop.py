@@ -176,22 +176,9 @@ def train(
                 if not stop:
                     _look(config, world, parts, tracker, step)
                 world.watch.at("saving", LONG)
-                if save and not _is_worth_saving(strategy, tracker.steps_not_finite, is_last):
-                    tracker.say(f"note: nothing is saved at step {step}, whose loss is not a finite number")
-                elif save:
-                    progress = replace(
-                        progress,
-                        step=step,
-                        images_seen=images_seen,
-                        steps_taken=strategy.steps_taken,
-                        loss_scale=strategy.scaler_state(),
-                        optimizer=strategy.counts(),
-                        open_losses=list(tracker.open_losses),  # the tracker's list grows while this is written
-                    )
-                    if is_last:
-                        parts.checkpoints.save(progress, strategy, parts.averages, snapshot=snapshot)
-                    else:
-                        parts.checkpoints.begin(progress, strategy, parts.averages, snapshot=snapshot)
+                if save:
+                    now = replace(progress, step=step, images_seen=images_seen)
+                    _save(parts, tracker, now, is_last=is_last, snapshot=snapshot)
                 if stop:  # after saving, since who asks to stop may not wait for long
                     _look(config, world, parts, tracker, step)
         world.watch.at("ending", LONG)
@@ -203,6 +190,23 @@ def train(
     finally:
         batches.close()
         loader.close()
+
+
+def _save(parts: Parts, tracker: Listener, progress: Progress, *, is_last: bool, snapshot: bool) -> None:
+    """Save the run, which has come to `progress`, unless it may be lost; collective."""
+    strategy = parts.strategy
+    if not _is_worth_saving(strategy, tracker.steps_not_finite, is_last):
+        tracker.say(f"note: nothing is saved at step {progress.step}, whose loss is not a finite number")
+        return
+    progress = replace(
+        progress,
+        steps_taken=strategy.steps_taken,
+        loss_scale=strategy.scaler_state(),
+        optimizer=strategy.counts(),
+        open_losses=list(tracker.open_losses),  # the tracker's list grows while this is written
+    )
+    save = parts.checkpoints.save if is_last else parts.checkpoints.begin
+    save(progress, strategy, parts.averages, snapshot=snapshot)
 
 
 def _is_worth_saving(strategy: Strategy, steps_not_finite: int, is_last: bool) -> bool:

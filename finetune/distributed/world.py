@@ -151,6 +151,32 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
         UserError: no such device; a launch that says nothing of ranks, or asks for DeepSpeed where the strategy
             doesn't; layers that disagree.
     """
+    _require_launch(device, uses_deepspeed)
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that we were told to leave alone
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if on_gpu:
+        _take_gpu(local_rank)
+    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    world = World(rank, size, local_rank, torch_device)
+    if bounds is not None and not dist.is_initialized():
+        world = replace(world, timeout=bounds.collective, watch=Watch(rank, size, bounds=bounds))
+        # torchrun's default lets NCCL's own watchdog abort the process with pages of stack; ours names the rank.
+        if bounds.lost_s > 0 and os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":
+            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
+    if (size > 1 or uses_deepspeed) and not dist.is_initialized():
+        world = _meet(world, bounds)
+    elif bounds is not None:
+        world.watch.start()
+    if size > 1:
+        _agree(world)
+    return world
+
+
+def _require_launch(device: str, uses_deepspeed: bool) -> None:
+    """Refuse a device that is not there, and a launch that means something else (see `start`)."""
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"train.device={device} is not known: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
@@ -160,63 +186,53 @@ def start(device: str, *, uses_deepspeed: bool, bounds: Bounds | None = None) ->
             "accelerate was launched with DeepSpeed, which strategy=ddp would ignore: add strategy=zero2 (or "
             "zero1, zero3), or launch with launchers/accelerate/one_machine.yaml"
         )
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    if not on_gpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed takes a GPU that we were told to leave alone
-    launched = "RANK" in os.environ
-    if not launched and int(os.environ.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" in os.environ:
+    tasks = os.environ.get("SLURM_NTASKS", "1")
+    if "RANK" not in os.environ and int(tasks) > 1 and "SLURM_STEP_ID" in os.environ:
         raise UserError(
-            f"Slurm started {os.environ['SLURM_NTASKS']} tasks, but RANK is not set, so each would train alone; "
+            f"Slurm started {tasks} tasks, but RANK is not set, so each would train alone; "
             "start through torchrun or accelerate launch, one task a node"
         )
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if on_gpu:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; "
-                "start one process a GPU"
-            )
-        torch.cuda.set_device(local_rank)
-        # Buffers in CUDA graphs are torch's to give back: NCCL shall not hold on to them.
-        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
-    torch_device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
-    world = World(rank, size, local_rank, torch_device)
-    if bounds is not None and not dist.is_initialized():
-        world = replace(world, timeout=bounds.collective, watch=Watch(rank, size, bounds=bounds))
-        # torchrun's default lets NCCL's own watchdog abort the process with pages of stack; ours names the rank.
-        if bounds.lost_s > 0 and os.environ.get("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1") == "1":
-            os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    if (size > 1 or uses_deepspeed) and not dist.is_initialized():
-        if not launched:
-            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-            alone["MASTER_PORT"] = str(_free_port())
-            os.environ |= alone
-            _SET.update(alone)
-        store = _store(rank, world.timeout if bounds is None else datetime.timedelta(seconds=bounds.start_s))
-        if bounds is not None and size > 1:
-            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            watch = Watch(rank, size, dist.PrefixStore("watch", store), address, bounds)
-            world = replace(world, watch=watch)
-        world.watch.start()
-        atexit.unregister(_wait_for_threads)  # one will do
-        atexit.register(_wait_for_threads)
-        try:
-            dist.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                store=store,
-                rank=rank,
-                world_size=size,
-                timeout=world.timeout,
-                device_id=torch_device if on_gpu else None,
-            )
-        except BaseException as error:
-            world.watch.judge(error)
-            raise
-    elif bounds is not None:
-        world.watch.start()
-    if size > 1:
-        _agree(world)
+
+
+def _take_gpu(local_rank: int) -> None:
+    """Make this rank's own GPU the current one."""
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank}, but this machine has {torch.cuda.device_count()} GPUs; "
+            "start one process a GPU"
+        )
+    torch.cuda.set_device(local_rank)
+    # Buffers in CUDA graphs are torch's to give back: NCCL shall not hold on to them.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
+
+
+def _meet(world: World, bounds: Bounds | None) -> World:
+    """Make the process group, and have its ranks watched from before it is there."""
+    rank, size, on_gpu = world.rank, world.size, world.device.type == "cuda"
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        alone["MASTER_PORT"] = str(_free_port())
+        os.environ |= alone
+        _SET.update(alone)
+    store = _store(rank, world.timeout if bounds is None else datetime.timedelta(seconds=bounds.start_s))
+    if bounds is not None and size > 1:
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        world = replace(world, watch=Watch(rank, size, dist.PrefixStore("watch", store), address, bounds))
+    world.watch.start()
+    atexit.unregister(_wait_for_threads)  # one will do
+    atexit.register(_wait_for_threads)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=world.timeout,
+            device_id=world.device if on_gpu else None,
+        )
+    except BaseException as error:
+        world.watch.judge(error)
+        raise
     return world
 
 
