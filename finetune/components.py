@@ -120,7 +120,7 @@ def load_components(
     *,
     weights: Weights = "ema",
     step: int | None = None,
-    lora: str | Path | None = None,
+    loras: Sequence[tuple[str | Path, float]] = (),
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     revision: str | None = None,
@@ -132,7 +132,8 @@ def load_components(
         weights: a run's averaged weights or those of the last step (see `Weights`); without an average, `ema` gives
             the latter and a notice.
         step: a run's checkpoint; the latest complete one by default.
-        lora: a file or folder of an adapter to merge, over what the run trained.
+        loras: files or folders of adapters to merge, one after the other, over what the run trained, and how many
+            times each counts.
         dtype: of U-Net and text encoder. The autoencoder stays float32: SD's overflow in float16.
         tokenizer: a folder whose tokenizers are taken, where a model comes without.
 
@@ -154,9 +155,10 @@ def load_components(
         raise UserError(f"{source} is no run folder: it has no average {weights}")
     else:
         parts = _from_model(folder if folder is not None else str(source), revision, tokenizer)
-    if lora is not None:
-        modules = {"unet": parts.unet, **parts.conditioner.parts()}
-        merge_lora(modules, read_kohya(lora, modules) if is_kohya(lora) else read_lora(lora))
+    modules = {"unet": parts.unet, **parts.conditioner.parts()}
+    for path, strength in loras:
+        lora = read_kohya(path, modules) if is_kohya(path) else read_lora(path)
+        merge_lora(modules, lora.times(strength))
     _check_fit(parts)
     parts.conditioner.to(device).requires_grad_(False).eval()
     wanted_dtypes = [(parts.unet, dtype), (parts.vae, torch.float32)]

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from finetune.components import Components
 
 GUIDANCE = 7.5  # usual for Stable Diffusion; a run's own `sample.guidance` comes first
+_MOST_TIMES = 100
 _CONDITIONS = ("label", "layout", "map", "image", "mask")
 
 _EXAMPLES = """examples:
@@ -35,6 +36,8 @@ _EXAMPLES = """examples:
   finetune sample runs/first --prompts captions.txt --out pictures/
   finetune sample runs/classes --label dog --label cat --count 4 --out animals.png
   finetune sample runs/inpainting --image photo.png --mask hole.png --out filled.png
+  finetune sample emoji-base --lora loras/style --lora other.safetensors --lora-scale 0.8 --lora-scale 0.5 \\
+      --prompt "a house" --out house.png
   finetune sample stable-diffusion-v1-5/stable-diffusion-v1-5 --lora loras/style --prompt "a house" \\
       --scheduler dpm++ --steps 25 --height 512 --width 768 --device cuda --dtype float16 --out house.png
 
@@ -66,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_sizes(
         {"--count": arguments.count, "--columns": arguments.columns, "--batch-size": arguments.batch_size}
     )
+    _loras(arguments)
     out = _out(arguments.out)
 
     quiet_libraries()
@@ -92,7 +96,7 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         arguments.source,
         weights=arguments.weights,
         step=arguments.checkpoint,
-        lora=arguments.lora,
+        loras=_loras(arguments),
         device=device,
         dtype=torch_dtype(arguments.dtype),
         revision=arguments.revision,
@@ -193,8 +197,34 @@ def _told(arguments: argparse.Namespace, parts: Components, guidance: float, res
         "scheduler": arguments.scheduler or ("euler" if parts.is_flow else "ddim"),
         "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
         **{name: " ".join(getattr(arguments, name)) for name in _CONDITIONS if getattr(arguments, name)},
-        **({"lora": arguments.lora} if arguments.lora else {}),
+        **({"lora": " + ".join(map(_lora_text, _loras(arguments)))} if arguments.lora else {}),
     }
+
+
+def _loras(arguments: argparse.Namespace) -> list[tuple[str, float]]:
+    """The adapters, and how many times each counts.
+
+    Raises:
+        UserError: one that counts is not told which, or is no number.
+    """
+    files, scales = arguments.lora, arguments.lora_scale or [1.0]
+    for scale in scales:
+        if not abs(scale) <= _MOST_TIMES:
+            raise UserError(
+                f"--lora-scale {scale:g}: must be a number of {_MOST_TIMES} at most; 1 is the LoRA itself"
+            )
+    if arguments.lora_scale and not files:
+        raise UserError(f"--lora-scale {scales[0]:g} has no effect without --lora: leave it out")
+    if len(scales) not in (1, len(files)) and files:
+        raise UserError(
+            f"--lora-scale is given {len(scales)} times and --lora {len(files)} times: give it once, or as often"
+        )
+    return list(zip(files, scales * len(files) if len(scales) == 1 else scales, strict=True))
+
+
+def _lora_text(lora: tuple[str, float]) -> str:
+    file, scale = lora
+    return file if scale == 1 else f"{file} x {scale:g}"
 
 
 def _size(image: Image.Image) -> dict[str, str]:
@@ -244,7 +274,21 @@ def _parser() -> argparse.ArgumentParser:
         help="0 to 1 (default: the run's or model's own, else 0, which is none)",
     )
     parser.add_argument("--scheduler", choices=SCHEDULERS, help="the sampler (default: ddim, or euler for flows)")
-    parser.add_argument("--lora", metavar="FILE|DIR", help="a LoRA to add, in diffusers' layout or kohya's")
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE|DIR",
+        help="a LoRA to add, in diffusers' layout or kohya's; may be repeated",
+    )
+    parser.add_argument(
+        "--lora-scale",
+        action="append",
+        default=[],
+        type=float,
+        metavar="TIMES",
+        help="how much a LoRA counts, for all or once for each --lora (default: 1)",
+    )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="pictures drawn at once (default: by size)"
     )

@@ -13,7 +13,7 @@ import yaml
 from finetune import UserError
 from finetune.components import load_components
 from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
-from finetune.models.adapters import LORA_FILE, save_lora
+from finetune.models.adapters import LORA_FILE, read_lora, save_lora
 from finetune.models.autoencoder import encoder_sha256
 from finetune.models.schedulers import scheduler_config
 from finetune.models.text import load_text_encoder, save_tokenizer, tokenize
@@ -76,7 +76,30 @@ def test_a_lora_run_is_its_base_with_the_adapter(tmp_path, base):
     assert parts.lora is not None and set(parts.lora.alphas.values()) == {10.0}
     # The same by hand: the base model and the adapter's file.
     checkpoint = latest_checkpoint(tmp_path / "run")
-    assert same(load_components(base, lora=checkpoint / "weights" / LORA_FILE).unet, parts.unet)
+    assert same(load_components(base, loras=[(checkpoint / "weights" / LORA_FILE, 1.0)]).unet, parts.unet)
+
+
+@torch.no_grad()
+def test_several_loras_count_as_much_as_diffusers_lets_them(tmp_path, base):
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for seed, folder in enumerate(folders):
+        fakes.lora_run(folder, base)
+        [file] = [path for path in folder.rglob(LORA_FILE) if path.parent.name == "weights"]
+        read = read_lora(file)
+        generator = torch.Generator().manual_seed(seed)
+        state = {key: torch.randn(tensor.shape, generator=generator) * 0.1 for key, tensor in read.state.items()}
+        save_lora(folder, state, read.alphas)
+    parts = load_components(base, loras=[(folders[0], 0.5), (folders[1], -1.5)])
+    unet = fakes.unet()
+    for name, folder in zip(("one", "other"), folders, strict=True):
+        unet.load_lora_adapter(folder, prefix="unet", weight_name=LORA_FILE, adapter_name=name)
+    unet.set_adapters(["one", "other"], [0.5, -1.5])
+    z, context = torch.randn(1, 4, 8, 8), torch.randn(1, 12, 32)
+    wanted = unet(z, 10, context).sample
+    torch.testing.assert_close(parts.unet(z, 10, context).sample, wanted, rtol=1e-4, atol=1e-5)
+    for fewer in ([(folders[0], 0.5)], [(folders[0], 1.0), (folders[1], -1.5)]):
+        apart = load_components(base, loras=fewer).unet(z, 10, context).sample - wanted
+        assert apart.abs().max() > 1e-3
 
 
 def test_a_diffusers_folder_is_loaded(base):
@@ -205,7 +228,7 @@ def test_mistakes_are_named(run, base, tmp_path):
     other = {"unet.x.lora_A.weight": torch.zeros(2, 3), "unet.x.lora_B.weight": torch.zeros(3, 2)}
     save_lora(tmp_path / "other", other, {"unet.x": 2.0})
     with pytest.raises(UserError, match="for another model"):
-        load_components(base, lora=tmp_path / "other")
+        load_components(base, loras=[(tmp_path / "other", 1.0)])
 
 
 def test_what_is_missing_of_a_run_without_its_tokenizer_is_the_tokenizer(tmp_path):

@@ -121,6 +121,11 @@ def mistakes(run, tmp_path):
         "written as PNG": [str(run), "--prompt", "x", "--out", str(tmp_path / "x.jpg")],
         "cannot be made": [str(run), "--prompt", "x", "--out", str(tmp_path / "blank.txt" / "x.png")],
         "no LoRA at": [str(run), *prompt, "--lora", str(tmp_path)],
+        "--lora-scale 0.5 has no effect without --lora": [str(run), *prompt, "--lora-scale", "0.5"],
+        "--lora-scale nan: must be a number": [str(run), *prompt, "--lora", "a", "--lora-scale", "nan"],
+        "--lora-scale is given 2 times and --lora 3 times": [
+            str(run), *prompt, *["--lora", "a"] * 3, *["--lora-scale", "0.5"] * 2,
+        ],
         "--device cuda:99: this machine has": [str(run), *prompt, "--device", "cuda:99"],
         "--device quantum: unknown": [str(run), *prompt, "--device", "quantum"],
         "the following arguments are required: --out": [str(run), "--prompt", "x"],

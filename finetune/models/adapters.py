@@ -196,6 +196,10 @@ class Lora:
     state: dict[str, Tensor]
     scales: dict[str, float]  # by module, component first: `unet.mid_block.….to_q`
 
+    def times(self, strength: float) -> Lora:
+        """The adapter whose update counts so many times, as peft scales it."""
+        return Lora(self.state, {name: scale * strength for name, scale in self.scales.items()})
+
     @property
     def alphas(self) -> dict[str, float]:
         """Alpha by module."""
