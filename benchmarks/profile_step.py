@@ -26,7 +26,7 @@ from benchmarks.train_speed import MAKERS, WORKS
 
 # The first that fits, in lower case.
 CLASSES = {
-    "attention": r"flash|fmha|sdpa|attention|softmax|compute_dot_do_o|convert_dq|^_mix",
+    "attention": r"flash|fmha|sdpa|attention|softmax|compute_dot_do_o|convert_dq|^_mix|^_prepare$|^_gradient_of_",
     "layout copies": r"nchwtonhwc|nhwctonchw",
     "group norm": r"^_(moments|merge|normalize|sums|merge_sums|gradient)$|groupnorm|group_norm|rowwisemoments",
     "GEGLU": r"^_gate|gelu",

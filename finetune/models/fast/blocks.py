@@ -264,8 +264,11 @@ def _attend(
     else:
         projected = attention.to_q(x_BSC), *linear.together((attention.to_k, attention.to_v), context)
     q, k, v = (each.unflatten(-1, (attention.heads, -1)) for each in projected)  # [B, S, heads, D]
-    if attention_mask is None and on_kernels(q) and kernels.takes_attention(q, k, v):
+    ours = attention_mask is None and on_kernels(q)
+    if ours and kernels.takes_attention(q, k, v):
         mixed = kernels.attention(q, k, v)
+    elif ours and kernels.takes_self_attention(q, k, v):
+        mixed = kernels.self_attention(q, k, v)
     else:
         mixed = _flash(attention, q, k, v, attention_mask)
     out, dropout = attention.to_out

@@ -14,8 +14,12 @@ from finetune.models.fast import blocks
 
 
 @pytest.fixture(autouse=True)
-def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 as on a GPU: the interpreter cuts float32's last bits off, and multiplies bf16's bits as integers."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Triton's interpreter gets wrong.
+
+    It cuts float32's last bits off for bf16, and multiplies bf16's bits as integers; newer NumPy refuses the arrays
+    of one number that it makes bounds of loops of.
+    """
     if blocks.kernels is None or not blocks.kernels.INTERPRETED:
         return
     from triton.runtime import interpreter
@@ -40,6 +44,13 @@ def rounded(monkeypatch: pytest.MonkeyPatch) -> None:
             (handle.data.astype(np.uint32) << 16).view(np.float32), interpreter.tl.float32
         )
 
+    patched: Callable[..., Any] = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patched(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     monkeypatch.setattr(interpreter, "_convert_float", convert)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
@@ -10,39 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.models.fast.comparing import apart, assert_rounded_once, in_float64, leaves, with_gradients
+
 kernels = pytest.importorskip("finetune.models.fast.kernels", reason="no Triton for this machine")
 pytestmark = pytest.mark.skipif(not kernels.INTERPRETED, reason="Triton's interpreter is off (TRITON_INTERPRET=0)")
-
-
-def apart(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    """Distance over the norm of what is wanted."""
-    assert found.shape == wanted.shape
-    found, wanted = found.detach().double(), wanted.detach().double()
-    return float((found - wanted).norm() / wanted.norm())
-
-
-def leaves(*shapes: tuple[int, ...] | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Any]:
-    """Random tensors that need gradients; None where there is no shape."""
-    generator = torch.Generator().manual_seed(seed)
-    made = [shape and torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-    return [None if one is None else one.requires_grad_() for one in made]
-
-
-def with_gradients(function, tensors: list[Any], dy: torch.Tensor) -> list[torch.Tensor]:
-    """The output, and the gradients of those tensors that need one."""
-    y = function(*tensors)
-    needed = [x for x in tensors if x is not None and x.requires_grad]
-    return [y, *torch.autograd.grad(y, needed, dy.to(y.dtype))]
-
-
-def assert_rounded_once(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> None:
-    """Each is as near to what is exact as its type allows: nothing inside was rounded to that type."""
-    for one, exact in zip(found, wanted, strict=True):
-        assert apart(one, exact) <= 1.01 * apart(exact.to(one.dtype), exact) + 1e-6
-
-
-def in_float64(tensors: list[Any]) -> list[Any]:
-    return [x if x is None else x.detach().double().requires_grad_(x.requires_grad) for x in tensors]
 
 
 # --- group norm -----------------------------------------------------------------------------------
@@ -461,111 +431,6 @@ def test_cat_and_its_gradients_are_whole_maps(widths):
     gradients = torch.autograd.grad(y, (x, skip), dy)
     for one, other in zip(gradients, dy.split(widths, dim=1), strict=True):
         assert torch.equal(one, other) and one.is_contiguous(memory_format=torch.channels_last)
-
-
-# --- attention to few keys --------------------------------------------------------------------------
-
-
-def attention_inputs(queries: int, keys: int, heads: int, features: int, dtype=torch.float32) -> list[Any]:
-    """Queries, keys, values: [2, S, H, D] and [2, K, H, D]."""
-    shapes = [(2, count, heads, features) for count in (queries, keys, keys)]
-    return leaves(*shapes, dtype=dtype)
-
-
-def attention_of_torch(q, k, v):
-    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-
-def both_attentions(inputs: list[Any], ours=kernels.attention):
-    dy = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
-    return with_gradients(ours, inputs, dy), with_gradients(attention_of_torch, in_float64(inputs), dy)
-
-
-@pytest.mark.parametrize(
-    ("queries", "keys", "heads", "features"),
-    [
-        (64, 77, 2, 40),  # Stable Diffusion 1.x: both in two parts
-        (64, 77, 1, 64),  # 2.x, XL: keys in two parts
-        (70, 16, 3, 24),  # features in two parts, a tile of queries that is not full
-        (33, 80, 1, 48),
-        (130, 5, 2, 8),  # less than a product takes
-        (1, 2, 1, 1),
-    ],
-)
-def test_attention_and_its_gradients_are_those_of_torch(queries, keys, heads, features):
-    inputs = attention_inputs(queries, keys, heads, features)
-    assert kernels.takes_attention(*inputs)
-    for one, other in zip(*both_attentions(inputs), strict=True):
-        assert apart(one, other) < 1e-5
-
-
-@pytest.mark.parametrize("most", [1, 12], ids=["one after another", "apart"])
-def test_gradients_of_keys_are_sums_over_all_chunks_of_queries(most, monkeypatch):
-    monkeypatch.setattr(sys.modules["finetune.models.fast.kernels.attention"], "_PROGRAMS", most)
-    for one, other in zip(*both_attentions(attention_inputs(300, 20, 2, 16)), strict=True):
-        assert apart(one, other) < 1e-5
-
-
-def test_attention_to_one_key_is_its_value():
-    inputs = attention_inputs(20, 1, 2, 16)
-    (y, dq, dk, dv), wanted = both_attentions(inputs)
-    assert torch.equal(y, inputs[2].expand_as(y)) and not dq.any() and not dk.any()
-    assert apart(dv, wanted[3]) < 1e-5
-
-
-def test_attention_to_parts_of_one_product_and_gradients_in_any_layout():
-    """Keys and values as slices of what one product made, a gradient whose heads lie apart."""
-    q, both = leaves((2, 40, 2, 16), (2, 9, 64))
-
-    def through(attend):
-        def compute(q, both):
-            k, v = (x.unflatten(-1, (2, 16)) for x in both.split(32, dim=-1))
-            return attend(q, k, v).transpose(1, 2).contiguous()
-
-        return compute
-
-    dy = torch.randn((2, 2, 40, 16), generator=torch.Generator().manual_seed(3))
-    ours = with_gradients(through(kernels.attention), [q, both], dy)
-    wanted = with_gradients(through(attention_of_torch), in_float64([q, both]), dy)
-    for one, other in zip(ours, wanted, strict=True):
-        assert apart(one, other) < 1e-5
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_attention_in_half_precision_is_as_near_as_torchs(dtype):
-    inputs = attention_inputs(96, 77, 2, 40, dtype)
-    ours, wanted = both_attentions(inputs)
-    torchs, _ = both_attentions(inputs, attention_of_torch)
-    assert {one.dtype for one in ours} == {dtype}
-    for one, other, exact in zip(ours, torchs, wanted, strict=True):
-        assert apart(one, exact) < 1.25 * apart(other, exact)
-
-
-@pytest.mark.parametrize("frozen", [(0,), (1, 2), (2,)])
-def test_attention_gives_gradients_to_what_needs_them(frozen):
-    inputs = attention_inputs(40, 9, 2, 16)
-    for index in frozen:
-        inputs[index].requires_grad_(False)
-    ours, wanted = both_attentions(inputs)
-    assert len(ours) == 4 - len(frozen)
-    for one, other in zip(ours, wanted, strict=True):
-        assert apart(one, other) < 1e-5
-
-
-def test_large_scores_overflow_nothing():
-    inputs = attention_inputs(20, 20, 1, 16)
-    with torch.no_grad():
-        inputs[0].mul_(1000)
-    (y, dq, dk, dv), wanted = both_attentions(inputs)
-    assert dq.isfinite().all() and dk.isfinite().all()
-    assert apart(y, wanted[0]) < 1e-4 and apart(dv, wanted[3]) < 1e-4
-
-
-def test_many_keys_or_features_are_for_flash_kernels():
-    for keys, features in ((81, 16), (20, 80)):
-        assert not kernels.takes_attention(*attention_inputs(10, keys, 1, features))
-    q, k, v = attention_inputs(10, 20, 1, 16)
-    assert not kernels.takes_attention(q.bfloat16(), k, v)
 
 
 # --- softmax --------------------------------------------------------------------------------------

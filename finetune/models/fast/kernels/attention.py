@@ -5,8 +5,8 @@ backward pass: it makes the weights again from the scores, and sums the gradient
 kernels, made for thousands of keys, read queries and their gradients in several passes, and add the gradients of
 queries up in float32. There are no atomics, so results are the same at each run.
 
-Keys and a head's features that are no power of two are taken as two parts: a caption's 77 tokens as 64 and 16, 40
-features as 32 and 16. As one they would fill 128 and 64.
+Keys that are no power of two are taken as two parts, as features are (`heads`): a caption's 77 tokens as 64 and 16.
+As one they would fill 128.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from finetune.models.fast.kernels.heads import dense, load, parts, product, store, strides
+
 MOST_KEYS, MOST_FEATURES = 80, 64  # with more of them registers overflow, and flash kernels are faster
 # Queries that a program holds at a time, warps, stages: forward and backward. Tensor cores of other generations
 # than 9 and 10 take all operands from registers, which 64 queries overflow (as compiled; measured on 9 alone).
@@ -26,58 +28,22 @@ _PROGRAMS = 1024  # of either pass, if there are queries for as many
 
 
 @triton.jit
-def _load(x, at, R, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
-    """Rows `at` of the R of a head, in both parts of the features; zeros beyond R and D.
-
-    What is of a second part is the first where there is none, and never used: here and below.
-    """
-    d, there = tl.arange(0, D1), (at < R)[:, None]
-    first = tl.load(x + at[:, None] * stride + d[None, :], mask=there & (d < D)[None, :], other=0.0)
-    second = first
-    if D2 > 0:
-        e = D1 + tl.arange(0, D2)
-        second = tl.load(x + at[:, None] * stride + e[None, :], mask=there & (e < D)[None, :], other=0.0)
-    return first, second
-
-
-@triton.jit
-def _store(x, at, R, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, first, second):
-    """What `_load` takes."""
-    d, there = tl.arange(0, D1), (at < R)[:, None]
-    first = first.to(x.dtype.element_ty)
-    tl.store(x + at[:, None] * stride + d[None, :], first, mask=there & (d < D)[None, :])
-    if D2 > 0:
-        e = D1 + tl.arange(0, D2)
-        second = second.to(x.dtype.element_ty)
-        tl.store(x + at[:, None] * stride + e[None, :], second, mask=there & (e < D)[None, :])
-
-
-@triton.jit
 def _load_all(x, K, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
               K1: tl.constexpr, K2: tl.constexpr):  # fmt: skip
     """Keys or values of a head: the first part of them in both parts of the features, then the second."""
-    k1, k2 = _load(x, tl.arange(0, K1), K, stride, D, D1, D2)
+    k1, k2 = load(x, tl.arange(0, K1), K, stride, D, D1, D2)
     l1, l2 = k1, k2
     if K2 > 0:
-        l1, l2 = _load(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2)
+        l1, l2 = load(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2)
     return k1, k2, l1, l2
 
 
 @triton.jit
 def _store_all(x, K, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, K1: tl.constexpr,
                K2: tl.constexpr, k1, k2, l1, l2):  # fmt: skip
-    _store(x, tl.arange(0, K1), K, stride, D, D1, D2, k1, k2)
+    store(x, tl.arange(0, K1), K, stride, D, D1, D2, k1, k2)
     if K2 > 0:
-        _store(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2, l1, l2)
-
-
-@triton.jit
-def _product(x1, x2, y1, y2, D2: tl.constexpr):
-    """x y^T over both parts of the features."""
-    product = tl.dot(x1, tl.trans(y1), input_precision="ieee")
-    if D2 > 0:
-        product = tl.dot(x2, tl.trans(y2), product, input_precision="ieee")
-    return product
+        store(x, K1 + tl.arange(0, K2), K, stride, D, D1, D2, l1, l2)
 
 
 @triton.jit
@@ -85,12 +51,12 @@ def _weights(q1, q2, k1, k2, l1, l2, K, scale, K1: tl.constexpr, K2: tl.constexp
     """Softmax of the queries over both parts of the keys."""
     scale *= 1.4426950408889634  # of exponents of two
     k = tl.arange(0, K1)
-    of_k = tl.where((k < K)[None, :], _product(q1, q2, k1, k2, D2) * scale, -float("inf"))
+    of_k = tl.where((k < K)[None, :], product(q1, q2, k1, k2, D2) * scale, -float("inf"))
     largest = tl.max(of_k, 1)
     of_l = of_k
     if K2 > 0:
         l = K1 + tl.arange(0, K2)
-        of_l = tl.where((l < K)[None, :], _product(q1, q2, l1, l2, D2) * scale, -float("inf"))
+        of_l = tl.where((l < K)[None, :], product(q1, q2, l1, l2, D2) * scale, -float("inf"))
         largest = tl.maximum(largest, tl.max(of_l, 1))
     of_k = tl.exp2(of_k - largest[:, None])
     total = tl.sum(of_k, 1)
@@ -130,10 +96,10 @@ def _mix(q_BSHD, k_BKHD, v_BKHD, y_BSHD, S, K, q_b, q_s, k_b, k_s, v_b, v_s, y_b
     v1, v2, w1, w2 = _load_all(v_BKHD, K, v_s, D, D1, D2, K1, K2)
     for row in range(0, ROWS, TS):
         s = tl.program_id(0) * ROWS + row + tl.arange(0, TS)
-        q1, q2 = _load(q_BSHD, s, S, q_s, D, D1, D2)
+        q1, q2 = load(q_BSHD, s, S, q_s, D, D1, D2)
         of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, K, scale, K1, K2, D2)
         y1, y2 = _mixed(of_k, of_l, v1, v2, w1, w2, K2, D2)
-        _store(y_BSHD, s, S, y_s, D, D1, D2, y1, y2)
+        store(y_BSHD, s, S, y_s, D, D1, D2, y1, y2)
 
 
 @triton.jit
@@ -172,20 +138,20 @@ def _mix_gradient(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, dk_NBKHD, dv_NBKHD, 
             dl2, dw2 = tl.zeros((K2, D2), tl.float32), tl.zeros((K2, D2), tl.float32)
     for row in range(0, ROWS, TS):
         s = tl.program_id(0) * ROWS + row + tl.arange(0, TS)
-        q1, q2 = _load(q_BSHD, s, S, q_s, D, D1, D2)
-        dy1, dy2 = _load(dy_BSHD, s, S, dy_s, D, D1, D2)
+        q1, q2 = load(q_BSHD, s, S, q_s, D, D1, D2)
+        dy1, dy2 = load(dy_BSHD, s, S, dy_s, D, D1, D2)
         of_k, of_l = _weights(q1, q2, k1, k2, l1, l2, K, scale, K1, K2, D2)
-        to_k = _product(dy1, dy2, v1, v2, D2)
+        to_k = product(dy1, dy2, v1, v2, D2)
         to_l = to_k
         mean = tl.sum(of_k * to_k, 1)
         if K2 > 0:
-            to_l = _product(dy1, dy2, w1, w2, D2)
+            to_l = product(dy1, dy2, w1, w2, D2)
             mean += tl.sum(of_l * to_l, 1)
         to_k = (of_k * (to_k - mean[:, None]) * scale).to(k1.dtype)
         if K2 > 0:
             to_l = (of_l * (to_l - mean[:, None]) * scale).to(k1.dtype)
         dq1, dq2 = _mixed(to_k, to_l, k1, k2, l1, l2, K2, D2)
-        _store(dq_BSHD, s, S, dq_s, D, D1, D2, dq1, dq2)
+        store(dq_BSHD, s, S, dq_s, D, D1, D2, dq1, dq2)
         if SUMMED:
             dk1, dk2, dv1, dv2 = _onto(dk1, dk2, dv1, dv2, of_k, to_k, q1, q2, dy1, dy2, D2)
             if K2 > 0:
@@ -197,19 +163,13 @@ def _mix_gradient(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, dk_NBKHD, dv_NBKHD, 
         _store_all(dv_NBKHD + to, K, token, D, D1, D2, K1, K2, dv1, dv2, dw1, dw2)
 
 
-def _parts(count: int) -> tuple[int, int]:
-    """Two powers of two that hold as many; a product takes 16 at least."""
-    first = max(16, 1 << (count.bit_length() - 1))
-    return first, max(16, triton.next_power_of_2(count - first)) if count > first else 0
-
-
 def _launch(q_BSHD: Tensor, keys: int, shape: tuple[int, int, int]) -> tuple[tuple[int, int, int], dict[str, int]]:
     """(the grid: chunks of a head's queries, heads, samples; what the kernels are compiled for)."""
     batch, queries, heads, features = q_BSHD.shape
     tile, warps, stages = shape
     tiles = triton.cdiv(queries, tile)
     of_each = triton.next_power_of_2(triton.cdiv(tiles, triton.cdiv(_PROGRAMS, batch * heads)))
-    (d1, d2), (k1, k2) = _parts(features), _parts(keys)
+    (d1, d2), (k1, k2) = parts(features), parts(keys)
     sizes = {"ROWS": of_each * tile, "TS": tile, "D": features, "D1": d1, "D2": d2, "K1": k1, "K2": k2}
     return (triton.cdiv(tiles, of_each), heads, batch), sizes | {"num_warps": warps, "num_stages": stages}
 
@@ -217,20 +177,21 @@ def _launch(q_BSHD: Tensor, keys: int, shape: tuple[int, int, int]) -> tuple[tup
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> Tensor:
-        q_BSHD, k_BKHD, v_BKHD = (_dense(x) for x in (q_BSHD, k_BKHD, v_BKHD))
+        q_BSHD, k_BKHD, v_BKHD = (dense(x) for x in (q_BSHD, k_BKHD, v_BKHD))
         queries, keys = q_BSHD.shape[1], k_BKHD.shape[1]
         y_BSHD = torch.empty_like(q_BSHD, memory_format=torch.contiguous_format)
         grid, compiled_for = _launch(q_BSHD, keys, _FORWARD)
-        strides = [step for x in (q_BSHD, k_BKHD, v_BKHD, y_BSHD) for step in x.stride()[:2]]
-        scale = q_BSHD.shape[3] ** -0.5
-        _mix[grid](q_BSHD, k_BKHD, v_BKHD, y_BSHD, queries, keys, *strides, scale, **compiled_for)
+        _mix[grid](
+            q_BSHD, k_BKHD, v_BKHD, y_BSHD, queries, keys, *strides(q_BSHD, k_BKHD, v_BKHD, y_BSHD),
+            q_BSHD.shape[3] ** -0.5, **compiled_for,
+        )  # fmt: skip
         ctx.save_for_backward(q_BSHD, k_BKHD, v_BKHD)
         return y_BSHD
 
     @staticmethod
     def backward(ctx: Any, dy_BSHD: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         q_BSHD, k_BKHD, v_BKHD = ctx.saved_tensors
-        dy_BSHD = _dense(dy_BSHD)
+        dy_BSHD = dense(dy_BSHD)
         queries, keys = q_BSHD.shape[1], k_BKHD.shape[1]
         summed = any(ctx.needs_input_grad[1:])
         elsewhere = q_BSHD.is_cuda and torch.cuda.get_device_capability(q_BSHD.device)[0] not in (9, 10)
@@ -241,10 +202,10 @@ class _Attention(torch.autograd.Function):
             dtype=k_BKHD.dtype if grid[0] == 1 else torch.float32,
             device=k_BKHD.device,
         )
-        strides = [step for x in (q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD) for step in x.stride()[:2]]
         _mix_gradient[grid](
             q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD, *sums_2NBKHD, queries, keys, q_BSHD.shape[2],
-            *strides, q_BSHD.shape[3] ** -0.5, SUMMED=summed, **compiled_for,
+            *strides(q_BSHD, k_BKHD, v_BKHD, dy_BSHD, dq_BSHD), q_BSHD.shape[3] ** -0.5,
+            SUMMED=summed, **compiled_for,
         )  # fmt: skip
         if not summed:
             return dq_BSHD, None, None
@@ -260,11 +221,6 @@ def takes_attention(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> bool:
         and q_BSHD.dtype == k_BKHD.dtype == v_BKHD.dtype
         and not (q_BSHD.is_cuda and q_BSHD.dtype == torch.float32)
     )
-
-
-def _dense(x_BSHD: Tensor) -> Tensor:
-    """With a token's heads side by side."""
-    return x_BSHD if x_BSHD.stride()[2:] == (x_BSHD.shape[3], 1) else x_BSHD.contiguous()
 
 
 def attention(q_BSHD: Tensor, k_BKHD: Tensor, v_BKHD: Tensor) -> Tensor:
