@@ -42,11 +42,6 @@ def test_models_have_the_latents_of_the_paper(factor: int, channels: int) -> Non
     assert decoded.shape == (1, 3, 64, 96)
 
 
-@pytest.mark.parametrize("choice", [f"{g}={c}" for g, names in CHOICES.items() for c in names])
-def test_every_choice_composes(choice: str) -> None:
-    schema.load(["data.shards=x", choice])
-
-
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

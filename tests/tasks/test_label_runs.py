@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,23 +15,10 @@ from safetensors.torch import load_file
 from finetune.components import load_components
 from finetune.models import sources
 from finetune.tasks import Task
-from tests.conftest import metrics
 from tests.scenes import write_scenes
+from tests.tasks.runs import SMALL, Command, train_and_resume
 
-Command = Callable[..., tuple[int, str]]
 Shards = dict[str, Path]
-
-SMALL = [
-    "tracker=none",
-    "train.steps=2",
-    "train.global_batch=4",
-    "checkpoint.every=1",
-    "checkpoint.keep=2",
-    "validation.every=2",
-    "validation.samples=2",
-    "sample.every=2",
-    "sample.steps=2",
-]
 
 
 @pytest.fixture(scope="module")
@@ -74,27 +60,12 @@ def asked(task: str, folder: Path) -> list[list[str]]:
 
 @pytest.mark.parametrize("task", ["class_to_image", "layout_to_image", "unconditional"])
 def test_a_run_trains_resumes_and_draws(task: str, scene_latents: Shards, tmp_path: Path, command: Command) -> None:
-    run = tmp_path / "run"
-    assert command("train", *overrides(task, scene_latents[task], run)) == (0, "")
-    lines = metrics(run)
-    assert np.isfinite([line["loss"] for line in lines if "loss" in line]).all()
-    assert any(np.isfinite(line.get("validation/loss", np.nan)) for line in lines)
-    assert (run / "samples" / "step-00000002.png").is_file()
-
-    halfway = tmp_path / "halfway"
-    shutil.copytree(run, halfway, ignore=shutil.ignore_patterns("step-00000002*"))
-    assert command("train", *overrides(task, scene_latents[task], halfway)) == (0, "")
-    last = "checkpoints/step-00000002"
-    files = sorted(path.relative_to(run) for path in (run / last).rglob("*.safetensors"))
-    assert files
-    for file in files:
-        assert (run / file).read_bytes() == (halfway / file).read_bytes(), f"{file} after going on from step 1"
+    files = train_and_resume(command, lambda run: overrides(task, scene_latents[task], run), tmp_path)
     assert any("conditioner" in file.parts for file in files) == (task != "unconditional")
-
     pictures = []
     for number, options in enumerate(asked(task, tmp_path)):
         out = tmp_path / f"{number}.png"
-        assert command("sample", str(run), *options, "--steps", "2", "--out", str(out)) == (0, "")
+        assert command("sample", str(tmp_path / "run"), *options, "--steps", "2", "--out", str(out)) == (0, "")
         pictures.append(np.asarray(Image.open(out)))
     assert pictures[0].shape == (32, 32, 3)
     assert not np.array_equal(pictures[0], pictures[1])
