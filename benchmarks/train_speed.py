@@ -16,7 +16,8 @@ ours_ema    with an average of the weights
 `of_peak`: of the rate of a bf16 product of 8192^3 in the same run, by the floating-point operations of forward and
 backward passes as `torch.utils.flop_counter` counts them in diffusers' model, without what is computed twice under
 gradient checkpointing. `warm_s`: from the first call to the end of the step after which none is slower than twice
-the median. One JSON line each, a table last.
+the median; `start_s`: to there from the start of the process. Name a variant twice to see it with and without code
+on disk. One JSON line each, a table last.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import math
 import statistics
 import subprocess
 import sys
@@ -187,7 +187,7 @@ MAKERS: dict[str, Callable[[Work, torch.device], Callable[[], Tensor]]] = {
 
 
 def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: torch.device) -> dict[str, Any]:
-    """Seconds a step (median of blocks), seconds until steps are quick, GiB, and the first losses."""
+    """Seconds a step (median of blocks), seconds until steps are quick (None: never), GiB, and the first losses."""
     wait, step = waiter(device), make()
     wait()
     started = time.perf_counter()
@@ -215,7 +215,7 @@ def measure(make: Callable[[], Callable[[], Tensor]], seconds: float, device: to
         "step_s": median,
         "slowest_s": max(blocks),
         "steps": len(blocks) * BLOCK,
-        "warm_s": ends[slow + 1] if slow + 1 < len(ends) else math.nan,
+        "warm_s": ends[slow + 1] if slow + 1 < len(ends) else None,
         "memory_gib": memory,
         "losses": [round(float(loss), 6) for loss in losses],
     }
@@ -253,12 +253,22 @@ def peak_tflops(device: torch.device) -> float | None:
     return 2 * 8192**3 / statistics.median(times[10:]) / 1e12
 
 
-def run(name: str, variant: str, seconds: float) -> dict[str, Any]:
+def run(name: str, variant: str, seconds: float, began: float) -> dict[str, Any]:
+    """A row of results; this process was started at `began`, in seconds since the epoch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     work = WORKS[name]
     if variant in ("stock", "eager"):
         work = replace(work, batch=work.eager_batch or work.batch)
-    measured = measure(partial(MAKERS[variant], work, device), seconds, device)
+    built_s = 0.0
+
+    def make() -> Callable[[], Tensor]:
+        nonlocal built_s
+        step = MAKERS[variant](work, device)
+        built_s = time.time() - began
+        return step
+
+    measured = measure(make, seconds, device)
+    measured["start_s"] = measured["warm_s"] and built_s + measured["warm_s"]
     rate = work.batch * work.accumulation / measured["step_s"]
     peak, needed = peak_tflops(device), tflop(work)
     return {
@@ -269,7 +279,7 @@ def run(name: str, variant: str, seconds: float) -> dict[str, Any]:
         "images_per_s": round(rate, 2),
         "of_peak": peak and round(rate * needed / peak, 4),
         "tflop_per_image": round(needed, 4),
-        **{key: value if isinstance(value, list) else round(value, 4) for key, value in measured.items()},
+        **{key: round(value, 4) if isinstance(value, float) else value for key, value in measured.items()},
     }
 
 
@@ -283,20 +293,20 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0 if on_gpu else 2.0, help="measured time of each")
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that a variant may take in all")
     parser.add_argument("--out", type=Path, help="JSON lines are appended here as well")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--one", type=float, metavar="BEGAN", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     names, variants = arguments.works.split(","), arguments.variants.split(",")
     for known, given in ((WORKS, names), (MAKERS, variants)):
         if unknown := set(given) - set(known):
             parser.error(f"{sorted(unknown)[0]} is not one of {', '.join(known)}")
-    if arguments.one:
-        print(json.dumps(run(names[0], variants[0], arguments.seconds)), flush=True)
+    if arguments.one is not None:
+        print(json.dumps(run(names[0], variants[0], arguments.seconds, arguments.one)), flush=True)
         return
     table = []
     for name in names:
         base = None
         for variant in variants:
-            command = [sys.executable, "-m", "benchmarks.train_speed", "--one", "--works", name]
+            command = [sys.executable, "-m", "benchmarks.train_speed", "--one", str(time.time()), "--works", name]
             command += ["--variants", variant, "--seconds", str(arguments.seconds)]
             row: dict[str, Any] = {"work": name, "variant": variant}
             try:
@@ -311,16 +321,18 @@ def main() -> None:
                 row["to_first"] = round(row["images_per_s"] / base, 3)
             record(arguments.out, row | context())
             table.append(row)
-    print(f"\n{'work':<14}{'variant':<12}{'images/s':>9}{'to first':>9}{'of peak':>9}{'GiB':>7}{'warm s':>8}  aim")
+    heads = f"{'images/s':>9}{'to first':>9}{'of peak':>9}{'GiB':>7}{'warm s':>8}{'start s':>8}  aim"
+    print(f"\n{'work':<14}{'variant':<12}{heads}")
     for row in table:
         if "error" in row:
             print(f"{row['work']:<14}{row['variant']:<12}failed: {row['error'].splitlines()[-1][:100]}")
             continue
         work, share = WORKS[row["work"]], row["of_peak"]
         aim = f"{work.reach:g} / {work.stretch:g}" if work.reach else ""
+        waits = "".join(f"{'-' if row[key] is None else f'{row[key]:.1f}':>8}" for key in ("warm_s", "start_s"))
         print(
             f"{row['work']:<14}{row['variant']:<12}{row['images_per_s']:>9.1f}{row['to_first']:>9.2f}"
-            f"{f'{share:.1%}' if share else '-':>9}{row['memory_gib']:>7.1f}{row['warm_s']:>8.1f}  {aim}"
+            f"{f'{share:.1%}' if share else '-':>9}{row['memory_gib']:>7.1f}{waits}  {aim}"
         )
 
 

@@ -61,7 +61,9 @@ def test_training_speed_is_measured_beside_the_stock_loop(tmp_path):
     assert [row["variant"] for row in rows] == variants
     for row in rows:
         assert row.keys() >= FIELDS | {"tflop_per_image", "of_peak", "step_s", "slowest_s", "memory_gib", "batch"}
-        assert row["images_per_s"] > 0 and row["warm_s"] > 0 and row["tflop_per_image"] > 0
+        assert row["images_per_s"] > 0 and row["tflop_per_image"] > 0
+        # On a busy machine steps may never be quick.
+        assert row["start_s"] is row["warm_s"] is None or row["start_s"] > row["warm_s"] > 0
         assert row["to_first"] == pytest.approx(row["images_per_s"] / rows[0]["images_per_s"], abs=2e-3)
     # The same weights, noise and batches: fast models learn what eager ones do, whatever an average does beside.
     _, eager, ours, averaged = (row["losses"] for row in rows)
