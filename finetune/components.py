@@ -171,61 +171,84 @@ def load_components(
     return parts
 
 
-def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Components:
-    config = read_config(run)
-    model = section(config, "model")
-    base: str | None = model.get("pretrained")
-    revision: str | None = model.get("revision")
-    words = words or model.get("tokenizer")
-    lora = read_lora(checkpoint.weights) if (checkpoint.weights / LORA_FILE).is_file() else None
+@dataclass(frozen=True)
+class _Origins:
+    """Where the parts of a run are: what it trained in its checkpoint, the rest at its base model's.
 
-    def origin(part: str) -> tuple[str | Path, str | None]:
-        if (checkpoint.weights / part / "config.json").is_file():
-            return checkpoint.weights / part, None
-        if base is None:
-            raise UserError(f"{checkpoint.weights} holds no {part} and {run / 'config.yaml'} names no base model")
-        return base, revision
+    `words`: a folder whose tokenizers are taken in place of the base model's.
+    """
 
-    place, unet_revision = origin("unet")
-    unet = load_unet(place, revision=unet_revision)
+    run: Path
+    weights: Path
+    base: str | None
+    revision: str | None
+    words: str | Path | None
 
-    def text() -> Conditioner:
-        trained = checkpoint.weights / "text_encoder"
+    def of(self, part: str) -> tuple[str | Path, str | None]:
+        """Where a part is, and the revision of it.
+
+        Raises:
+            UserError: nowhere.
+        """
+        if (self.weights / part / "config.json").is_file():
+            return self.weights / part, None
+        if self.base is None:
+            raise UserError(f"{self.weights} holds no {part} and {self.run / 'config.yaml'} names no base model")
+        return self.base, self.revision
+
+    @property
+    def has_text(self) -> bool:
+        """Whether captions are encoded."""
+        if (self.run / "tokenizer").is_dir() or (self.weights / "text_encoder").is_dir():
+            return True
+        return self.base is not None and has_part(self.base, "text_encoder", self.revision)
+
+    def text(self) -> Conditioner:
+        """What encodes captions.
+
+        Raises:
+            UserError: a part of it is nowhere, or they do not fit.
+        """
+        base, revision, words = self.base, self.revision, self.words
+        trained = self.weights / "text_encoder"
         if base is not None and (trained / "config.json").is_file():
             # Of XL's first encoder the last layer is not trained: a checkpoint has all but that.
             encoder = load_text_encoder(base, revision)
             take_trained(encoder, trained)
         else:
-            encoder = load_text_encoder(*origin("text_encoder"))
-        if (run / "tokenizer").is_dir():
-            return caption_conditioner(fitting(load_tokenizer(run / "tokenizer"), encoder, run), encoder)
+            encoder = load_text_encoder(*self.of("text_encoder"))
+        own = self.run / "tokenizer"
+        if own.is_dir():
+            return caption_conditioner(fitting(load_tokenizer(own), encoder, self.run), encoder)
         if base is None:
             raise UserError(
-                f"{run} has no tokenizer/ and its config.yaml names no base model: put that folder back, the text "
-                "encoder knows no other words"
+                f"{self.run} has no tokenizer/ and its config.yaml names no base model: put that folder back, the "
+                "text encoder knows no other words"
             )
         tokenizer = fitting(load_tokenizer(base, revision, words=words), encoder, base)
         if not has_part(base, "text_encoder_2", revision):
             return caption_conditioner(tokenizer, encoder)
-        encoder_2 = load_text_encoder_2(*origin("text_encoder_2"))
-        return caption_conditioner_xl(
-            tokenizer,
-            encoder,
-            fitting(load_tokenizer(base, revision, "tokenizer_2", words=words), encoder_2, base),
-            encoder_2,
-            zero_null=zeroes_null_caption(base, revision),
-        )
+        encoder_2 = load_text_encoder_2(*self.of("text_encoder_2"))
+        tokenizer_2 = fitting(load_tokenizer(base, revision, "tokenizer_2", words=words), encoder_2, base)
+        zero_null = zeroes_null_caption(base, revision)
+        return caption_conditioner_xl(tokenizer, encoder, tokenizer_2, encoder_2, zero_null=zero_null)
 
-    has_text = any(
-        (folder / part).is_dir() for folder, part in ((run, "tokenizer"), (checkpoint.weights, "text_encoder"))
-    ) or (base is not None and has_part(base, "text_encoder", revision))
+
+def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Components:
+    config = read_config(run)
+    model, settings = section(config, "model"), section(config, "sample")
+    base, revision = model.get("pretrained"), model.get("revision")
+    origins = _Origins(run, checkpoint.weights, base, revision, words or model.get("tokenizer"))
+    lora = read_lora(checkpoint.weights) if (checkpoint.weights / LORA_FILE).is_file() else None
+    place, unet_revision = origins.of("unet")
+    unet = load_unet(place, revision=unet_revision)
+    has_text = origins.has_text
     shards = _shards(section(config, "data"))
     trained_in = _trainer(checkpoint.folder).get("latents") or {}
     vae, latents = _autoencoder(model.get("vae"), base, revision, shards, trained_in)
-    settings = section(config, "sample")
     prediction = str(section(config, "objective").get("prediction", "epsilon"))
     task = tasks.Task.load(run) or tasks.Task()
-    conditioner = _conditioner(task, unet, vae, latents, text if has_text else None)
+    conditioner = _conditioner(task, unet, vae, latents, origins.text if has_text else None)
     load_own_parts(conditioner, checkpoint.weights)
     if lora is not None:
         merge_lora({"unet": unet, **conditioner.parts()}, lora)
