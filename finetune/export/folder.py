@@ -22,12 +22,17 @@ def check_out(out: str | Path, source: str | Path, *, overwrite: bool) -> Path:
     """The folder to write, if it may be written.
 
     Raises:
-        UserError: it is a file, in use without `overwrite`, holds something that no export writes, or what is
-            exported lies there.
+        UserError: it is a file or named as one, in use without `overwrite`, holds something that no export writes,
+            or what is exported lies there.
     """
     path = Path(out).expanduser()
     if path.is_file():
         raise UserError(f"--out {path} is a file; give a folder")
+    if path.suffix in (".safetensors", ".ckpt"):  # a folder of that name is taken for a file by who reads it
+        raise UserError(
+            f"--out {path} is a file's name, and this format is a folder: give one, or take --format single-file "
+            "for a whole model, --format kohya for an adapter"
+        )
     here, there = path.resolve(), Path(source).expanduser().resolve()
     if there.exists() and (here.is_relative_to(there) or there.is_relative_to(here)):
         raise UserError(f"--out {path} is where {source} lies; choose another folder")

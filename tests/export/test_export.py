@@ -400,6 +400,9 @@ def test_mistakes_are_named(full, lora, base, tmp_path):
             str(lora), "--format", "lora", *out, "--checkpoint", "step-00000003",
         ],
         "--out s3://bucket/x is an address": [str(full), "--format", "diffusers", "--out", "s3://bucket/x"],
+        "is a file's name, and this format is a folder": [
+            str(full), "--format", "lora", "--out", str(tmp_path / "mine.safetensors"),
+        ],
         "is a file; give a folder": [str(full), "--format", "lora", "--out", str(tmp_path / "file")],
     }.items():  # fmt: skip
         with pytest.raises(UserError) as caught:
