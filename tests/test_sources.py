@@ -20,7 +20,7 @@ from data_tools.cli import main as data_tools
 from finetune import UserError, build, is_by_all
 from finetune.conditioning import dropped
 from finetune.config import Config, compose
-from finetune.data.shards import Manifest, ShardSet
+from finetune.data.shards import Manifest, ShardSet, write_classes
 from finetune.distributed import World
 from finetune.loop import Parts
 from finetune.models.text import load_tokenizer, save_tokenizer
@@ -145,6 +145,20 @@ def test_a_mixture_trains_and_goes_on_exactly(
     assert command("sample", str(tmp_path / "two"), *drawn)[0] == 0
     with Image.open(tmp_path / "cat.png") as picture:
         assert picture.size == (32, 32)  # the shards'
+
+
+def test_names_of_classes_may_differ_where_the_task_reads_none(
+    latents: Path, overrides: list[str], tmp_path: Path
+) -> None:
+    """As where pictures from folders of classes go along with others, all with captions."""
+    shutil.copytree(latents, tmp_path / "named")
+    manifest = Manifest.load(latents)
+    replace(manifest, classes=write_classes(tmp_path / "named", ["a", "b"])).save(tmp_path / "named")
+    settings = [word for word in overrides if not word.startswith("data.shards")]
+    settings += [f"data.sources.a.shards={latents}", f"data.sources.b.shards={tmp_path / 'named'}"]
+    assert len(parts_of(settings)[1].data.sources) == 2
+    with pytest.raises(UserError, match="name their classes differently"):
+        parts_of(settings, "task=class_to_image")
 
 
 def test_what_is_never_trained_on_is_said(with_states: Path, overrides: list[str]) -> None:

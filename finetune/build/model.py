@@ -118,7 +118,7 @@ def conditioned(
         latent_channels=channels,
         downsample=data.encoder.downsample,
         space=data.space,
-        classes=classes(data),
+        classes=classes(data) if tasks.reads_labels(task.name) else (),
         text=(lambda: _text(config, world, run, data)) if has_text or task.name == "text_to_image" else None,
         embedded_labels=int((model.unet if unet is None else unet.config).get("num_class_embeds") or 0),
         seed=fold(config.seed, "conditioner"),

@@ -4,6 +4,7 @@
 
     Options     a dataclass: the task's own settings with their defaults (`task.options.KEY=VALUE`)
     make        (Options, Given) -> Conditioner
+    LABELS      True where the names of the shards' labels mean something; may be left out
 
 and says in its first line what the task is. Nothing else has to know of a new task but `conf/task/NAME.yaml`.
 """
@@ -82,6 +83,11 @@ def options(name: str, settings: Mapping[str, Any]) -> Any:
         return OmegaConf.to_object(OmegaConf.merge(known, dict(settings)))
     except OmegaConfBaseException as error:
         raise UserError(f"task.options: {first_line(error)}") from None
+
+
+def reads_labels(name: str) -> bool:
+    """Whether the names of the shards' labels mean something to a task."""
+    return bool(getattr(importlib.import_module(f"{__name__}.{name}"), "LABELS", False))
 
 
 def make(name: str, settings: Mapping[str, Any], given: Given) -> Conditioner:

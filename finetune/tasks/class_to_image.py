@@ -18,6 +18,8 @@ from finetune.batch import Batch, Sample
 from finetune.conditioning import Condition, Conditioner, Given
 from finetune.conditioning.labels import attended_width, known_label, number_of_classes
 
+LABELS = True
+
 
 @dataclass
 class Options:

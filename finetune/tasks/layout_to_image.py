@@ -24,6 +24,7 @@ from finetune.conditioning import Condition, Conditioner, Given
 from finetune.conditioning.labels import attended_width, known_label, number_of_classes
 
 EDGES = 4  # left, top, right, bottom
+LABELS = True
 
 
 @dataclass

@@ -19,6 +19,8 @@ from finetune.conditioning import Condition, Conditioner, Given, member, picture
 from finetune.conditioning.spatial import beside
 from finetune.data.shards import MAP, UNLABELLED
 
+LABELS = True
+
 
 @dataclass
 class Options:
