@@ -35,7 +35,7 @@ from finetune.conditioning.text import Text
 from finetune.config import Config
 from finetune.distributed import World
 from finetune.ema import Average
-from finetune.loop import Parts
+from finetune.loop import Parts, asked
 from finetune.models.adapters import lora_alphas
 from finetune.models.autoencoder import Autoencoder
 from finetune.models.schedulers import scheduler_config
@@ -131,7 +131,7 @@ def build(config: Config, world: World, run: Path) -> Parts:
     memory_gib = config.checkpoint.memory_gib
     memory_bytes = None if memory_gib is None else int(memory_gib * 2**30)
     checkpoints = Checkpoints(run, layout, config.checkpoint.keep, memory_bytes, config.ema.snapshot_keep)
-    return Parts(
+    parts = Parts(
         data,
         model,
         strategy,
@@ -145,3 +145,23 @@ def build(config: Config, world: World, run: Path) -> Parts:
         pretrained,
         task,
     )
+    notices += _not_drawn(config, parts)
+    return parts
+
+
+def _not_drawn(config: Config, parts: Parts) -> list[str]:
+    """What a user may wait for in vain among sample grids."""
+    sample, name = config.sample, config.task.name
+    if not sample.every:
+        return []
+    if asked(config, parts) is None:
+        height, width = parts.data.largest_bucket
+        return [
+            f"no sample grids: task={name} draws what held-out samples say, and none of {height}x{width} px is "
+            "held out; begin with a larger validation.samples"
+        ]
+    sizes = {"sample.height": sample.height, "sample.width": sample.width}
+    given = [key for key, value in sizes.items() if value is not None]
+    if parts.model.conditioner.channels and given:
+        return [f"no effect of {', '.join(given)}: task={name} draws pictures as large as what they are drawn from"]
+    return []

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from finetune.cli import main
 from finetune.components import load_components
 from finetune.models import sources
 from finetune.tasks import Task
@@ -190,6 +191,20 @@ def test_what_shards_and_models_lack_is_said(
 ) -> None:
     code, line = command("train", *overrides(task, latents, tmp_path / "run"), *more)
     assert code == 2 and says in line
+
+
+def test_grids_that_nothing_is_drawn_for_are_told_of(
+    scene_latents: Shards, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A class is asked for as a held-out sample has it."""
+    latents = scene_latents["class_to_image"]
+    small = ["train.steps=1", "sample.every=1", "validation.every=0"]
+    for samples in ("0", "2"):
+        run = tmp_path / samples
+        more = [*small, f"validation.samples={samples}"]
+        assert main(["train", *overrides("class_to_image", latents, run), *more]) == 0
+        assert ("no sample grids: task=class_to_image" in capsys.readouterr().out) == (samples == "0")
+        assert (run / "samples").is_dir() == (samples != "0")
 
 
 def test_what_cannot_be_drawn_is_said(scene_latents: Shards, tmp_path: Path, command: Command) -> None:
