@@ -16,7 +16,9 @@ thread writes what it owns to its place in the common files, and rank 0 checks t
 sums them up in trainer.json and renames the temporary folder. A folder that fails its checksums is passed over on
 resume.
 
+progress        where a run stands
 layout          which file and key a parameter has
+contents        all tensors of a checkpoint, in one order
 plan            where in a file each tensor lies, and who writes it: pure functions
 host            host memory for snapshots
 writing         one rank's thread, and its part of the files
@@ -27,9 +29,10 @@ folder          the run's folder: the lock, and whether all ranks see it
 checkpoints     saves and restores a run: what happens when
 """
 
-from finetune.checkpoint.checkpoints import Checkpoints, Progress
+from finetune.checkpoint.checkpoints import Checkpoints
 from finetune.checkpoint.folder import RunFolder, held_folder, require_shared
 from finetune.checkpoint.layout import Layout
+from finetune.checkpoint.progress import Progress
 from finetune.checkpoint.record import (
     find_fault,
     followed,

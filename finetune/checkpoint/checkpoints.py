@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import secrets
@@ -20,9 +18,11 @@ from typing import Any
 import torch
 
 from finetune import AwayError, UserError, by_all, memory
+from finetune.checkpoint.contents import members, metadata_of, tensors_of
 from finetune.checkpoint.host import HostMemory
 from finetune.checkpoint.layout import Layout
-from finetune.checkpoint.plan import Entry, Member, Plan, make_plan
+from finetune.checkpoint.plan import Entry, Plan, make_plan
+from finetune.checkpoint.progress import Progress, read_progress
 from finetune.checkpoint.record import (
     TEMPORARY,
     FileSum,
@@ -33,11 +33,11 @@ from finetune.checkpoint.record import (
     sum_files,
     write_record,
 )
-from finetune.checkpoint.restore import Named, Reader
+from finetune.checkpoint.restore import restore
 from finetune.checkpoint.snapshots import keep_snapshot, prune_snapshots
 from finetune.checkpoint.writing import Piece, Report, Task, Trouble, Writing, describe
 from finetune.distributed import Strategy, Wanted
-from finetune.ema import Average, Power
+from finetune.ema import Average
 from finetune.posthoc import SNAPSHOTS
 
 _PATIENCE_SECONDS = 10.0  # a save that is due so soon after the one before waits for it
@@ -45,28 +45,6 @@ _MEETING_SECONDS = 1.0  # while ranks wait together for a disk
 _STALLED_SECONDS = 300.0  # a disk that has taken nothing for so long is given up
 
 _FINISHED, _FINISHING, _WRITTEN, _WRITING = range(4)  # what a rank tells the others: `Checkpoints.state`
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    `depends_on`: what must not change when it goes on, by the name of its config key. `latents`: `scale`, `shift`
-    and `encoder_sha256` of the latent space that it is trained in. `open_losses`: mean losses of the steps
-    since the last line of metrics, so that lines are the same wherever a run was stopped. `optimizer`: what it
-    counts beside steps, for each group of parameters (see `Strategy.counts`). `begun_from`: the checkpoint that
-    `checkpoint.resume` named, where one did.
-    """
-
-    step: int
-    images_seen: int
-    steps_taken: int
-    loss_scale: dict[str, float] = field(default_factory=dict)
-    optimizer: list[dict[str, float]] = field(default_factory=list)
-    depends_on: dict[str, Any] = field(default_factory=dict)
-    latents: dict[str, Any] = field(default_factory=dict)
-    open_losses: list[float] = field(default_factory=list)
-    begun_from: str | None = None
 
 
 @dataclass
@@ -151,33 +129,8 @@ class Checkpoints:
         """
         self._world = world = strategy.world
         self._averages = [average.name for average in averages]
-        layout = self.layout
-        weights = [(f"weights/{file}", key) for file, key in map(layout.locate, (s.name for s in strategy.shards))]
-        places = [weights]
-        for average in averages:
-            places.append([(f"{average.name}/{file.removeprefix('weights/')}", key) for file, key in weights])
-        places += [
-            [(_moment_file(kind), shard.name) for shard in strategy.shards]
-            for kind in strategy.settings.of_a_weight
-        ]
-        tensors = [
-            Member(kind, index, file, key, tuple(shard.file_shape))
-            for kind, of_kind in enumerate(places)
-            for index, (shard, (file, key)) in enumerate(zip(strategy.shards, of_kind, strict=True))
-        ]
-        holders = strategy.holders() * len(places)
-        own_state = strategy.own_state()
-        for kind, name in enumerate(strategy.settings.of_a_parameter, len(places)):
-            of_kind = [(index, own[name]) for index, own in enumerate(own_state) if name in own]
-            tensors += [
-                Member(kind, i, _moment_file(name), strategy.shards[i].name, tuple(t.shape), t.dtype)
-                for i, t in of_kind
-            ]
-            holders += [None] * len(of_kind)
-        metadata: dict[str, dict[str, str]] = {}
-        for file in {tensor.file for tensor in tensors}:
-            shapes = {tensor.key: tensor.shape for tensor in tensors if tensor.file == file}
-            metadata[file] = {"format": "pt"} if file.startswith("optimizer/") else layout.metadata(file, shapes)
+        tensors, holders = members(strategy, averages, self.layout)
+        metadata = metadata_of(tensors, self.layout)
         local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world.size > 1 else 1
         limit = min(world.gather(self.memory_bytes or memory.free_bytes() // 2 // local_ranks))
         metadata = world.broadcast(metadata)  # one text of each header
@@ -316,10 +269,7 @@ class Checkpoints:
         described = {average.name: average.describe() for average in averages}
         writing = Writing(temporary, plan.sizes)
         save = _Save(progress, described, snapshot, temporary, final, writing, time.monotonic())
-        kinds: list[Sequence[torch.Tensor | None]] = [strategy.weights(), *(each.tensors for each in averages)]
-        kinds += [strategy.moments(kind) for kind in strategy.settings.of_a_weight]
-        own_state = strategy.own_state()
-        kinds += [[own.get(name) for own in own_state] for name in strategy.settings.of_a_parameter]
+        kinds = tensors_of(strategy, averages)
         for number in range(plan.rounds):
             if number > 0:  # the memory is used again
                 self._wait_for_round(save)
@@ -551,94 +501,14 @@ class Checkpoints:
         return followed(self.run, named, self._passed_over)
 
     def read(self, path: Path) -> Progress:
-        """What a checkpoint says of its run."""
-        record = json.loads((path / "trainer.json").read_text())
-        if missing := {"step", "images_seen", "steps_taken"} - record.keys():
-            raise UserError(
-                f"{path} is no checkpoint of finetune train: it lacks {sorted(missing)[0]}; choose another run.dir"
-            )
-        return Progress(**{name: record[name] for name in Progress.__dataclass_fields__ if name in record})
+        """What a checkpoint says of its run, see `read_progress`."""
+        return read_progress(path)
 
     def restore(self, path: Path, strategy: Strategy, averages: Sequence[Average]) -> None:
-        """Put everything back, under any strategy and number of ranks; collective.
-
-        An average that the checkpoint has not begins at its weights.
-
-        Raises:
-            UserError: the checkpoint is of another model or adapter, or has another kind of average by this name.
-        """
+        """Put everything back, see `restore`; collective."""
         progress = self.read(path)
-        described = json.loads((path / "trainer.json").read_text()).get("averages", {})
         self._last_saved = self._began_at = progress.step
-
-        def inside(folder: str) -> Callable[[str], tuple[str, str]]:
-            def locate(name: str) -> tuple[str, str]:
-                file, key = self.layout.locate(name)
-                return f"{folder}/{file}", key
-
-            return locate
-
-        with contextlib.ExitStack() as stack:
-            reader = Reader(path, stack)
-            strategy.scatter_([shard.master for shard in strategy.shards], Named(reader, inside("weights")))
-            for average in averages:
-                if (path / average.name).is_dir():
-                    _take_up(average, described.get(average.name, {}), path)
-                    strategy.scatter_(average.tensors, Named(reader, inside(average.name)))
-                else:  # switched on later
-                    average.since_images = progress.images_seen
-                    strategy.scatter_(average.tensors, Named(reader, inside("weights")))
-            for kind in strategy.settings.of_a_weight:
-                strategy.scatter_(strategy.moments(kind), Named(reader, partial(_pair, _moment_file(kind))))
-            for shard, own in zip(strategy.shards, strategy.own_state(), strict=True):
-                for name, tensor in own.items():
-                    tensor.copy_(_own(reader, _moment_file(name), shard.name, tensor))
-        strategy.refresh()
-        strategy.set_steps_taken(progress.steps_taken)
-        strategy.load_counts(progress.optimizer)
-        strategy.load_scaler_state(progress.loss_scale)
-
-
-def _take_up(average: Average, saved: dict[str, Any], path: Path) -> None:
-    """Let an average go on from what a checkpoint says of it.
-
-    Raises:
-        UserError: that is one of another kind, of which it can't be the continuation.
-    """
-    sigma_rel = average.profile.sigma_rel if isinstance(average.profile, Power) else None
-    if saved.get("sigma_rel") != sigma_rel:
-        was, now = (
-            "an exponential average" if it is None else f"a power function's of sigma_rel {it:g}"
-            for it in (saved.get("sigma_rel"), sigma_rel)
-        )
-        raise UserError(
-            f"cannot go on from {path}: its {average.name}/ is {was} and would be {now}; put ema.* back or choose "
-            "another run.dir"
-        )
-    average.since_images = int(saved.get("since_images", 0))
-
-
-def _moment_file(kind: str) -> str:
-    return f"optimizer/{kind}.safetensors"
-
-
-def _own(reader: Reader, file: str, key: str, like: torch.Tensor) -> torch.Tensor:
-    """A tensor of the optimizer that has a shape and type of its own.
-
-    Raises:
-        UserError: the file's is another one.
-    """
-    saved = reader.slice_of(file, key)[:]
-    if saved.shape != like.shape or saved.dtype != like.dtype:
-        raise UserError(
-            f"{key} in {reader.root / file} is {list(saved.shape)} of {saved.dtype}, the optimizer here needs "
-            f"{list(like.shape)} of {like.dtype}: put optim.kind back as it was or choose another run.dir"
-        )
-    return saved
-
-
-def _pair(file: str, key: str) -> tuple[str, str]:
-    return file, key
+        restore(path, progress, self.layout, strategy, averages)
 
 
 def _once(data: bytes) -> list[memoryview]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from finetune import UserError
+from finetune.checkpoint.contents import moment_file
+from finetune.checkpoint.layout import Layout
+from finetune.checkpoint.progress import Progress
+from finetune.distributed import Strategy
+from finetune.ema import Average, Power
 
 
 class Reader:
@@ -54,3 +61,81 @@ class Named:
         if not self.shape(name):
             return self.reader.open(file).get_tensor(key)
         return self.reader.slice_of(file, key)[first:last]
+
+
+def restore(
+    path: Path, progress: Progress, layout: Layout, strategy: Strategy, averages: Sequence[Average]
+) -> None:
+    """Put everything back, under any strategy and number of ranks; collective.
+
+    An average that the checkpoint has not begins at its weights.
+
+    Raises:
+        UserError: the checkpoint is of another model or adapter, or has another kind of average by this name.
+    """
+    described = json.loads((path / "trainer.json").read_text()).get("averages", {})
+
+    def inside(folder: str) -> Callable[[str], tuple[str, str]]:
+        def locate(name: str) -> tuple[str, str]:
+            file, key = layout.locate(name)
+            return f"{folder}/{file}", key
+
+        return locate
+
+    with contextlib.ExitStack() as stack:
+        reader = Reader(path, stack)
+        strategy.scatter_([shard.master for shard in strategy.shards], Named(reader, inside("weights")))
+        for average in averages:
+            if (path / average.name).is_dir():
+                _take_up(average, described.get(average.name, {}), path)
+                strategy.scatter_(average.tensors, Named(reader, inside(average.name)))
+            else:  # switched on later
+                average.since_images = progress.images_seen
+                strategy.scatter_(average.tensors, Named(reader, inside("weights")))
+        for kind in strategy.settings.of_a_weight:
+            strategy.scatter_(strategy.moments(kind), Named(reader, partial(_pair, moment_file(kind))))
+        for shard, own in zip(strategy.shards, strategy.own_state(), strict=True):
+            for name, tensor in own.items():
+                tensor.copy_(_own(reader, moment_file(name), shard.name, tensor))
+    strategy.refresh()
+    strategy.set_steps_taken(progress.steps_taken)
+    strategy.load_counts(progress.optimizer)
+    strategy.load_scaler_state(progress.loss_scale)
+
+
+def _take_up(average: Average, saved: dict[str, Any], path: Path) -> None:
+    """Let an average go on from what a checkpoint says of it.
+
+    Raises:
+        UserError: that is one of another kind, of which it can't be the continuation.
+    """
+    sigma_rel = average.profile.sigma_rel if isinstance(average.profile, Power) else None
+    if saved.get("sigma_rel") != sigma_rel:
+        was, now = (
+            "an exponential average" if it is None else f"a power function's of sigma_rel {it:g}"
+            for it in (saved.get("sigma_rel"), sigma_rel)
+        )
+        raise UserError(
+            f"cannot go on from {path}: its {average.name}/ is {was} and would be {now}; put ema.* back or choose "
+            "another run.dir"
+        )
+    average.since_images = int(saved.get("since_images", 0))
+
+
+def _own(reader: Reader, file: str, key: str, like: Tensor) -> Tensor:
+    """A tensor of the optimizer that has a shape and type of its own.
+
+    Raises:
+        UserError: the file's is another one.
+    """
+    saved = reader.slice_of(file, key)[:]
+    if saved.shape != like.shape or saved.dtype != like.dtype:
+        raise UserError(
+            f"{key} in {reader.root / file} is {list(saved.shape)} of {saved.dtype}, the optimizer here needs "
+            f"{list(like.shape)} of {like.dtype}: put optim.kind back as it was or choose another run.dir"
+        )
+    return saved
+
+
+def _pair(file: str, key: str) -> tuple[str, str]:
+    return file, key
