@@ -102,37 +102,7 @@ def read(words: Sequence[str]) -> Job:
     Raises:
         UserError: an unknown key, with the nearest known one; a value that is none; no GPUs and no processes.
     """
-    given: dict[str, str] = {}
-    extra: dict[str, str] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise UserError(f"cannot read '{word}': settings are KEY=VALUE; the run's overrides come after --")
-        known = [name for name in KEYS if name != "sbatch.OPTION"]
-        if key.startswith("sbatch."):
-            option = key.removeprefix("sbatch.").removeprefix("--")
-            if option in _RESERVED:
-                ours = _RESERVED[option]
-                raise UserError(
-                    f"{key}={value}: " + (f"say {ours}=..." if ours else "the launcher sets that itself")
-                )
-            extra[option] = value
-        elif key not in known:
-            if "." in key:
-                raise UserError(f"unknown setting '{key}': overrides of the run come after --")
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = (
-                f"did you mean '{near[0]}'?"
-                if near
-                else f"overrides of the run come after --; settings of the job are {', '.join(KEYS)}"
-            )
-            raise UserError(f"unknown setting '{key}': {hint}")
-        elif key in given:
-            raise UserError(f"{key} is given twice, as {given[key]} and {value}")
-        elif not value:
-            raise UserError(f"{key}= has no value")
-        else:
-            given[key] = value
+    given, extra = _parsed(words)
     gpu_type, _, gpu_text = given.get("gpus", "0").rpartition(":")
     gpus = _count("gpus", gpu_text, least=0, whole=given.get("gpus"))
     if not gpus and "processes" not in given:
@@ -163,6 +133,46 @@ def read(words: Sequence[str]) -> Job:
         **{key: given[key] for key in plain},  # type: ignore[arg-type]
         **counts,  # type: ignore[arg-type]
     )
+
+
+def _parsed(words: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Values of our own keys, and of sbatch's options (`sbatch.OPTION=VALUE`).
+
+    Raises:
+        UserError: see `read`.
+    """
+    known = [name for name in KEYS if name != "sbatch.OPTION"]
+    given: dict[str, str] = {}
+    extra: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise UserError(f"cannot read '{word}': settings are KEY=VALUE; the run's overrides come after --")
+        if key.startswith("sbatch."):
+            option = key.removeprefix("sbatch.").removeprefix("--")
+            if option in _RESERVED:
+                ours = _RESERVED[option]
+                raise UserError(
+                    f"{key}={value}: " + (f"say {ours}=..." if ours else "the launcher sets that itself")
+                )
+            extra[option] = value
+        elif key not in known:
+            if "." in key:
+                raise UserError(f"unknown setting '{key}': overrides of the run come after --")
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = (
+                f"did you mean '{near[0]}'?"
+                if near
+                else f"overrides of the run come after --; settings of the job are {', '.join(KEYS)}"
+            )
+            raise UserError(f"unknown setting '{key}': {hint}")
+        elif key in given:
+            raise UserError(f"{key} is given twice, as {given[key]} and {value}")
+        elif not value:
+            raise UserError(f"{key}= has no value")
+        else:
+            given[key] = value
+    return given, extra
 
 
 def node_range(text: str) -> tuple[int, int]:
