@@ -131,7 +131,7 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
     columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
     sheet = images[0] if len(images) == 1 else pictures.grid(images, columns)
     of_sheet = {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **told, **_size(images[0])}
-    if out.suffix:
+    if not out.is_dir():  # `_out` has made what is one; its name may have a dot
         pictures.save_png(sheet, out, of_sheet)
         print(out)
         return 0

@@ -84,6 +84,11 @@ def test_several_prompts_make_a_grid_and_a_folder_their_files(run, tmp_path):
         assert image.text["prompt"] == "a red apple\na green apple\na blue heart"
 
 
+def test_the_name_of_a_folder_may_have_a_dot(run, tmp_path):
+    sample.main([str(run), "--prompt", "x", "--steps", "1", "--out", f"{tmp_path}/v1.5/"])
+    assert [path.name for path in (tmp_path / "v1.5").iterdir()] == ["0000-x.png"]
+
+
 def mistakes(run, tmp_path):
     (tmp_path / "blank.txt").write_text("\n  \n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
