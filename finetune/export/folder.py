@@ -71,9 +71,14 @@ def check_file(out: str | Path, *, overwrite: bool) -> Path:
 
 @contextlib.contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out` that takes its place at the end, or goes with an exception."""
-    out = out.absolute()
-    temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
+    """A temporary folder beside `out` that takes its place at the end, or goes with an exception.
+
+    A link stays, and what it leads to is replaced. A disk that is mounted at `out`, as a container's volume is,
+    can't be replaced, nor a folder in one that is not to be written: these are filled, no export before the end.
+    """
+    out = out.resolve()
+    stays = out.is_dir() and (os.path.ismount(out) or not os.access(out.parent, os.W_OK))
+    temporary = out / f".tmp-{os.getpid()}" if stays else out.with_name(f".{out.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -81,7 +86,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
             yield temporary
         for weights in temporary.rglob("*.safetensors"):  # diffusers' own among them
             let_others_read(weights)
-        if out.is_dir():
+        if stays:
+            _fill(out, temporary)
+        elif out.is_dir():
             # A folder with something in it cannot be replaced in one step: it steps aside first.
             old = out.with_name(f".{out.name}.old-{os.getpid()}")
             os.replace(out, old)
@@ -91,3 +98,15 @@ def whole_folder(out: Path) -> Iterator[Path]:
             os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fill(out: Path, temporary: Path) -> None:
+    """Let what is in `temporary`, which lies in it, be all that `out` holds."""
+    # By its marks it is an export: they go first and come last.
+    for path in sorted(out.iterdir(), key=lambda path: path.name not in _MARKS):
+        if path.is_dir() and path != temporary:
+            shutil.rmtree(path)
+        elif path != temporary:
+            path.unlink()
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name in _MARKS):
+        os.replace(path, out / path.name)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -373,6 +375,45 @@ def test_a_failed_export_leaves_what_was_there(tmp_path):
         fail()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def written_over(out):
+    """The names that are in a folder, once it is made and once in place of an earlier export."""
+    for names in (["model_index.json", "unet"], ["model_index.json", "vae"]):
+        with folder.whole_folder(out) as temporary:
+            (temporary / names[0]).write_text("{}")
+            (temporary / names[1]).mkdir()
+        yield sorted(path.name for path in out.iterdir()), names
+
+
+def test_a_link_to_a_folder_stays(tmp_path):
+    """As to a larger disk: the link was replaced, and removing it was a traceback."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for found, names in written_over(tmp_path / "out"):
+        assert found == names and (tmp_path / "out").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "out"]
+
+
+@pytest.mark.parametrize("why", ["mounted", "closed"])
+def test_a_folder_that_cannot_be_replaced_is_filled(tmp_path, monkeypatch, why):
+    """A mounted disk, as in a container: renaming it is refused."""
+    out = tmp_path / "out"
+    out.mkdir()
+    renamed, access = os.replace, os.access
+    if why == "mounted":
+        monkeypatch.setattr(os.path, "ismount", lambda path: path == out)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+
+    def rename(source, target):
+        assert Path(source) != out and Path(target) != out, "Device or resource busy"
+        renamed(source, target)
+
+    monkeypatch.setattr(os, "replace", rename)
+    for found, names in written_over(out):
+        assert found == names
+    assert list(tmp_path.iterdir()) == [out]
 
 
 def test_mistakes_are_named(full, lora, base, tmp_path):
