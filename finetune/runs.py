@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from finetune import UserError
 # power function of this length that is made of snapshots (`finetune.posthoc`).
 Weights = str
 
+_UNSET = "not set"
 _FOREIGN = {  # names and suffixes of files that no run has in its own folder
     **dict.fromkeys(("manifest.json", ".tar"), "shards"),
     **dict.fromkeys(("model_index.json", ".safetensors", ".ckpt"), "a model"),
@@ -160,20 +161,30 @@ def find_checkpoint(run: Path, step: int | None = None, weights: Weights = "ema"
     return Checkpoint(folder, chosen, folder / name, notices)
 
 
-def changed_settings(run: Path, settings: DictConfig) -> list[str]:
+def changed_settings(
+    run: Path, settings: DictConfig, is_free_form: Callable[[str], bool] = lambda key: False
+) -> list[str]:
     """What differs, "optim.lr was 0.0001, is 0.0003", of a run's config.yaml and settings that are given now.
 
-    Not where it lives and how long it goes on.
+    Not where it lives, and how long it goes on only where the learning rate depends on that.
+
+    Args:
+        is_free_form: whether a key is one that a user made: of others only those that both have are told of, since
+            versions differ in what they have.
     """
     try:
         before = dict(leaves(OmegaConf.load(run / "config.yaml")))
     except (OSError, YAMLError, UnicodeDecodeError):  # the run has none, or a broken one
         return []
-    return [
-        f"{key} was {_short(before[key])}, is {_short(value)}"
-        for key, value in leaves(settings)
-        if key in before and before[key] != value and not key.startswith(("run.", "train.steps"))
-    ]
+    now = dict(leaves(settings))
+    passed_over = ("run.",) if now.get("optim.schedule") == "cosine" else ("run.", "train.steps")
+    changed = []
+    for key in dict.fromkeys((*now, *before)):
+        was, value = before.get(key, _UNSET), now.get(key, _UNSET)
+        is_known = (key in before and key in now) or (is_free_form(key) and {} not in (was, value))
+        if is_known and was != value and not key.startswith(passed_over):
+            changed.append(f"{key} was {_short(was)}, is {_short(value)}")
+    return changed
 
 
 def leaves(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

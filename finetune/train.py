@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
 from finetune import outliving_readers, run_cli
-from finetune.config import Config, compose, parse_override
+from finetune.config import Config, compose, is_free_form, parse_override
 from finetune.help import describe, describe_tasks
 from finetune.terminal import quiet_libraries, require_settings, speak_in_turn, stopped_at_once
 
@@ -91,7 +92,8 @@ def _run(config: Config, composed: DictConfig, asked: Collection[str], request: 
         parts = build.build(config, world, path)
         world.watch.at("restoring the last checkpoint")
         progress = loop.resume(config, world, parts, build.depends_on(config, parts))
-        if progress.step and (changed := world.on_main(lambda: changed_settings(path, composed))):
+        is_free = partial(is_free_form, schema=Config)
+        if progress.step and (changed := world.on_main(lambda: changed_settings(path, composed, is_free))):
             parts.notices.append("settings since the last start: " + "; ".join(changed))
         world.on_main(lambda: parts.task.save(path))
         world.on_main(lambda: write_atomic(path / "config.yaml", OmegaConf.to_yaml(composed).encode()))

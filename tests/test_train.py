@@ -12,22 +12,25 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from finetune import build, distributed, loop, rng
 from finetune.checkpoint import Checkpoints
-from finetune.config import Config, compose
+from finetune.config import Config, compose, is_free_form
 from finetune.data.loader import Data, readers
 from finetune.distributed import World
 from finetune.distributed.watch import Watch
 from finetune.loop import Parts
+from finetune.runs import changed_settings
 from finetune.step import optimizer_step
 from finetune.tracking import Tracker
 from tests.conftest import environment, launch, launch_command, metrics, write_latents
@@ -566,6 +569,24 @@ def test_settings_that_have_changed_are_named(overrides, command: Command, monke
         notes = [line for line in said[told:] if "settings since" in line]
         wanted = "note: settings since the last start: optim.lr was 0.001, is 0.0003; data.prefetch was 8, is 2"
         assert notes == ([wanted] if steps == 4 else [])
+
+
+def test_settings_that_a_user_made_or_that_end_a_schedule_are_named(tmp_path):
+    def composed(*overrides):
+        return compose("train", ["model=tiny", "data.shards=x", *overrides], Config)[1]
+
+    def changed(now):
+        return changed_settings(tmp_path, now, partial(is_free_form, schema=Config))
+
+    ratios = composed("optim.lr_ratios.up_blocks=0.5", "optim.lr_ratios.mid_block=0.1")
+    OmegaConf.save(ratios, tmp_path / "config.yaml")
+    assert changed(ratios) == changed(composed("optim.lr_ratios={mid_block: 0.1, up_blocks: 0.5}")) == []
+    assert changed(composed("optim.lr_ratios.up_blocks=0.5")) == ["optim.lr_ratios.mid_block was 0.1, is not set"]
+    OmegaConf.save(composed("optim.schedule=cosine", "train.steps=20"), tmp_path / "config.yaml")
+    assert changed(composed("optim.schedule=cosine", "train.steps=40")) == ["train.steps was 20, is 40"]
+    assert changed(composed("train.steps=40")) == ["optim.schedule was cosine, is constant"]
+    more = composed("optim.schedule=cosine", "train.steps=20", "ema.halflives_images.long=9")
+    assert changed(more) == ["ema.halflives_images.long was not set, is 9"]
 
 
 @pytest.mark.parametrize("is_own", [False, True], ids=["of another run", "of this run"])
