@@ -50,7 +50,7 @@ from finetune.models.text import (
 )
 from finetune.models.unet import context_width, load_unet
 from finetune.posthoc import chosen_checkpoint
-from finetune.runs import Checkpoint, Weights, is_run
+from finetune.runs import Checkpoint, Weights, is_run, is_there
 from finetune.tasks.super_resolution import lowres
 from finetune.tasks.text_to_image import caption_conditioner, caption_conditioner_xl, load_captions
 
@@ -144,11 +144,7 @@ def load_components(
     if revision is not None and (folder is not None or Path(source).expanduser().is_file()):
         raise UserError(f"--revision {revision}: {source} is here, and only models on the hub have revisions")
     if folder is not None and is_run(folder):
-        with chosen_checkpoint(folder, step, weights) as checkpoint:
-            try:
-                parts = _from_run(folder, checkpoint, tokenizer)
-            except UserError as error:
-                raise UserError(f"{error}{_begun_elsewhere(folder, str(error))}") from error
+        parts = _from_checkpoint(folder, step, weights, tokenizer)
     elif step is not None:
         raise UserError(f"{source} is no run folder: it has no checkpoint of step {step}")
     elif weights not in ("ema", "raw"):
@@ -232,6 +228,33 @@ class _Origins:
         tokenizer_2 = fitting(load_tokenizer(base, revision, "tokenizer_2", words=words), encoder_2, base)
         zero_null = zeroes_null_caption(base, revision)
         return caption_conditioner_xl(tokenizer, encoder, tokenizer_2, encoder_2, zero_null=zero_null)
+
+
+def _from_checkpoint(run: Path, step: int | None, weights: Weights, words: str | Path | None) -> Components:
+    """A run's parts, all of one checkpoint, though training may go on and remove old ones meanwhile.
+
+    What is missing of one would be taken for what was not trained, and come from the base model.
+
+    Raises:
+        UserError: something is missing or broken, or the checkpoint was removed.
+    """
+    for is_last in (False, False, True):
+        with chosen_checkpoint(run, step, weights) as checkpoint:
+            fault: UserError | None = None
+            try:
+                parts = _from_run(run, checkpoint, words)
+            except UserError as error:
+                fault = error
+            if is_there(checkpoint.folder / "trainer.json"):
+                if fault is None:
+                    return parts
+                raise UserError(f"{fault}{_begun_elsewhere(run, str(fault))}") from fault
+        if step is not None or is_last:
+            break
+    raise UserError(
+        f"{checkpoint.folder} was removed while it was read, since the run goes on and keeps checkpoint.keep of "
+        "them: choose a later one"
+    )
 
 
 def _from_run(run: Path, checkpoint: Checkpoint, words: str | Path | None) -> Components:

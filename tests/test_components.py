@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from finetune import UserError
+from finetune import UserError, components
 from finetune.components import load_components
 from finetune.data.shards import EncoderInfo, Manifest, ShardInfo
 from finetune.models.adapters import LORA_FILE, read_lora, save_lora
@@ -62,6 +62,36 @@ def test_without_an_average_the_raw_weights_come_with_a_notice(tmp_path):
     parts = load_components(fakes.full_run(tmp_path / "run", ema=False))
     assert same(parts.unet, fakes.unet(fakes.STEP))
     assert "no averaged weights" in parts.notices[0]
+
+
+@pytest.mark.parametrize("step", [None, fakes.STEP])
+def test_parts_are_of_one_checkpoint_though_it_is_removed(tmp_path, base, monkeypatch, step):
+    """Training goes on: the text encoder, which is read after the U-Net, was the base's then."""
+    run = fakes.full_run(tmp_path / "run", steps=(fakes.STEP, fakes.STEP + 1))
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["model"]["pretrained"] = str(base)
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    first, later = complete_checkpoints(run).values()
+    later.rename(tmp_path / "later")
+    read = components.load_unet
+
+    def load_unet(*given, **named):
+        unet = read(*given, **named)
+        if first.exists():
+            shutil.rmtree(first)
+            (tmp_path / "later").rename(later)
+        return unet
+
+    monkeypatch.setattr(components, "load_unet", load_unet)
+    if step is None:
+        parts = load_components(run)
+        assert parts.step == fakes.STEP + 1
+        assert same(parts.unet, fakes.unet(fakes.STEP + 2)) and same(
+            parts.text_encoder, fakes.text_encoder(fakes.STEP + 2)
+        )
+    else:
+        with pytest.raises(UserError, match="was removed while it was read"):
+            load_components(run, step=step)
 
 
 @torch.no_grad()
