@@ -116,8 +116,14 @@ def _check_keys(
         if override.is_sweep_override() or (key in choices and isinstance(override.value(), list)):
             raise UserError(f"'{text}' names several values: a run takes one")
         value = override.value()
+        if isinstance(there.get(key), ListConfig) and isinstance(value, int | float):
+            raise UserError(f"{key}={value} must be a list: '{key}=[{value}]'")
         if isinstance(there.get(key), ListConfig) and isinstance(value, str) and not value.startswith("${"):
             raise UserError(f"{key}={value} must be a list: {quoted_list(key, value)}")
+        if override.is_delete() and key in names:
+            raise UserError(
+                f"'{text}' has no effect, what is left out has its defaults: give {key}=... another value instead"
+            )
         free = is_free_form(key, schema)
         checked.append(f"++{text}" if free and text.startswith(key) else text)
         if key in names or free:
@@ -154,6 +160,10 @@ def _first_lines(error: Exception) -> str:
     """The message of a Hydra or OmegaConf error without its dump of types and environment hints."""
     told, text = error.__cause__ or error, str(error.__cause__ or error)
     key = getattr(told, "full_key", None)
+    if key and re.search(r"Cannot assign \w+ to Dict|Cannot merge DictConfig with ListConfig", text):
+        return f"{key} holds values by name: give {key}.NAME=VALUE"
+    if key and "Cannot convert 'list'" in text:
+        return f"{key} takes one value, no list"
     may_be = next((words for pattern, words in _TYPES.items() if pattern in text), None)
     if key and may_be:
         value = re.search(r"Value '(.*?)'", text)
