@@ -21,6 +21,7 @@ from finetune.ema import Average
 from finetune.lr import learning_rate
 from finetune.models.autoencoder import Autoencoder
 from finetune.objective import LatentDiffusion
+from finetune.runs import complete_checkpoints
 from finetune.step import optimizer_step
 from finetune.tasks import Task
 from finetune.validation import draw_samples, held_out_loss
@@ -103,6 +104,12 @@ def resume(config: Config, world: World, parts: Parts, depends_on: dict[str, Any
     require_same(saved.depends_on, depends_on, path)
     parts.checkpoints.restore(path, parts.strategy, parts.averages)
     parts.notices.append(f"going on from {path}")
+    there = world.on_main(lambda: list(complete_checkpoints(parts.checkpoints.run)))
+    if later := [at for at in there if at > saved.step]:
+        parts.notices.append(
+            f"the checkpoints after it (step {', '.join(map(str, later))}) are removed at the next save: move away "
+            "what is to be kept"
+        )
     begun_from = begun_from or saved.begun_from
     return replace(saved, depends_on=depends_on, latents=fresh.latents, begun_from=begun_from)
 

@@ -598,6 +598,8 @@ def test_the_same_command_goes_on_from_what_came_of_a_named_checkpoint(
     named = tmp_path / "run/checkpoints/step-00000002"
     again = [*overrides, f"checkpoint.resume={named}", "checkpoint.keep=1"]
     restored: list[Path] = []
+    said: list[str] = []
+    monkeypatch.setattr(Tracker, "say", lambda self, line: said.append(line))
     real = Checkpoints.restore
     monkeypatch.setattr(
         Checkpoints, "restore", lambda self, path, *more: restored.append(path) or real(self, path, *more)
@@ -606,8 +608,22 @@ def test_the_same_command_goes_on_from_what_came_of_a_named_checkpoint(
     for steps, begins in (5, named), (7, run / "checkpoints/step-00000005"):
         assert command("train", *again, f"run.dir={run}", f"train.steps={steps}")[0] == 0
         assert restored.pop() == begins
+    assert [line for line in said if "after it" in line] == is_own * [
+        "note: the checkpoints after it (step 4) are removed at the next save: move away what is to be kept"
+    ]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(steps) and steps[-1] == 7
+
+
+def test_a_named_checkpoint_does_not_begin_in_the_folder_of_another_run(overrides, tmp_path, command: Command):
+    """Its checkpoints were removed at the first save: a run.dir that was left as it was lost all of them."""
+    for name in ("mine", "other"):
+        assert command("train", *overrides, f"run.dir={tmp_path / name}", "train.steps=2")[0] == 0
+    mine = tmp_path / "mine/checkpoints/step-00000002"
+    again = [f"run.dir={tmp_path / 'other'}", f"checkpoint.resume={mine}", "train.steps=3"]
+    code, line = command("train", *overrides, *again)
+    assert code == 2 and f"has checkpoints that did not come of checkpoint.resume={mine} (up to step 2)" in line
+    assert [path.name for path in (tmp_path / "other/checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_a_full_device_ends_in_one_line(overrides, command: Command, monkeypatch) -> None:

@@ -131,11 +131,29 @@ def followed(run: Path, named: str, passed_over: set[Path] | None = None) -> tup
     done would never end, and would remove at its first save what it had done.
 
     Raises:
+        UserError: the run has checkpoints of another past.
         UserError, OSError: as `require_whole`.
     """
     begun_from = str(Path(named).resolve())
     path = newest_whole(run, begun_from=begun_from, passed_over=passed_over)
+    if path is None:
+        _require_no_other(run, named, begun_from)
     return path or require_whole(named), begun_from
+
+
+def _require_no_other(run: Path, named: str, begun_from: str) -> None:
+    """Refuse a run's folder with checkpoints that neither came of `named` nor lie beside it: they would be removed.
+
+    Raises:
+        UserError: it is one.
+    """
+    there = complete_checkpoints(run)
+    is_own = Path(begun_from).parent == (run / "checkpoints").resolve()
+    if there and not is_own and all(_begun_from(path) != begun_from for path in there.values()):
+        raise UserError(
+            f"{run} has checkpoints that did not come of checkpoint.resume={named} (up to step {max(there)}), and "
+            "what begins there would remove them: choose another run.dir"
+        )
 
 
 def require_whole(path: str) -> Path:
