@@ -188,6 +188,11 @@ class _Origins:
         """
         if (self.weights / part / "config.json").is_file():
             return self.weights / part, None
+        if self.base is None and (self.weights / "vae").is_dir():
+            raise UserError(
+                f"{self.run} is a run of finetune autoencoder, which draws nothing by itself: its result is "
+                f"{self.run / 'vae'}, for `data-tools encode --vae` and model.vae"
+            )
         if self.base is None:
             raise UserError(f"{self.weights} holds no {part} and {self.run / 'config.yaml'} names no base model")
         return self.base, self.revision

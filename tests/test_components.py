@@ -64,6 +64,14 @@ def test_without_an_average_the_raw_weights_come_with_a_notice(tmp_path):
     assert "no averaged weights" in parts.notices[0]
 
 
+def test_a_run_of_the_first_stage_is_told_as_one(tmp_path):
+    (tmp_path / "config.yaml").write_text("model: {}")
+    (tmp_path / "checkpoints/step-00000002/ema/vae").mkdir(parents=True)
+    (tmp_path / "checkpoints/step-00000002/trainer.json").write_text("{}")
+    with pytest.raises(UserError, match=f"is a run of finetune autoencoder, .* its result is {tmp_path}/vae"):
+        load_components(tmp_path)
+
+
 @pytest.mark.parametrize("step", [None, fakes.STEP])
 def test_parts_are_of_one_checkpoint_though_it_is_removed(tmp_path, base, monkeypatch, step):
     """Training goes on: the text encoder, which is read after the U-Net, was the base's then."""
