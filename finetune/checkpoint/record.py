@@ -152,7 +152,7 @@ def _require_no_other(run: Path, named: str, begun_from: str) -> None:
     if there and not is_own and all(_begun_from(path) != begun_from for path in there.values()):
         raise UserError(
             f"{run} has checkpoints that did not come of checkpoint.resume={named} (up to step {max(there)}), and "
-            "what begins there would remove them: choose another run.dir"
+            "what begins there would remove them: choose another run.dir, or move them away"
         )
 
 
