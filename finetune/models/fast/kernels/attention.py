@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from finetune.models.fast.kernels.heads import dense, load, parts, product, store, strides
+from finetune.models.fast.kernels.heads import LOG2_E, dense, load, parts, product, store, strides
 
 MOST_KEYS, MOST_FEATURES = 80, 64  # with more of them registers overflow, and flash kernels are faster
 # Queries that a program holds at a time, warps, stages: forward and backward. Tensor cores of other generations
@@ -49,7 +49,7 @@ def _store_all(x, K, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr
 @triton.jit
 def _weights(q1, q2, k1, k2, l1, l2, K, scale, K1: tl.constexpr, K2: tl.constexpr, D2: tl.constexpr):
     """Softmax of the queries over both parts of the keys."""
-    scale *= 1.4426950408889634  # of exponents of two
+    scale *= LOG2_E
     k = tl.arange(0, K1)
     of_k = tl.where((k < K)[None, :], product(q1, q2, k1, k2, D2) * scale, -float("inf"))
     largest = tl.max(of_k, 1)

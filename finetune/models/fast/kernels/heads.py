@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+LOG2_E = tl.constexpr(1.4426950408889634)  # exponents of e as those of two, which a GPU raises
+
 
 @triton.jit
 def load(x, at, R, stride, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, WHOLE: tl.constexpr = False):

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from finetune.models.fast.kernels.heads import dense, load, parts, product, store, strides
+from finetune.models.fast.kernels.heads import LOG2_E, dense, load, parts, product, store, strides
 
 FEATURES = 40
 _LEAST = 2**29  # scores: where there are fewer, flash kernels' fewer launches and readings take less time
@@ -56,7 +56,7 @@ def _prepare(y_BSHD, dy_BSHD, v_BSHD, sums_BHS, dy_BHPE, v_BHPE, sums_BHP, S, P,
     tl.store(dy_BHPE + to, dy2)
     tl.store(v_BHPE + to, v2.to(v_BHPE.dtype.element_ty))
     sums = tl.load(sums_BHS + row * S + s, mask=s < S, other=float("inf"))
-    tl.store(sums_BHP + row * P + s, sums * 1.4426950408889634)
+    tl.store(sums_BHP + row * P + s, sums * LOG2_E)
 
 
 @triton.jit
@@ -81,7 +81,7 @@ def _gradient_of_keys(q_BSHD, k_BSHD, v_BSHD, dy_BSHD, dy_BHPE, v_BHPE, sums_BHP
     v1, v2 = _load_prepared(v_BSHD + sample * v_b + head, v_BHPE + prepared * D2, k, S, v_s, D1, D2, WHOLE)
     dk1, dk2 = tl.zeros((KEPT, D1), tl.float32), tl.zeros((KEPT, D2), tl.float32)
     dv1, dv2 = tl.zeros((KEPT, D1), tl.float32), tl.zeros((KEPT, D2), tl.float32)
-    exponent = scale * 1.4426950408889634
+    exponent = scale * LOG2_E
     for row in tl.range(0, S, PASSED, num_stages=STAGES):
         s = row + tl.arange(0, PASSED)
         q1, q2 = load(q_BSHD, s, S, q_s, D, D1, D2, WHOLE)
@@ -112,7 +112,7 @@ def _gradient_of_queries(q_BSHD, k_BSHD, v_BSHD, dy_BSHD, dy_BHPE, v_BHPE, sums_
     dy1, dy2 = _load_prepared(dy_BSHD + sample * dy_b + head, dy_BHPE + prepared * D2, s, S, dy_s, D1, D2, WHOLE)
     sums = tl.load(sums_BHP + prepared + s)
     dq1, dq2 = tl.zeros((KEPT, D1), tl.float32), tl.zeros((KEPT, D2), tl.float32)
-    exponent = scale * 1.4426950408889634
+    exponent = scale * LOG2_E
     for row in tl.range(0, S, PASSED, num_stages=STAGES):
         k = row + tl.arange(0, PASSED)
         k1, k2 = load(k_BSHD, k, S, k_s, D, D1, D2, WHOLE)
