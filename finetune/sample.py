@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     require_sizes(
         {"--count": arguments.count, "--columns": arguments.columns, "--batch-size": arguments.batch_size}
     )
-    _loras(arguments)
+    loras = _loras(arguments)
     out = _out(arguments.out)
 
     quiet_libraries()
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with memory.shortage_told():
-            return _sample(arguments, prompts, out)
+            return _sample(arguments, loras, prompts, out)
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"the memory of --device {arguments.device} is full ({first_line(error)}): give a smaller --height and "
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ) from error
 
 
-def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int:
+def _sample(arguments: argparse.Namespace, loras: list[tuple[str, float]], prompts: list[str], out: Path) -> int:
     from tqdm import tqdm
 
     from finetune import pictures, sampling
@@ -96,7 +96,7 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         arguments.source,
         weights=arguments.weights,
         step=arguments.checkpoint,
-        loras=_loras(arguments),
+        loras=loras,
         device=device,
         dtype=torch_dtype(arguments.dtype),
         revision=arguments.revision,
@@ -128,6 +128,8 @@ def _sample(arguments: argparse.Namespace, prompts: list[str], out: Path) -> int
         )
     images = [image for picture in drawn for image in sampling.to_pil(picture[None])]
     told = _told(arguments, parts, guidance, rescale)
+    if loras:
+        told["lora"] = " + ".join(map(_lora_text, loras))
     columns = arguments.columns or (arguments.count if arguments.count > 1 else _square(len(images)))
     sheet = images[0] if len(images) == 1 else pictures.grid(images, columns)
     of_sheet = {"prompt": "\n".join(prompts), "seed": str(arguments.seed), **told, **_size(images[0])}
@@ -197,7 +199,6 @@ def _told(arguments: argparse.Namespace, parts: Components, guidance: float, res
         "scheduler": arguments.scheduler or ("euler" if parts.is_flow else "ddim"),
         "source": parts.source if parts.step is None else f"{parts.source} step {parts.step} {arguments.weights}",
         **{name: " ".join(getattr(arguments, name)) for name in _CONDITIONS if getattr(arguments, name)},
-        **({"lora": " + ".join(map(_lora_text, _loras(arguments)))} if arguments.lora else {}),
     }
 
 
